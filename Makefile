@@ -1,0 +1,44 @@
+# make animation   set up, run notebooks/pnp.ipynb and write anim.gif
+# make test        set up, lint, run the unit tests and re-run every notebook
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/installed
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export NO_ALBUMENTATIONS_UPDATE = 1
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
+
+.PHONY: animation test lab data train eval notebooks clean
+
+animation: $(STAMP)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/pnp.ipynb
+	@ls -l anim.gif
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/pytest tests
+	XWING_SMOKE=1 $(BIN)/pytest --nbval-lax --nbval-cell-timeout=900 notebooks
+
+$(STAMP): requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+data: $(STAMP)
+	$(BIN)/python data/render.py data/train --count 10000 --seed 1
+
+train: $(STAMP)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/train.ipynb
+
+eval: $(STAMP)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/eval.ipynb
+
+# Execute all four notebooks in place and keep their outputs (training in its short mode).
+notebooks: $(STAMP)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,459 @@
+"""Render X-wing frames with known model matrices: `python data/render.py FOLDER --count 512 --seed 1`.
+
+Every image is a pure function of (seed, index): the same whatever the count, the order or the number of workers.
+The ship is ray-traced by Mitsuba 3 (CPU, no display); the sky behind it is 3-D noise and stars evaluated along each pixel's
+viewing direction, so it has no seams and no poles. A folder holds `camera_info.json`, `I.jpg` and `I_mat.json`, and
+`render_info.json`, which records how it was made. Files appear atomically and complete pairs are kept, so a killed run
+is resumed by starting it again.
+
+Source of the sampling of rotations: Shoemake, Uniform Random Rotations, Graphics Gems III (scipy's Rotation.random).
+"""
+
+import argparse
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import joblib
+import numpy as np
+from scipy.interpolate import CubicSpline
+from scipy.ndimage import map_coordinates
+from scipy.spatial.transform import Rotation
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+SIZE = 256  # pixels, width and height of a frame
+SAMPLES = 16  # rays a pixel
+CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
+    "camera_world_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]],
+    "model_view_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]],
+    "projection_matrix": [[1.9444442987442017, 0, 0, 0], [0, 1.9444442987442017, 0, 0],
+                          [0, 0, -1.0020020008087158, -0.20020020008087158], [0, 0, -1, 0]],
+}
+FOCAL = CAMERA["projection_matrix"][0][0]  # in half frame widths
+
+
+# ---------------------------------------------------------------- poses
+
+
+def random_pose(rng):
+    """Draw a (4, 4) model matrix.
+
+    Rotation uniform on SO(3); the projected centre uniform over the middle 87.5 % of the frame in x and y; z exactly 0
+    for half of the frames, uniform in [-0.4, 0.3] model units for the others.
+    """
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.random(rng=rng).as_matrix()
+    centre = rng.uniform(-0.875, 0.875, 2)
+    z = 0.0 if rng.random() < 0.5 else rng.uniform(-0.4, 0.3)
+    matrix[:3, 3] = [*(centre * (1 - z) / FOCAL), z]
+    return matrix
+
+
+# Waypoints of the flight: second, centre in the frame (x, y in [-1, 1], y up), distance from the camera in model units.
+WAYPOINTS = np.array([
+    (0.0, -0.78, 0.50, 1.34), (1.2, -0.30, 0.30, 1.20), (2.2, 0.22, 0.02, 0.98), (3.0, 0.60, -0.30, 0.80),
+    (3.7, 1.02, -0.28, 0.78), (4.45, 0.62, 0.20, 0.92), (5.3, 0.05, 0.42, 1.10), (6.3, -0.45, 0.05, 1.00),
+    (7.1, -1.02, -0.30, 0.92), (7.55, -1.62, -0.30, 0.92), (8.2, -0.85, -0.02, 1.00), (9.0, -0.20, 0.22, 1.15),
+    (10.0, 0.45, 0.48, 1.38)])
+ROLLS = np.array([(0.0, 0), (1.0, 0), (1.8, 25), (2.6, 60), (3.6, 110), (4.6, 250), (5.6, 375), (6.4, 345), (7.2, 300), (8.2, 335),
+                  (9.2, 365), (10.0, 372)])  # second, roll about the heading in degrees: banks, and one full barrel roll
+
+
+def flight_poses(count=300, fps=30):
+    """Return the (count, 4, 4) model matrices of a smooth flight: 10 s that bank, roll, come close and go far.
+
+    The nose follows the path's tangent (smoothed over a second), the roll follows a spline of its own.
+    """
+    time = np.arange(count) / fps
+    path = CubicSpline(WAYPOINTS[:, 0], WAYPOINTS[:, 1:])
+
+    def position(t):
+        x, y, distance = path(t).T
+        return np.stack([x * distance / FOCAL, y * distance / FOCAL, 1 - distance], -1)
+
+    window = np.linspace(-0.5, 0.5, 21)
+    weights = np.hanning(23)[1:-1]
+    tangents = (position(np.clip(time[:, None] + window, 0, 10).ravel() + 0.02)
+                - position(np.clip(time[:, None] + window, 0, 10).ravel() - 0.02)).reshape(count, -1, 3)
+    heading = np.einsum("w,nwc->nc", weights, tangents) + [0, 0, 0.004]
+    heading /= np.linalg.norm(heading, axis=1, keepdims=True)
+    right = np.cross(heading, [0, 1, 0])
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    frames = np.stack([right, -heading, np.cross(right, heading)], -1)  # model x, y, z in the world
+    roll = CubicSpline(ROLLS[:, 0], ROLLS[:, 1])(time)
+    matrices = np.tile(np.eye(4), (count, 1, 1))
+    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", roll, degrees=True).as_matrix()
+    matrices[:, :3, 3] = position(time)
+    return matrices
+
+
+# ---------------------------------------------------------------- sky
+
+
+def view_rays(width, height):
+    """(height, width, 3) unit vectors through the pixel centres, in camera axes (x right, y up, -z forward)."""
+    x = ((np.arange(width) + 0.5) / width * 2 - 1) / FOCAL
+    y = -((np.arange(height) + 0.5) / height * 2 - 1) / FOCAL
+    rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], -1.0), -1)
+    return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+
+SKIES = {  # name -> (share, peak brightness range, contrast range, filament share range)
+    "void": (0.20, (0.00, 0.06), (0.8, 2.0), (0.0, 0.5)),
+    "deep": (0.35, (0.20, 0.55), (0.7, 1.8), (0.0, 0.5)),
+    "bright": (0.25, (0.45, 1.00), (0.6, 1.6), (0.0, 0.6)),
+    "sharp": (0.20, (0.30, 0.90), (1.2, 3.0), (0.5, 1.0)),
+}
+
+
+class Sky:
+    """A sky on the whole sphere: coloured nebula clouds and stars, drawn from `rng`."""
+
+    def __init__(self, rng, kind=None):
+        kind = kind or rng.choice(list(SKIES), p=[s[0] for s in SKIES.values()])
+        _, brightness, contrast, filaments = SKIES[kind]
+        self.lattice = rng.random((24, 24, 24), dtype=np.float32)
+        self.offsets = rng.uniform(0, 24, (64, 3))
+        self.brightness, self.contrast, self.filaments = rng.uniform(*brightness), rng.uniform(*contrast), rng.uniform(*filaments)
+        self.base = rng.uniform(1.2, 3.0)  # clouds a radian, the coarsest octave
+        self.roughness = rng.uniform(0.45, 0.72) if kind == "sharp" else rng.uniform(0.35, 0.6)
+        self.cover = rng.uniform(0.35, 0.6)
+        hues = rng.choice([rng.uniform(0.58, 0.72), rng.uniform(0.66, 0.80)]) + rng.normal(0, 0.035, 3)  # blue to violet
+        if rng.random() < 0.12:
+            hues = rng.uniform(0, 1) + rng.normal(0, 0.08, 3)  # now and then another colour
+        hsv = np.stack([hues % 1 * 360, rng.uniform(0.5, 0.95, 3), rng.uniform(0.6, 1.0, 3)], -1)
+        self.colours = cv2.cvtColor(hsv[None].astype(np.float32), cv2.COLOR_HSV2RGB)[0]
+        self.floor = np.array([0.006, 0.012, 0.05]) * rng.uniform(0, 2.5)
+        count = int(10 ** rng.uniform(2.0, 4.0))
+        stars = rng.normal(size=(count, 3))
+        self.stars = stars / np.linalg.norm(stars, axis=1, keepdims=True)
+        self.star_light = np.minimum(0.15 * (rng.pareto(1.3, count) + 0.3), 4.0) * rng.uniform(0.4, 1.2)
+        self.star_size = rng.uniform(0.4, 0.75, count) * (1 + 0.25 * np.log1p(self.star_light))  # sigma, pixels of a 256 px frame
+        warmth = np.clip(rng.normal(0.25, 0.22, (count, 1)), 0, 1)
+        self.star_colour = (1 - warmth) * [0.70, 0.84, 1.0] + warmth * [1.0, 0.93, 0.82]
+
+    def noise(self, channel, width, height, rotation, octaves, warp=None):
+        """Fractal noise in [0, 1], (height, width): octave by octave, each sampled as densely as its detail needs."""
+        total, weight = 0.0, 0.0
+        for octave in range(octaves):
+            w, h = (max(16, min(side, side // 16 * 2**octave)) for side in (width, height))
+            points = view_rays(w, h) @ rotation.T * self.base
+            if warp is not None:
+                points = points + cv2.resize(warp, (w, h), interpolation=cv2.INTER_LINEAR)
+            points = points * 2**octave + self.offsets[channel * 8 + octave]
+            layer = map_coordinates(self.lattice, points.reshape(-1, 3).T, order=2, mode="grid-wrap", prefilter=False)
+            layer = cv2.resize(layer.reshape(h, w), (width, height), interpolation=cv2.INTER_CUBIC)
+            total = total + self.roughness**octave * layer
+            weight += self.roughness**octave
+        return np.clip((total / weight - 0.5) * 1.9 + 0.5, 0, 1).astype(np.float32)
+
+    def draw(self, width=SIZE, height=SIZE, rotation=np.eye(3)):
+        """(height, width, 3) display values in [0, 1]; `rotation` turns camera axes into the sky's."""
+        warp = np.stack([self.noise(c, width, height, rotation, 2) for c in (0, 1, 2)], -1) * 0.9
+        clouds = self.noise(3, width, height, rotation, 6, warp)
+        ridges = 1 - np.abs(2 * self.noise(4, width, height, rotation, 6, warp) - 1)
+        density = (1 - self.filaments) * clouds + self.filaments * clouds * ridges**3 * 1.6
+        density = np.clip((density - self.cover) / (1 - self.cover) + 0.25, 0, 1) ** self.contrast
+        mix = np.stack([self.noise(c, width, height, rotation, 3) for c in (5, 6, 7)], -1) ** 3 + 1e-3
+        colour = (mix / mix.sum(-1, keepdims=True)) @ self.colours
+        image = self.floor + self.brightness * density[..., None] * colour
+        return np.clip(image + self._draw_stars(width, height, rotation), 0, 1)
+
+    def _draw_stars(self, width, height, rotation, reach=3):
+        """Small Gaussian spots at sub-pixel positions, added up; (height, width, 3)."""
+        x, y, z = (self.stars @ rotation).T
+        depth = np.where(z < -0.1, -z, np.nan)
+        column = (FOCAL * x / depth + 1) / 2 * width
+        row = (1 - FOCAL * y / depth) / 2 * height
+        seen = (column > -reach) & (column < width + reach) & (row > -reach) & (row < height + reach)
+        canvas = np.zeros((height + 4 * reach, width + 4 * reach, 3))
+        sizes = self.star_size[seen] * width / SIZE
+        for c, r, sigma, light in zip(column[seen], row[seen], sizes, (self.star_light[:, None] * self.star_colour)[seen]):
+            left, top = int(c) - reach, int(r) - reach
+            grid = np.arange(2 * reach + 1) + 0.5
+            spot = np.exp(-((grid[None] + left - c) ** 2 + (grid[:, None] + top - r) ** 2) / (2 * sigma**2))
+            canvas[top + 2 * reach : top + 4 * reach + 1, left + 2 * reach : left + 4 * reach + 1] += spot[..., None] * light
+        return canvas[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
+
+
+# ---------------------------------------------------------------- ship
+
+
+@dataclass
+class Look:
+    """Everything about a frame that is not its pose; lights in world axes."""
+
+    sky: Sky
+    sky_rotation: np.ndarray  # (3, 3), camera axes -> sky
+    light_direction: np.ndarray  # (3,), towards the light
+    light_strength: float
+    light_focus: float  # exponent of the lobe: 1 is a soft half-sphere, 60 nearly a sun
+    ambient: float
+    tint: np.ndarray  # (3,) multiplies the ship's colour
+    albedo_jitter: dict  # material -> (3,) factor
+    roughness: float
+    quality: int  # JPEG
+    seed: int
+
+
+def random_look(rng, materials):
+    """Draw a `Look`: soft, nearly shadowless light for three frames of four, stronger directional light for the others."""
+    soft = rng.random() < 0.75
+    direction = rng.normal(size=3)
+    ambient = rng.uniform(0.75, 1.25) if soft else rng.uniform(0.10, 0.45)
+    exposure = np.exp(rng.normal(0, 0.22))
+    return Look(
+        sky=Sky(rng),
+        sky_rotation=Rotation.random(rng=rng).as_matrix(),
+        light_direction=direction / np.linalg.norm(direction),
+        light_strength=rng.uniform(0.1, 0.5) if soft else rng.uniform(0.6, 1.6),
+        light_focus=rng.uniform(1, 4) if soft else rng.uniform(3, 60),
+        ambient=ambient,
+        tint=exposure * np.exp(rng.normal(0, 0.07, 3)),
+        albedo_jitter={name: np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.05, 3)) for name in materials},
+        roughness=rng.uniform(0.3, 0.8),
+        quality=int(rng.integers(80, 98)),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def load_obj(path):
+    """Read an OBJ mesh and its colours: a dict material -> (vertices (V, 3), faces (F, 3), colour (3,)).
+
+    Faces of more than three corners are split into fans; texture and normal indices are ignored.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mesh; write the supplied one with python data/make_xwing.py")
+    vertices, faces, colours, material = [], {}, {}, "default"
+    for line in path.read_text().splitlines():
+        word, *rest = line.split() or [""]
+        if word == "v":
+            vertices.append([float(v) for v in rest[:3]])
+        elif word == "usemtl":
+            material = rest[0]
+        elif word == "mtllib" and (path.parent / rest[0]).is_file():
+            colours.update(_load_mtl(path.parent / rest[0]))
+        elif word == "f":
+            corners = [int(v.split("/")[0]) for v in rest]
+            corners = [c - 1 if c > 0 else len(vertices) + c for c in corners]
+            faces.setdefault(material, []).extend([corners[0], a, b] for a, b in zip(corners[1:], corners[2:]))
+    if not faces:
+        raise ValueError(f"{path}: no faces found; expected a Wavefront OBJ mesh")
+    grey = np.array([0.6, 0.6, 0.6])
+    return {name: (np.array(vertices), np.array(f), colours.get(name, grey)) for name, f in faces.items()}
+
+
+def _load_mtl(path):
+    colours, name = {}, None
+    for line in path.read_text().splitlines():
+        word, *rest = line.split() or [""]
+        if word == "newmtl":
+            name = rest[0]
+        elif word == "Kd":
+            colours[name] = np.array([float(v) for v in rest[:3]])
+    return colours
+
+
+def srgb_to_linear(x):
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(x):
+    x = np.clip(x, 0, 1)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+class Renderer:
+    """Renders one mesh; built once a process, then called for each frame."""
+
+    def __init__(self, mesh_path=HERE / "xwing.obj"):
+        import drjit
+        import mitsuba as mi
+
+        drjit.set_thread_count(1)  # joblib spreads the frames over the cores
+        mi.set_variant("scalar_rgb")
+        self.mi = mi
+        self.mesh = load_obj(mesh_path)
+        self.materials = list(self.mesh)
+        self.vertices = np.concatenate([v[np.unique(f)] for v, f, _ in self.mesh.values()])
+        self.shapes = {name: self._shape(name) for name in self.mesh}
+
+    def _shape(self, name):
+        """One material's triangles as a Mitsuba mesh, and its parameters, which a frame's look changes."""
+        mi = self.mi
+        vertices, faces, _ = self.mesh[name]
+        used, faces = np.unique(faces, return_inverse=True)
+        properties = mi.Properties()
+        properties["bsdf"] = mi.load_dict({"type": "twosided", "bsdf": {
+            "type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": {"type": "rgb", "value": 0.5}}})
+        properties["face_normals"] = True
+        mesh = mi.Mesh(name, len(used), len(faces.reshape(-1, 3)), has_vertex_normals=False, props=properties)
+        parameters = mi.traverse(mesh)
+        parameters["vertex_positions"] = vertices[used].astype(np.float32).ravel()
+        parameters["faces"] = faces.astype(np.uint32).ravel()
+        parameters.update()
+        return mesh, parameters
+
+    def _paint(self, look):
+        """Give every material the colour and roughness of this look."""
+        for name, (_, parameters) in self.shapes.items():
+            colour = np.clip(srgb_to_linear(self.mesh[name][2]) * look.albedo_jitter[name], 0, 0.95)
+            parameters["bsdf.brdf_0.base_color.value"] = self.mi.ScalarColor3f(colour)
+            parameters["bsdf.brdf_0.roughness.value"] = look.roughness
+            parameters.update()
+
+    def _light(self, matrix, look, width=32):
+        """A soft environment map: ambient plus one cosine lobe, in model axes."""
+        height = width // 2
+        theta = (np.arange(height) + 0.5) / height * np.pi
+        phi = (np.arange(width) + 0.5) / width * 2 * np.pi
+        # Mitsuba's envmap: up is +y; the column angle runs from -z over -x.
+        directions = np.stack(np.broadcast_arrays(
+            np.sin(phi)[None] * np.sin(theta)[:, None], np.cos(theta)[:, None], -np.cos(phi)[None] * np.sin(theta)[:, None]), -1)
+        lobe = np.clip(directions @ (matrix[:3, :3].T @ look.light_direction), 0, 1) ** look.light_focus
+        radiance = look.ambient + look.light_strength * (look.light_focus + 1) / 2 * lobe
+        bitmap = self.mi.Bitmap(np.repeat(radiance[..., None], 3, -1).astype(np.float32))
+        return {"type": "envmap", "bitmap": bitmap}
+
+    def _crop(self, matrix, width, height):
+        """The pixel rectangle (left, top, right, bottom) that holds the ship, or None outside the frame."""
+        x, y, z = (self.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
+        if z.max() > -0.05:
+            raise ValueError(f"the ship reaches within {-z.max():.3f} of the camera; keep its distance above 0.05 model units")
+        column, row = (1 - FOCAL * x / z) / 2 * width, (1 + FOCAL * y / z) / 2 * height
+        left, right = max(int(column.min()) - 1, 0), min(int(column.max()) + 2, width)
+        top, bottom = max(int(row.min()) - 1, 0), min(int(row.max()) + 2, height)
+        return (left, top, right, bottom) if left < right and top < bottom else None
+
+    def ship(self, matrix, look, width=SIZE, height=SIZE, samples=SAMPLES):
+        """Linear RGB premultiplied by coverage, and coverage: (height, width, 4) float."""
+        mi, canvas = self.mi, np.zeros((height, width, 4))
+        crop = self._crop(matrix, width, height)
+        if crop is None:
+            return canvas
+        left, top, right, bottom = crop
+        self._paint(look)
+        # The mesh stands still and the camera moves: to_world = inverse(model matrix) @ camera.
+        camera = np.linalg.inv(matrix) @ [[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]
+        scene = mi.load_dict({
+            "type": "scene",
+            "integrator": {"type": "direct", "hide_emitters": True},
+            "sensor": {
+                "type": "perspective", "fov": float(np.degrees(2 * np.arctan(1 / FOCAL))), "fov_axis": "x", "near_clip": 0.01,
+                "to_world": mi.ScalarTransform4f(camera),
+                "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgba", "rfilter": {"type": "box"},
+                         "crop_offset_x": left, "crop_offset_y": top, "crop_width": right - left, "crop_height": bottom - top},
+                "sampler": {"type": "multijitter", "sample_count": samples}},
+            "light": self._light(matrix, look),
+            **{name: mesh for name, (mesh, _) in self.shapes.items()}})
+        canvas[top:bottom, left:right] = np.array(mi.render(scene, spp=samples, seed=look.seed), dtype=float)
+        return canvas
+
+    def frame(self, matrix, look, width=SIZE, height=SIZE, samples=SAMPLES):
+        """(height, width, 3) uint8 RGB: the ship over its sky."""
+        ship = self.ship(matrix, look, width, height, samples)
+        sky = srgb_to_linear(look.sky.draw(width, height, look.sky_rotation))
+        linear = ship[..., :3] * look.tint + (1 - ship[..., 3:]) * sky
+        return np.round(linear_to_srgb(linear) * 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=2)
+def renderer(mesh_path=HERE / "xwing.obj"):
+    """This process's `Renderer` of a mesh."""
+    return Renderer(mesh_path)
+
+
+# ---------------------------------------------------------------- sets of frames
+
+
+def random_frame(seed, index, mesh_path=HERE / "xwing.obj"):
+    """Image `index` of set `seed`: ((H, W, 3) uint8 RGB, (4, 4) matrix, JPEG quality)."""
+    ship = renderer(mesh_path)
+    rng = np.random.default_rng([seed, index])
+    matrix = random_pose(rng)
+    look = random_look(rng, ship.materials)
+    return ship.frame(matrix, look), matrix, look.quality
+
+
+def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
+    """Frame `index` of the flight before the sky and in the light of `seed`, as `random_frame`; the sky turns slowly."""
+    ship = renderer(mesh_path)
+    look = random_look(np.random.default_rng([seed]), ship.materials)
+    look.sky = Sky(np.random.default_rng([seed, 1]), "bright")
+    look.sky_rotation = Rotation.from_rotvec(np.array([0.02, 0.06, 0.015]) * index / 30).as_matrix() @ look.sky_rotation
+    look.ambient, look.light_strength, look.light_focus = 0.75, 0.45, 2.0
+    look.light_direction = np.array([-0.4, 0.8, 0.45])
+    look.tint, look.albedo_jitter = np.full(3, 1.05), dict.fromkeys(ship.materials, 1.0)
+    look.quality, look.seed = 92, look.seed + index
+    matrix = flight_poses()[index]
+    return ship.frame(matrix, look), matrix, look.quality
+
+
+def _write_atomically(path, data):
+    """Write bytes under a temporary name first, so that a killed run leaves no half file under the real one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def _render_pair(make, seed, index, folder, name, mesh_path):
+    image, matrix, quality = make(seed, index, mesh_path)
+    ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not ok:
+        raise OSError(f"OpenCV could not encode frame {name}")
+    _write_atomically(folder / f"{name}_mat.json", json.dumps(matrix.tolist()).encode())
+    _write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
+
+
+def render_set(folder, count, seed, flight=False, mesh_path=HERE / "xwing.obj", workers=-1, progress=True):
+    """Render frames 0 to count-1 into `folder`, keeping the complete pairs that are there.
+
+    Raises ValueError when the folder holds frames of another seed, kind or mesh, and for a flight of over 300 frames.
+    """
+    folder, make = Path(folder), flight_frame if flight else random_frame
+    if count < 1 or (flight and count > 300):
+        raise ValueError(f"count is {count}; expected at least 1, and at most 300 for the flight")
+    load_obj(mesh_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"seed": seed, "kind": "flight" if flight else "random", "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
+    known = folder / "render_info.json"
+    if known.exists() and json.loads(known.read_text()) != info:
+        raise ValueError(f"{folder} holds frames made with {known.read_text()}; asked for {json.dumps(info)}: give another folder")
+    _write_atomically(known, json.dumps(info).encode())
+    _write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1).encode())
+    for part in folder.glob(".*.part"):
+        part.unlink()
+    names = {i: f"{i:03d}" if flight else str(i) for i in range(count)}
+    missing = [i for i, n in names.items() if not ((folder / f"{n}.jpg").exists() and (folder / f"{n}_mat.json").exists())]
+    jobs = (joblib.delayed(_render_pair)(make, seed, i, folder, names[i], mesh_path) for i in missing)
+    results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
+    for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):
+        pass
+    return len(missing)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=10000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flight", action="store_true", help="the 300-frame clip instead of random poses")
+    parser.add_argument("--mesh", type=Path, default=HERE / "xwing.obj", help="a Wavefront OBJ mesh in model units")
+    parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
+    a = parser.parse_args(arguments)
+    try:
+        made = render_set(a.folder, a.count, a.seed, a.flight, a.mesh, a.workers)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(f"{a.folder}: {made} frames rendered, {a.count - made} kept")
+
+
+if __name__ == "__main__":
+    import render  # by name, so that the worker processes can import what they run
+
+    render.main()

@@ -1,0 +1,1286 @@
+"""Track a known X-wing: from frames to heatmaps, from heatmaps to corners, from corners to a 6-DoF pose.
+
+    model = load_model("weights/xwing.weights.h5")
+    keypoints, confidence = predict_keypoints(model, images)            # (N, 8, 2) pixels, (N, 8)
+    poses = [solve_pose(k, K, c) for k, c in zip(keypoints, confidence)]  # (4, 4) model -> camera, or None
+
+Conventions, everywhere in this module:
+
+* Points are (x, y), arrays are [row, column]. Pixel coordinates are continuous: the origin is the top-left *corner* of the
+  frame, so pixel [r, c] has its centre at (c + 0.5, r + 0.5). Only whole pixels read by an argmax are indices.
+* The letters: N frames or points, K keypoints, H height, W width. Channels come last.
+* The model frame has x across the wings, -y towards the nose, +z up, in model units (the ship is 0.345 long).
+  A model matrix (model -> world) and the camera files follow OpenGL: the camera looks down -z, y points up.
+  A *pose* is (4, 4), model -> OpenCV camera: x right, y down, z forward.
+* Angles are in degrees unless a name says radians.
+
+Nothing here imports TensorFlow or Keras until a model, a loss or a batch is asked for.
+"""
+
+import csv
+import functools
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+# ============================================================ constants
+
+FRAME_SIZE = 256  # pixels, width and height of the frames
+SIGMA = 4.0  # pixels of the frame, standard deviation of the heatmaps' Gaussians
+
+# (8, 3) model units: the corners of the ship's bounding box; the 8 keypoints, in this order.
+BOUNDING_BOX = np.array([(x, y, z) for z in (-0.032, 0.034) for y in (-0.182, 0.163) for x in (-0.156, 0.156)])
+# (12, 2) pairs of corners that share an edge.
+BOX_EDGES = np.array([(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (0, 4), (1, 5), (2, 6), (3, 7)])
+# (4, 2, 3) model units: each cannon's muzzle and a second point on its line of fire.
+LASERS = np.array([[(x, -0.1, z), (x, -0.3, z)] for z in (-0.01, 0.01) for x in (-0.145, 0.145)])
+# (8,) the corner that each corner turns into in a left-right mirror image.
+MIRROR = np.array([1, 0, 3, 2, 5, 4, 7, 6])
+# The wrong names that a symmetric-looking box invites: (8,) permutations, the true one first.
+NAMINGS = {
+    "identity": np.arange(8),
+    "left-right": MIRROR,
+    "top-bottom": np.array([4, 5, 6, 7, 0, 1, 2, 3]),
+    "both": np.array([5, 4, 7, 6, 1, 0, 3, 2]),
+    "nose-tail": np.array([2, 3, 0, 1, 6, 7, 4, 5]),
+}
+DIAMETER = float(np.linalg.norm(BOUNDING_BOX[7] - BOUNDING_BOX[0]))  # model units
+
+# Points on the hull that say which side is seen. Each has the outward normal of its surface: it counts as visible only where that
+# faces the camera (a zero normal always does). They supervise the names of the corners in training and are not needed for the pose.
+_SURFACE = np.array([  # x, y, z, normal x, y, z
+    (0.000, 0.000, 0.033, 0, 0, 1), (0.000, 0.020, -0.0205, 0, 0, -1),  # canopy, gear bay
+    (0.000, -0.182, 0.000, 0, 0, 0), (0.000, 0.130, 0.000, 0, 1, 0),  # nose, tail
+    (-0.090, 0.070, 0.010, 0, 0, 1), (0.090, 0.070, 0.010, 0, 0, 1),  # the wings from above
+    (-0.090, 0.070, -0.010, 0, 0, -1), (0.090, 0.070, -0.010, 0, 0, -1)])  # and from below
+SURFACE_POINTS, SURFACE_NORMALS = _SURFACE[:, :3], _SURFACE[:, 3:]
+KEYPOINTS = np.concatenate([BOUNDING_BOX, SURFACE_POINTS])  # (16, 3) what the shipped network predicts
+NORMALS = np.concatenate([np.zeros((8, 3)), SURFACE_NORMALS])  # (16, 3)
+
+BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
+DECODER_FILTERS = (128, 64, 32, 32, 16)
+STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
+_FAR = -1e4  # pixels; where a keypoint that must not show is put
+
+# ============================================================ files
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; every set needs it (see the README, Data)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
+
+
+def _as_matrix(value, name):
+    """(4, 4) float64 with finite entries, or a ValueError that starts with `name`."""
+    try:
+        matrix = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a 4x4 matrix of numbers, got {str(value)[:80]}") from None
+    if matrix.shape != (4, 4):
+        raise ValueError(f"{name}: expected a 4x4 matrix, got shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name}: the matrix has NaN or infinite entries; render the frame again or remove it")
+    return matrix
+
+
+def _as_rigid(value, name, tolerance=1e-4):
+    """(4, 4) float64 rotation and translation, or a ValueError that starts with `name`."""
+    matrix = _as_matrix(value, name)
+    rotation = matrix[:3, :3]
+    if np.abs(matrix[3] - [0, 0, 0, 1]).max() > tolerance or np.abs(rotation @ rotation.T - np.eye(3)).max() > tolerance:
+        raise ValueError(f"{name}: not a rigid motion (rotation and translation, no scale); got\n{matrix}")
+    if np.linalg.det(rotation) < 0:
+        raise ValueError(f"{name}: the matrix mirrors (determinant -1); a pose must be a rotation")
+    return matrix
+
+
+def load_camera(path):
+    """Read a camera file.
+
+    Args:
+        path: `camera_info.json`, or the folder that holds it.
+    Returns:
+        model_view_matrix, projection_matrix: (4, 4) float64 each, OpenGL conventions.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON, a matrix is missing or is no finite 4x4.
+    """
+    path = Path(path)
+    path = path / "camera_info.json" if path.is_dir() else path
+    info = _read_json(path)
+    missing = [k for k in ("model_view_matrix", "projection_matrix") if not isinstance(info, dict) or k not in info]
+    if missing:
+        raise ValueError(f"{path}: {' and '.join(missing)} missing; expected the camera file of the data set")
+    projection = _as_matrix(info["projection_matrix"], f"{path}, projection_matrix")
+    if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not np.allclose(projection[3], [0, 0, -1, 0]):
+        raise ValueError(f"{path}, projection_matrix: not an OpenGL perspective projection; got\n{projection}")
+    return _as_rigid(info["model_view_matrix"], f"{path}, model_view_matrix"), projection
+
+
+def list_frames(folder):
+    """The numbered JPEG files of a folder in the order of their numbers.
+
+    Returns a list of Path. Raises FileNotFoundError for a missing folder or one without numbered frames.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give a folder of frames 0.jpg, 1.jpg, ... or run `make data`")
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg") and re.fullmatch(r"\d+", p.stem)]
+    if not paths:
+        raise FileNotFoundError(f"{folder}: holds no frames named 0.jpg, 1.jpg, ...")
+    return sorted(paths, key=lambda p: (int(p.stem), p.stem))
+
+
+def load_dataset(folder):
+    """List the frames of a set and read their model matrices.
+
+    Returns:
+        paths: list of N Path, in the order of their numbers.
+        matrices: (N, 4, 4) float64 model -> world.
+    Raises:
+        FileNotFoundError: the folder or a frame's matrix is missing, or the folder holds no frames.
+        ValueError: a matrix is not a rigid 4x4; the message names the file.
+    """
+    paths = list_frames(folder)
+    matrices = []
+    for path in paths:
+        file = path.with_name(f"{path.stem}_mat.json")
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: missing; the frame {path.name} needs its matrix, or must be removed")
+        matrices.append(_as_rigid(_read_json(file), str(file)))
+    return paths, np.array(matrices)
+
+
+def read_image(path, size=None):
+    """Read one frame as (H, W, 3) uint8 RGB.
+
+    Args:
+        path: a JPEG (or other) picture.
+        size: None, or the (width, height) in pixels that the frame must have.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture, cut off, not RGB, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such frame") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); it may be cut off: render or copy it again") from None
+    if image.mode != "RGB":
+        raise ValueError(f"{path}: expected an RGB picture, got mode {image.mode}; convert it, e.g. with PIL's convert('RGB')")
+    if size is not None and image.size != tuple(size):
+        raise ValueError(f"{path}: expected {size[0]}x{size[1]} pixels, got {image.size[0]}x{image.size[1]}; resize the whole set first")
+    return np.array(image)
+
+
+# ============================================================ camera and projection
+
+
+def _check_array(value, shape, name):
+    """float64 array of `shape` (None: any length); ValueError tells what came instead."""
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}".replace("None", "N"))
+    return array
+
+
+def to_homogeneous(points):
+    """(N, 3) points -> (N, 4), with a last column of ones."""
+    points = _check_array(points, (None, 3), "points")
+    return np.concatenate([points, np.ones((len(points), 1))], axis=1)
+
+
+def project_points(image, points, model_view_matrix, projection_matrix, transformation_mat=None):
+    """Project homogeneous model points to continuous pixel coordinates.
+
+    Args:
+        image: (H, W, ...) array; only its size is used.
+        points: (N, 4) homogeneous, model units.
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        projection_matrix: (4, 4) OpenGL camera -> clip space.
+        transformation_mat: (4, 4) model -> world; None is the identity.
+    Returns:
+        (N, 2) float64 (x, y) pixels, origin at the top-left corner of the frame, not clipped.
+    Raises:
+        ValueError: a wrong shape, or a point at or behind the camera.
+    Source: OpenGL 4.6 core specification, section 13.8 (coordinate transformations), with y turned to point down.
+    """
+    points = _check_array(points, (None, 4), "points")
+    matrix = _check_array(projection_matrix, (4, 4), "projection_matrix") @ _check_array(model_view_matrix, (4, 4), "model_view_matrix")
+    if transformation_mat is not None:
+        matrix = matrix @ _check_array(transformation_mat, (4, 4), "transformation_mat")
+    clip = points @ matrix.T
+    if not (clip[:, 3] > 0).all():
+        raise ValueError(f"{(~(clip[:, 3] > 0)).sum()} of {len(points)} points are at or behind the camera (or NaN) and have no projection")
+    height, width = np.shape(image)[:2]
+    ndc = clip[:, :2] / clip[:, 3:]
+    return (ndc * [1, -1] + 1) / 2 * [width, height]
+
+
+def camera_matrix(projection_matrix, width, height):
+    """The OpenCV intrinsic matrix K, (3, 3) in pixels, of an OpenGL projection drawn at width x height pixels.
+
+    Source: Hartley and Zisserman, Multiple View Geometry, 2nd ed., section 6.1, equation 6.9, and the projection above.
+    """
+    p = _check_array(projection_matrix, (4, 4), "projection_matrix")
+    return np.array([[p[0, 0] * width / 2, -p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
+                     [0, p[1, 1] * height / 2, (1 + p[1, 2]) * height / 2], [0, 0, 1]])
+
+
+def pose_in_camera(model_view_matrix, transformation_mat):
+    """The pose (4, 4), model -> OpenCV camera (x right, y down, z forward), of a model matrix."""
+    view = _check_array(model_view_matrix, (4, 4), "model_view_matrix")
+    return np.diag([1.0, -1.0, -1.0, 1.0]) @ view @ _check_array(transformation_mat, (4, 4), "transformation_mat")
+
+
+def transformation_from_pose(model_view_matrix, pose):
+    """The model matrix (4, 4), model -> world, of a pose; the inverse of `pose_in_camera`."""
+    view = _check_array(model_view_matrix, (4, 4), "model_view_matrix")
+    return np.linalg.inv(view) @ np.diag([1.0, -1.0, -1.0, 1.0]) @ _check_array(pose, (4, 4), "pose")
+
+
+def project_pose(points, pose, K):
+    """Project (N, 3) model points under a pose (4, 4) and K (3, 3) to (N, 2) pixels; NaN at or behind the camera."""
+    camera = np.asarray(points, float) @ pose[:3, :3].T + pose[:3, 3]
+    depth = np.where(camera[:, 2:] > 1e-9, camera[:, 2:], np.nan)
+    return (camera / depth) @ K[:2].T
+
+
+def keypoints_of(matrices, model_view_matrix, projection_matrix, width=FRAME_SIZE, height=FRAME_SIZE, points=BOUNDING_BOX):
+    """Project model points (K, 3) under every model matrix (N, 4, 4); returns (N, K, 2) pixels."""
+    frame, points = np.empty((height, width)), to_homogeneous(points)
+    return np.array([project_points(frame, points, model_view_matrix, projection_matrix, m) for m in matrices])
+
+
+def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
+    """(..., K) bool: which of the (..., K, 2) pixel positions lie inside the frame."""
+    keypoints = np.asarray(keypoints)
+    return ((keypoints >= 0) & (keypoints < [width, height])).all(-1)
+
+
+def facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
+    """(N, K) bool: which surface points turn their outward normal to the camera; a zero normal always does."""
+    poses = np.array([pose_in_camera(model_view_matrix, m) for m in matrices])
+    position = np.einsum("nij,kj->nki", poses[:, :3, :3], points) + poses[:, None, :3, 3]
+    direction = np.einsum("nij,kj->nki", poses[:, :3, :3], normals)
+    return (np.einsum("nki,nki->nk", position, direction) < 0) | (np.abs(normals).sum(-1) == 0)
+
+
+# ============================================================ heatmaps
+
+
+def _size(size):
+    """(height, width) of an int (square) or a (height, width) pair."""
+    return (size, size) if np.isscalar(size) else tuple(size)
+
+
+def gaussian_heatmaps(keypoints, size, sigma=SIGMA):
+    """Draw one Gaussian a keypoint.
+
+    Args:
+        keypoints: (K, 2) continuous pixels.
+        size: int for a square, or (height, width) in pixels.
+        sigma: standard deviation in pixels.
+    Returns:
+        (H, W, K) float32: the value at each pixel centre, 1 at the continuous position; the tail of a keypoint just outside the
+        frame, zeros for one far outside.
+    Raises:
+        ValueError: a wrong shape, NaN, or a sigma that is not positive.
+    Source: Tompson et al., Joint Training of a Convolutional Network and a Graphical Model for Human Pose Estimation, 2014.
+    """
+    keypoints = _check_array(keypoints, (None, 2), "keypoints")
+    if np.isnan(keypoints).any():
+        raise ValueError(f"keypoints: NaN in {np.isnan(keypoints).any(-1).sum()} of {len(keypoints)}; leave them out or put them far outside")
+    if not sigma > 0:
+        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
+    height, width = _size(size)
+    gx = np.exp(-((np.arange(width)[:, None] + 0.5 - keypoints[:, 0]) ** 2) / (2 * sigma**2))
+    gy = np.exp(-((np.arange(height)[:, None] + 0.5 - keypoints[:, 1]) ** 2) / (2 * sigma**2))
+    return (gy[:, None] * gx[None]).astype(np.float32)
+
+
+def heatmap2argmax(heatmaps, scale=False):
+    """Read the brightest pixel of each heatmap.
+
+    Args:
+        heatmaps: (..., H, W, K).
+        scale: False for pixel indices (x, y); True for 2 * index / size - 1, in [-1, 1).
+    Returns:
+        (..., K, 2) int64 indices, or float64 with `scale`.
+    Raises:
+        ValueError: fewer than three dimensions.
+    """
+    heatmaps = np.asarray(heatmaps)
+    if heatmaps.ndim < 3:
+        raise ValueError(f"heatmaps: expected shape (..., H, W, K), got {heatmaps.shape}")
+    *lead, height, width, count = heatmaps.shape
+    flat = heatmaps.reshape(*lead, height * width, count).argmax(-2)
+    indices = np.stack([flat % width, flat // width], -1)
+    return 2 * indices / [width, height] - 1 if scale else indices
+
+
+def decode_heatmaps(heatmaps, sigma=SIGMA):
+    """Read sub-pixel keypoints: fit a Gaussian to the logarithm of each heatmap around its brightest pixel.
+
+    The fit is least squares for log h = a + b x + c y + d (x^2 + y^2) in a window of 1.5 sigma, weighted by h^2, so the exact
+    answer for any Gaussian, also one that the frame's border cuts.
+
+    Args:
+        heatmaps: (..., H, W, K), peaks of 1.
+        sigma: standard deviation of the Gaussians in pixels; scales the window.
+    Returns:
+        keypoints: (..., K, 2) float64 continuous pixels (x, y); NaN where a heatmap is zero or not finite.
+        confidence: (..., K) float64 in [0, 1]: the share of a full Gaussian's mass found within 3 sigma of the peak.
+    Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Magazine 28(5), 2011.
+    """
+    heatmaps = np.asarray(heatmaps)
+    peaks = heatmap2argmax(heatmaps)
+    *lead, height, width, count = heatmaps.shape
+    maps = np.moveaxis(heatmaps, -1, -3).reshape(-1, height, width)
+    column, row = peaks.reshape(-1, 2).T
+    window, x, y = _windows(maps, column, row, max(1, round(1.5 * sigma)))
+    keypoints = _fit_gaussian(window, x, y, sigma)
+    keypoints += np.stack([column, row], -1) + 0.5
+    window, x, y = _windows(maps, column, row, int(np.ceil(3 * sigma)))
+    expected = np.exp(-((x + column[:, None, None] + 0.5 - keypoints[:, 0, None, None]) ** 2
+                        + (y + row[:, None, None] + 0.5 - keypoints[:, 1, None, None]) ** 2) / (2 * sigma**2))
+    expected = np.where(np.isnan(window), 0, expected).sum((1, 2))
+    confidence = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(expected, 0.1 * 2 * np.pi * sigma**2)
+    confidence = np.where(np.isnan(keypoints).any(-1), 0.0, np.clip(confidence, 0, 1))
+    return keypoints.reshape(*lead, count, 2), confidence.reshape(*lead, count)
+
+
+def _windows(maps, column, row, radius):
+    """Cut (M, 2r+1, 2r+1) windows round pixels; NaN outside the frame. Returns the values and their x and y offsets."""
+    height, width = maps.shape[1:]
+    offsets = np.arange(-radius, radius + 1)
+    x, y = np.broadcast_to(offsets, (2 * radius + 1,) * 2), np.broadcast_to(offsets[:, None], (2 * radius + 1,) * 2)
+    c, r = column[:, None, None] + x, row[:, None, None] + y
+    inside = (c >= 0) & (c < width) & (r >= 0) & (r < height)
+    values = maps[np.arange(len(maps))[:, None, None], np.clip(r, 0, height - 1), np.clip(c, 0, width - 1)]
+    return np.where(inside, values, np.nan).astype(np.float64), x, y
+
+
+def _fit_gaussian(window, x, y, sigma):
+    """(M, 2) offsets (x, y) of the peaks of log-fitted Gaussians from the windows' centres; NaN for empty maps."""
+    usable = np.isfinite(window) & (window > 1e-6)
+    weight = np.where(usable, window, 0) ** 2
+    logs = np.log(np.where(usable, window, 1))
+    basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / [1, sigma, sigma, sigma**2]
+    weight, logs = weight.reshape(len(weight), -1), logs.reshape(len(logs), -1)
+    normal = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
+    right = np.einsum("mp,mp,pi->mi", weight, logs, basis, optimize=True)
+    scale = np.trace(normal, axis1=1, axis2=2)[:, None, None] + 1e-300
+    a, b, c, d = np.linalg.solve(normal / scale + 1e-12 * np.eye(4), (right / scale[..., 0])[..., None])[..., 0].T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        offset = np.stack([b, c], -1) / (-2 * d[:, None]) * sigma
+    offset = np.where((d[:, None] < -1e-3) & np.isfinite(offset), np.clip(offset, -1.5 * sigma, 1.5 * sigma), 0.0)
+    return np.where(weight.sum(-1, keepdims=True) > 0, offset, np.nan)
+
+
+# ============================================================ data pipeline
+
+
+def mirror_keypoints(keypoints, width, permutation=MIRROR):
+    """Keypoints (..., K, 2+) of the left-right mirrored frame, under their new names.
+
+    The k-th returned row is the mirrored position of row permutation[k]; further columns travel along. Its own inverse.
+    """
+    mirrored = np.array(keypoints)[..., permutation, :]
+    mirrored[..., 0] = width - mirrored[..., 0]
+    return mirrored
+
+
+def mirror_transformation(matrix):
+    """The model matrix (4, 4) of the left-right mirrored frame, for a camera that looks along its z axis from x = 0."""
+    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
+    return flip @ _check_array(matrix, (4, 4), "matrix") @ flip
+
+
+def mirror_permutation(points):
+    """For model points (K, 3), the index of each point's mirror image in x. ValueError if one has none."""
+    points = _check_array(points, (None, 3), "points")
+    distance = np.linalg.norm(points[:, None] * [-1, 1, 1] - points[None], axis=-1)
+    if (distance.min(1) > 1e-6).any():
+        raise ValueError(f"points: {points[distance.min(1).argmax()]} has no mirror image in the set; add it, so that frames can be mirrored")
+    return distance.argmin(1)
+
+
+def augmentation(seed=None):
+    """The albumentations pipeline: geometry about the frame's centre, then colour, blur, noise and compression.
+
+    The left-right mirror is not part of it: albumentations does not swap the names of keypoints, `make_dataset` does both.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A
+
+    return A.Compose([
+        A.Affine(rotate=(-180, 180), scale=(0.8, 1.25), translate_percent=(-0.08, 0.08), p=0.6),
+        A.OneOf([A.RandomBrightnessContrast((-0.12, 0.2), (-0.2, 0.3)), A.RandomGamma((70, 125))], p=0.6),
+        A.OneOf([A.HueSaturationValue(18, 40, 15), A.RGBShift(18, 18, 18), A.ToGray()], p=0.4),
+        A.OneOf([A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.3, 1.2)), A.MotionBlur(blur_limit=(3, 5)),
+                 A.Downscale(scale_range=(0.5, 0.9))], p=0.25),
+        A.OneOf([A.GaussNoise(std_range=(0.01, 0.06)), A.ISONoise()], p=0.25),
+        A.ImageCompression(quality_range=(55, 98), p=0.3),
+    ], keypoint_params=A.KeypointParams(format="xy", remove_invisible=False), seed=seed)
+
+
+def augment(image, keypoints, transform):
+    """Apply an albumentations pipeline to a frame and its keypoints (K, 2); none is dropped.
+
+    This is the one place where continuous coordinates become albumentations' pixel-index coordinates and come back.
+    """
+    result = transform(image=image, keypoints=np.asarray(keypoints) - 0.5)
+    return result["image"], np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2) + 0.5
+
+
+class _Batches:
+    """The batches of `make_dataset`; a function of (seed, epoch, index) alone, so workers may take them in any order."""
+
+    def __init__(self, paths, keypoints, shown, permutation, batch_size, size, augmented, shuffle, seed, **workers):
+        super().__init__(**workers)
+        self.paths, self.keypoints, self.shown, self.permutation = list(paths), keypoints, shown, permutation
+        self.batch_size, self.size, self.augmented, self.shuffle, self.seed = batch_size, size, augmented, shuffle, seed
+        self.epoch = -1
+        self.on_epoch_begin()
+
+    def __len__(self):
+        return -(-len(self.paths) // self.batch_size)
+
+    def on_epoch_begin(self):
+        """Draw the order of the next epoch."""
+        self.epoch += 1
+        order = np.arange(len(self.paths))
+        self.order = np.random.default_rng([self.seed, self.epoch]).permutation(order) if self.shuffle else order
+
+    def __getitem__(self, index):
+        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        transform = augmentation(int(rng.integers(2**31))) if self.augmented else None
+        images, targets = zip(*(self._example(i, rng, transform) for i in chosen))
+        return np.stack(images), np.stack(targets)
+
+    def _example(self, i, rng, transform):
+        """One frame: (size, size, 3) uint8 and (K, 3) float32."""
+        image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
+        keypoints, shown = self.keypoints[i], self.shown[i]
+        if self.augmented and rng.random() < 0.5:
+            image, keypoints, shown = image[:, ::-1], mirror_keypoints(keypoints, FRAME_SIZE, self.permutation), shown[self.permutation]
+        if transform is not None:
+            image, keypoints = augment(np.ascontiguousarray(image), keypoints, transform)
+        if self.size != FRAME_SIZE:
+            keypoints = keypoints * (self.size / FRAME_SIZE)
+            image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        keypoints = np.where(shown[:, None], keypoints, _FAR)
+        visible = in_frame(keypoints, self.size, self.size)
+        return image, np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
+
+
+def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, size=FRAME_SIZE, augmented=True, shuffle=None,
+                 points=KEYPOINTS, normals=None, seed=0, workers=2):
+    """A `keras.utils.PyDataset` that reads, augments and batches frames on `workers` threads.
+
+    Args:
+        paths, matrices: from `load_dataset`.
+        model_view_matrix, projection_matrix: from `load_camera`.
+        size: width and height in pixels to which frames and keypoints are scaled after the augmentation.
+        augmented: mirror (with the names swapped) and `augmentation`; False leaves the frames alone.
+        shuffle: None does as `augmented`.
+        points: (K, 3) model points, the 8 corners first.
+        normals: (K, 3) outward normals; a point whose normal turns away counts as hidden. None takes this module's for its own
+            `KEYPOINTS`, and zeros (never hidden) for other points.
+    Yields:
+        images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in the frame and facing the
+        camera, else 0). Off-frame points keep their positions; points that face away are put far outside.
+    Raises:
+        ValueError: no frames, lengths that differ, points that do not start with the corners, or have no mirror image.
+    """
+    import keras
+
+    points = _check_array(points, (None, 3), "points")
+    if len(paths) == 0 or len(paths) != len(matrices):
+        raise ValueError(f"expected as many matrices as frames and at least one, got {len(paths)} frames and {len(matrices)} matrices")
+    if not np.allclose(points[:8], BOUNDING_BOX):
+        raise ValueError("points: the first 8 must be the corners of BOUNDING_BOX, in its order")
+    if normals is None:
+        normals = NORMALS if points.shape == KEYPOINTS.shape and np.allclose(points, KEYPOINTS) else np.zeros_like(points)
+    keypoints = keypoints_of(matrices, model_view_matrix, projection_matrix, points=points)
+    if not np.isfinite(keypoints).all():
+        raise ValueError("keypoints: NaN or infinite positions; check the matrices and the camera")
+    shown = facing(matrices, model_view_matrix, points, normals)
+    dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})
+    return dataset(paths, keypoints, shown, mirror_permutation(points), batch_size, size, augmented,
+                   augmented if shuffle is None else shuffle, seed, workers=workers, max_queue_size=8)
+
+
+# ============================================================ model
+
+
+class HeatmapLoss:
+    """A Keras loss that draws the Gaussian heatmaps of a batch from its keypoints, on the device, within the step.
+
+    Args:
+        sigma: standard deviation in pixels of the frames.
+        stride: frame pixels for one pixel of the network's maps.
+        kind: "softmax", the cross-entropy between the Gaussian as a distribution over the pixels (its part outside the frame is one
+            more class) and the predicted map read as one; "mse", the mean squared error; "weighted", the mean squared error with
+            weight 1 + 50 h, so that the few bright pixels count.
+    Called with y_true (B, K, 3) keypoints in pixels (see `make_dataset`) and y_pred (B, H, W, K) heatmaps; returns (B,).
+    Source: for the softmax, Sun et al., Integral Human Pose Regression, ECCV 2018; for the class of absent points, DeTone et al.,
+        SuperPoint, CVPRW 2018, section 3.2.
+    """
+
+    def __init__(self, sigma=SIGMA, kind="softmax", stride=1):
+        if kind not in ("softmax", "mse", "weighted"):
+            raise ValueError(f"kind: expected 'softmax', 'mse' or 'weighted', got {kind!r}")
+        self.sigma, self.kind, self.stride = float(sigma), kind, stride
+        self.__name__ = f"heatmap_{kind}"
+
+    def __call__(self, y_true, y_pred):
+        from keras import ops
+
+        y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
+        height, width = y_pred.shape[1:3]
+        gx, gy = self._profile(y_true[..., 0], width), self._profile(y_true[..., 1], height)  # (B, W, K), (B, H, K)
+        if self.kind == "softmax":
+            return self._cross_entropy(gx, gy, y_pred)
+        target = gy[:, :, None] * gx[:, None]
+        weight = 1.0 + 50.0 * target if self.kind == "weighted" else 1.0
+        return ops.mean(weight * ops.square(target - y_pred), axis=(1, 2, 3))
+
+    def _profile(self, position, length):
+        from keras import ops
+
+        centres = (ops.arange(length, dtype="float32") + 0.5) * self.stride
+        return ops.exp(-ops.square(centres[None, :, None] - position[:, None]) / (2 * self.sigma**2))
+
+    def _cross_entropy(self, gx, gy, y_pred):
+        from keras import ops
+
+        mass = 2 * np.pi * (self.sigma / self.stride) ** 2
+        log_p = ops.log(y_pred + 1e-30) - float(np.log(mass))
+        inside = ops.sum(gy * ops.sum(log_p * gx[:, None], axis=2), axis=1) / mass
+        target_inside = ops.minimum(ops.sum(gx, axis=1) * ops.sum(gy, axis=1) / mass, 1.0)
+        absent = 1.0 - ops.sum(y_pred, axis=(1, 2)) / mass
+        outside = (1.0 - target_inside) * ops.log(ops.maximum(absent, 0.0) + 1e-6)
+        return -ops.mean(inside + outside, axis=-1)
+
+
+def spatial_softmax(logits, sigma):
+    """Turn logits (B, H, W, K) into heatmaps: a softmax over the pixels of each channel and one class for "not in the frame".
+
+    Scaled by 2 pi sigma^2, so that a softmax that equals a Gaussian of that sigma has a peak of 1.
+    """
+    from keras import ops
+
+    height, width = logits.shape[1:3]
+    logits = ops.cast(logits, "float32")
+    largest = ops.stop_gradient(ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0))
+    weights = ops.exp(logits - largest)
+    absent = height * width * ops.exp(-largest)
+    return weights * (2 * np.pi * sigma**2 / (ops.sum(weights, axis=(1, 2), keepdims=True) + absent))
+
+
+def _segmentation_models():
+    """Import segmentation_models for the Keras backend in use."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        os.environ.setdefault("SM_FRAMEWORK", "tf.keras")
+    else:  # names that Keras 3 moved and the package still asks for
+        os.environ["SM_FRAMEWORK"] = "keras"
+        keras.utils.generic_utils = keras.utils
+        keras.backend.sigmoid = keras.ops.sigmoid
+        keras.backend.int_shape = lambda x: tuple(x.shape)
+    import segmentation_models
+
+    return segmentation_models
+
+
+def build_model(backbone=BACKBONE, keypoints=len(KEYPOINTS), sigma=SIGMA, head="softmax", decoder_filters=DECODER_FILTERS, size=FRAME_SIZE, stride=STRIDE):
+    """Build the U-Net: (B, size, size, 3) frames of 0 to 255 -> (B, size/stride, size/stride, keypoints) heatmaps, untrained.
+
+    Args:
+        backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18", "mobilenetv2".
+        keypoints: number of output channels, the 8 corners first.
+        sigma: standard deviation of the heatmaps' Gaussians in pixels at this size.
+        head: "softmax" for `spatial_softmax`, "linear" for maps trained with a squared error.
+        size: width and height in pixels, a multiple of 32; the weights do not depend on it.
+        stride: 1 for maps of the frame's size, 2 to leave out the decoder's last and dearest stage (decoding is sub-pixel anyway).
+    Returns:
+        a keras.Model; its `settings` are these arguments.
+    Raises:
+        ValueError: an unknown backbone, head or stride, or a size that is not a multiple of 32.
+    Source: Ronneberger et al., U-Net, MICCAI 2015; https://github.com/qubvel/segmentation_models.
+    """
+    import keras
+
+    sm = _segmentation_models()
+    if backbone not in sm.get_available_backbone_names():
+        raise ValueError(f"backbone: {backbone!r} is unknown; expected one of {', '.join(sm.get_available_backbone_names())}")
+    if head not in ("softmax", "linear"):
+        raise ValueError(f"head: expected 'softmax' or 'linear', got {head!r}")
+    if size < 32 or size % 32 or stride not in (1, 2):
+        raise ValueError(f"expected a size that is a multiple of 32 pixels and stride 1 or 2, got size {size} and stride {stride}")
+    frames = keras.Input((size, size, 3), name="frames")
+    unet = sm.Unet(backbone, input_shape=(size, size, 3), classes=keypoints, activation="linear", encoder_weights=None,
+                   decoder_filters=tuple(decoder_filters))
+    if stride == 2:
+        features = unet.get_layer("decoder_stage3b_relu").output
+        unet = keras.Model(unet.input, keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features))
+    maps = unet(keras.layers.Rescaling(1 / 127.5, -1.0)(frames))
+    maps = spatial_softmax(maps, sigma / stride) if head == "softmax" else keras.ops.cast(maps, "float32")
+    model = keras.Model(frames, maps, name="xwing")
+    model.settings = dict(backbone=backbone, keypoints=keypoints, sigma=sigma, head=head, decoder_filters=list(decoder_filters), size=size,
+                          stride=stride)
+    return model
+
+
+def save_model(model, path, **facts):
+    """Write `NAME.weights.h5` and beside it `NAME.json` with the model's settings and any `facts`.
+
+    Kernels are stored as float16, which halves the file; everything else stays float32. Both files are replaced at once or not at all.
+    """
+    import h5py
+
+    path = _weights_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    try:
+        model.save_weights(part)
+        slim = part.with_name(f"slim-{part.name}")
+        with h5py.File(part) as source, h5py.File(slim, "w") as target:
+            _copy_slim(source, target)
+        os.replace(slim, path)
+    finally:
+        part.unlink(missing_ok=True)
+    _write_atomically(path.with_name(_stem(path) + ".json"), json.dumps({"model": model.settings, **facts}, indent=1) + "\n")
+
+
+def _copy_slim(source, target):
+    """Copy an HDF5 group, kernels (two dimensions or more) as compressed float16."""
+    for key, value in source.attrs.items():
+        target.attrs[key] = value
+    for name, item in source.items():
+        if hasattr(item, "items"):
+            _copy_slim(item, target.create_group(name))
+        elif item.ndim >= 2:
+            target.create_dataset(name, data=item[()].astype(np.float16), compression="gzip", shuffle=True)
+        else:
+            target.create_dataset(name, data=item[()])
+
+
+def _weights_path(path):
+    path = Path(path)
+    if not path.name.endswith(".weights.h5"):
+        raise ValueError(f"{path}: expected a file name that ends in .weights.h5")
+    return path
+
+
+def _stem(path):
+    return path.name.removesuffix(".weights.h5")
+
+
+def _write_atomically(path, text):
+    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def load_model(path, size=None):
+    """Rebuild a trained model from `NAME.weights.h5` and `NAME.json`; no pickles, no code in files.
+
+    Args:
+        path: the weights file.
+        size: width and height in pixels to build for; None is the size it was trained at.
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a foreign or damaged file.
+    """
+    path = _weights_path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such weights; run notebooks/train.ipynb, or restore weights/ with git checkout weights")
+    info = _read_json(path.with_name(_stem(path) + ".json"))
+    try:
+        settings = {**info["model"], **({"size": size} if size else {})}
+        model = build_model(**settings)
+        model.load_weights(path)
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not weights of this project's network ({str(error).splitlines()[0][:200]}); "
+                         "restore weights/ with git checkout weights") from None
+    return model
+
+
+def _on_cpu():
+    """Whether the Keras backend computes on the CPU."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.config.list_physical_devices("GPU")
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return not torch.cuda.is_available()
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
+def compile_model(model, learning_rate=1e-3, loss=None, run_eagerly=False):
+    """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`; XLA only on accelerators, as it slows the CPU's steps five times."""
+    import keras
+
+    settings = model.settings
+    loss = loss or HeatmapLoss(settings["sigma"], "softmax" if settings["head"] == "softmax" else "weighted", settings["stride"])
+    nmae = functools.partial(nmae_argmax, stride=settings["stride"])
+    nmae.__name__ = "nmae_argmax"
+    jit = False if _on_cpu() or keras.backend.backend() == "torch" else "auto"
+    model.compile(keras.optimizers.Adam(learning_rate, clipnorm=1.0), loss=loss, metrics=[nmae], jit_compile=jit, run_eagerly=run_eagerly)
+    return model
+
+
+def nmae_argmax(y_true, y_pred, stride=1):
+    """Keras metric: mean absolute difference between the argmax positions, in units of the frame.
+
+    Args:
+        y_true: (B, H, W, K) heatmaps, or (B, K, 3) keypoints as `make_dataset` yields them, in pixels of the heatmaps times `stride`.
+        y_pred: (B, H, W, C) heatmaps with C >= K channels; the first 8 channels count.
+        stride: frame pixels for one heatmap pixel.
+    Returns:
+        a scalar: the mean over x, y and the corners in the frame of |difference| / size; off-frame corners (no peak above 0.5) are masked.
+    """
+    from keras import ops
+
+    y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)[..., :8]
+    height, width = y_pred.shape[1:3]
+    size = ops.convert_to_tensor(np.array([width, height], np.float32))
+    if len(y_true.shape) == 4:
+        y_true = y_true[..., :8]
+        true, present = _argmax(y_true), ops.cast(ops.max(y_true, axis=(1, 2)) > 0.5, "float32")
+    else:
+        y_true = ops.cast(y_true[:, :8], "float32")
+        true, present = ops.floor(y_true[..., :2] / stride), y_true[..., 2]
+    error = ops.mean(ops.abs(_argmax(y_pred) - true) / size, axis=-1)
+    return ops.sum(error * present) / ops.maximum(ops.sum(present), 1.0)
+
+
+def _argmax(maps):
+    """(B, K, 2) float32 pixel indices (x, y) of the largest values; the Keras twin of `heatmap2argmax`."""
+    from keras import ops
+
+    height, width, count = maps.shape[1:]
+    flat = ops.argmax(ops.reshape(maps, (-1, height * width, count)), axis=1)
+    return ops.cast(ops.stack([flat % width, flat // width], axis=-1), "float32")
+
+
+def predict_heatmaps(model, images, batch_size=16):
+    """Heatmaps (N, H/stride, W/stride, 8) float32 of frames (N, H, W, 3) uint8; up to 2 MB a frame, so give short stacks.
+
+    Raises ValueError for a wrong shape or type, or another size than the model's.
+    """
+    images = np.asarray(images)
+    size = model.settings["size"]
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
+        raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
+    maps = np.empty((len(images), *model.output_shape[1:3], 8), np.float32)
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)])  # one shape, one graph
+        maps[start : start + len(batch)] = np.asarray(model.predict_on_batch(padded))[: len(batch), ..., :8]
+    return maps
+
+
+def predict_keypoints(model, images, batch_size=16, progress=False):
+    """Find the eight corners in frames.
+
+    Args:
+        model: from `load_model` or `build_model`.
+        images: (N, H, W, 3) uint8 RGB.
+        progress: show a bar.
+    Returns:
+        keypoints (N, 8, 2) float64 pixels, confidence (N, 8) float64 in [0, 1].
+    Raises:
+        ValueError: as `predict_heatmaps`.
+    """
+    keypoints, confidence = np.full((len(images), 8, 2), np.nan), np.zeros((len(images), 8))
+    sigma, stride = model.settings["sigma"], model.settings["stride"]
+    for start in tqdm(range(0, len(images), batch_size), desc="corners", unit="batch", disable=not progress):
+        part = slice(start, start + batch_size)
+        keypoints[part], confidence[part] = decode_heatmaps(predict_heatmaps(model, images[part], batch_size), sigma / stride)
+    return keypoints * stride, confidence
+
+
+# ============================================================ training
+
+
+def setting(name, default):
+    """A notebook constant that the environment variable XWING_<name> overrides, read as the default's type."""
+    value = os.environ.get(f"XWING_{name}", "")
+    if not value:
+        return default
+    try:
+        return type(default)(value) if default is not None else value
+    except ValueError:
+        raise ValueError(f"XWING_{name}: expected a {type(default).__name__}, got {value!r}") from None
+
+
+def training_callbacks(folder, model, validation_images, validation_keypoints, plateau=True):
+    """The callbacks of a training run that writes to `folder`.
+
+    Resume after an interruption, the corner report, the best weights by median corner error, a lower learning rate on a plateau and a CSV log.
+
+    Args:
+        validation_images: (N, size, size, 3) uint8; validation_keypoints: (N, K, 3) as `make_dataset` yields them.
+    """
+    import keras
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    class CornerReport(keras.callbacks.Callback):
+        """Adds the corner errors of the validation frames to the logs, split into finding and naming; saves the best weights."""
+
+        def __init__(self):
+            super().__init__()
+            log = folder / "log.csv"
+            rows = list(csv.DictReader(log.open())) if log.exists() else []
+            self.best = min((float(r["val_corner_px"]) for r in rows), default=np.inf)
+
+        def on_epoch_end(self, epoch, logs=None):
+            found, _ = predict_keypoints(self.model, validation_images)
+            report = corner_report(found, validation_keypoints[:, :8, :2], self.model.settings["size"])
+            names = report.pop("namings")
+            logs.update({f"val_{k}": v for k, v in report.items()}, **{f"val_named_{k}": v for k, v in names.items()})
+            logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+            if report["corner_px"] < self.best:
+                self.best = report["corner_px"]
+                save_model(self.model, folder / "best.weights.h5", epoch=epoch + 1, validation={**report, "namings": names})
+
+    return [CornerReport(),
+            *([keras.callbacks.ReduceLROnPlateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
+            keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True),
+            keras.callbacks.BackupAndRestore(str(folder / "backup"), delete_checkpoint=False)]
+
+
+def ship_weights(run, folder):
+    """Copy a run's best weights, their settings and its log to `folder` as `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`."""
+    run, folder = Path(run), Path(folder)
+    files = {"best.weights.h5": "xwing.weights.h5", "best.json": "xwing.json", "log.csv": "xwing_log.csv"}
+    missing = [name for name in files if not (run / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{run}: {', '.join(missing)} missing; finish at least one epoch of notebooks/train.ipynb first")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shipped in files.items():
+        part = folder / f".{shipped}.part"
+        part.write_bytes((run / name).read_bytes())
+        os.replace(part, folder / shipped)
+
+
+def corner_report(estimate, truth, size=FRAME_SIZE):
+    """Split corner errors into finding and naming.
+
+    Args:
+        estimate, truth: (N, 8, 2) pixels.
+        size: width and height of the frame in pixels; only corners inside it count. Errors are scaled to a 256 px frame.
+    Returns:
+        dict: corner_px (median distance to the true corner), nearest_px (median distance to the nearest true corner), renamed_px (median
+        distance under each frame's best naming), within_2px, within_5px (shares), namings (frames per best naming).
+    """
+    inside, unit = in_frame(truth, size, size), FRAME_SIZE / size
+    distance = np.linalg.norm(np.nan_to_num(estimate, nan=_FAR)[:, :, None] - truth[:, None], axis=-1) * unit  # (N, estimate, truth)
+    own = np.einsum("nkk->nk", distance)
+    named = np.stack([np.where(inside, distance[:, p, np.arange(8)], np.nan) for p in NAMINGS.values()])  # (namings, N, 8)
+    whole = inside.any(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        best = np.nanmean(np.minimum(named, 60), -1)[:, whole].argmin(0)
+    return {
+        "corner_px": float(np.median(own[inside])),
+        "nearest_px": float(np.median(distance.min(2)[inside])),
+        "renamed_px": float(np.nanmedian(named[:, whole][best, np.arange(whole.sum())])),
+        "within_2px": float((own[inside] <= 2).mean()),
+        "within_5px": float((own[inside] <= 5).mean()),
+        "namings": {name: int((best == i).sum()) for i, name in enumerate(NAMINGS)},
+    }
+
+
+# ============================================================ pose
+
+MIN_CONFIDENCE = 0.3  # corners below it are not used for a pose
+MAX_REPROJECTION = 4.0  # pixels of a 256 px frame: larger residuals of the corners in use make a pose untrustworthy
+
+
+def solve_pose(keypoints, K, confidence=None, points=BOUNDING_BOX):
+    """Solve the pose of the ship from its corners.
+
+    SQPnP on all confident corners and, where there are enough, on the subsets that leave one or two out, which survives one or two wild
+    corners; the best is refined by Levenberg-Marquardt on the corners that agree with it.
+
+    Args:
+        keypoints: (8, 2) pixels; NaN rows are not used.
+        K: (3, 3) camera matrix, pixels.
+        confidence: (8,) in [0, 1] or None; corners below MIN_CONFIDENCE are not used.
+        points: (8, 3) model points of the keypoints.
+    Returns:
+        (4, 4) float64 model -> OpenCV camera, or None when no trustworthy pose exists: fewer than 4 usable corners, fewer than 4 that agree
+        with one pose within MAX_REPROJECTION (scaled to the frame), more than 2 that disagree, or a ship behind the camera.
+    Raises:
+        ValueError: a wrong shape, or a K that is no finite camera matrix.
+    Source: Terzakis and Lourakis, A Consistently Fast and Globally Optimal Solution to the Perspective-n-Point Problem, ECCV 2020
+        (cv2.SOLVEPNP_SQPNP); leaving points out: Fischler and Bolles, RANSAC, CACM 24(6), 1981, here exhaustively.
+    """
+    points = _check_array(points, (None, 3), "points")
+    keypoints = _check_array(keypoints, (len(points), 2), "keypoints")
+    K = _check_array(K, (3, 3), "K")
+    if not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0:
+        raise ValueError(f"K: expected a finite camera matrix with positive focal lengths, got\n{K}")
+    weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
+    usable = np.flatnonzero(np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE))
+    if len(usable) < 4:
+        return None
+    limit = MAX_REPROJECTION * K[0, 0] / 248.8889
+    best, best_score = None, (0, -np.inf)
+    for subset in _subsets(usable):
+        pose = _sqpnp(points[subset], keypoints[subset], K)
+        if pose is None:
+            continue
+        error = reprojection_errors(pose, keypoints[usable], K, points[usable])
+        score = ((error < limit).sum(), -np.minimum(error, limit).sum())
+        if score > best_score:
+            best, best_score = pose, score
+    if best is None or best_score[0] < 4 or best_score[0] < len(usable) - 2:
+        return None
+    agreeing = usable[reprojection_errors(best, keypoints[usable], K, points[usable]) < limit]
+    return _refine(best, points[agreeing], keypoints[agreeing], K, limit)
+
+
+def _subsets(usable):
+    """All points first; then, from 6 points on, all but one, and from 7 on all but two."""
+    yield usable
+    if len(usable) >= 6:
+        yield from (np.delete(usable, i) for i in range(len(usable)))
+    if len(usable) >= 7:
+        yield from (np.delete(usable, [i, j]) for i in range(len(usable)) for j in range(i))
+
+
+def _sqpnp(points, keypoints, K):
+    """(4, 4) pose by SQPnP, or None where it fails or puts a point behind the camera."""
+    try:
+        found, rotation, translation = cv2.solvePnP(points, keypoints, K, None, flags=cv2.SOLVEPNP_SQPNP)
+    except cv2.error:
+        return None
+    pose = _pose_from_vectors(rotation, translation)
+    ahead = (points @ pose[2, :3] + pose[2, 3] > 0).all()
+    return pose if found and np.isfinite(pose).all() and ahead else None
+
+
+def _refine(pose, points, keypoints, K, limit):
+    """Levenberg-Marquardt on the reprojection error; None if the refined pose no longer fits."""
+    rotation, translation = cv2.Rodrigues(pose[:3, :3])[0], pose[:3, 3].copy()
+    rotation, translation = cv2.solvePnPRefineLM(points, keypoints, K, None, rotation, translation)
+    refined = _pose_from_vectors(rotation, translation)
+    error = reprojection_errors(refined, keypoints, K, points)
+    return refined if np.isfinite(error).all() and error.max() < limit else None
+
+
+def _pose_from_vectors(rotation, translation):
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = cv2.Rodrigues(rotation)[0], np.ravel(translation)
+    return pose
+
+
+def track_frames(model, paths, K, batch_size=16, progress=True):
+    """Find corners and pose in every frame of a clip, each on its own; memory does not grow with the network's maps.
+
+    Args:
+        model: from `load_model`.
+        paths: frames in order. One that cannot be read gives a warning, no corners and no pose, and the clip goes on.
+        K: (3, 3) camera matrix of the frames.
+    Returns:
+        keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
+    """
+    size = model.settings["size"]
+    keypoints, confidence = np.full((len(paths), 8, 2), np.nan), np.zeros((len(paths), 8))
+    for start in tqdm(range(0, len(paths), batch_size), desc="tracking", unit="batch", disable=not progress):
+        frames = {i: _read_or_warn(paths[i], size) for i in range(start, min(start + batch_size, len(paths)))}
+        good = [i for i, frame in frames.items() if frame is not None]
+        if good:
+            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size)
+    return keypoints, confidence, [solve_pose(k, K, c) for k, c in zip(keypoints, confidence)]
+
+
+def _read_or_warn(path, size):
+    try:
+        return read_image(path, (size, size))
+    except (ValueError, FileNotFoundError) as error:
+        warnings.warn(f"no pose for this frame: {error}", stacklevel=3)
+        return None
+
+
+# ============================================================ errors (estimate before truth)
+
+
+def reprojection_errors(pose, keypoints, K, points=BOUNDING_BOX):
+    """(N,) distances in pixels between the projected points and the keypoints (N, 2); inf behind the camera."""
+    return np.nan_to_num(np.linalg.norm(project_pose(points, pose, K) - keypoints, axis=-1), nan=np.inf)
+
+
+def rotation_error(estimate, truth):
+    """Angle in degrees between two rotations (3, 3) or poses (4, 4).
+
+    From the Frobenius norm of the difference, which stays exact for small angles where the arc cosine of the trace does not.
+    Source: Hartley et al., Rotation Averaging, IJCV 103, 2013, section 4 (chordal distance = 2 sqrt(2) sin(angle / 2)).
+    """
+    chord = np.linalg.norm(np.asarray(estimate)[:3, :3] - np.asarray(truth)[:3, :3])
+    return float(np.degrees(2 * np.arcsin(min(chord / (2 * np.sqrt(2)), 1.0))))
+
+
+def translation_error(estimate, truth):
+    """Distance in model units between the positions of two poses (4, 4)."""
+    return float(np.linalg.norm(np.asarray(estimate)[:3, 3] - np.asarray(truth)[:3, 3]))
+
+
+def add_error(estimate, truth, points=BOUNDING_BOX):
+    """Average distance in model units between the model points under two poses (4, 4).
+
+    Source: Hinterstoisser et al., Model Based Training, Detection and Pose Estimation of Texture-Less 3D Objects, ACCV 2012.
+    """
+    estimate, truth = np.asarray(estimate), np.asarray(truth)
+    moved = points @ (estimate[:3, :3] - truth[:3, :3]).T + (estimate[:3, 3] - truth[:3, 3])
+    return float(np.linalg.norm(moved, axis=1).mean())
+
+
+def speed_score(estimate, truth):
+    """Rotation error in radians plus position error relative to the true distance; 0 is perfect.
+
+    Source: Kisantal et al., Satellite Pose Estimation Challenge: Dataset, Competition Design and Results, IEEE TAES 56(5), 2020, eq. 3-5.
+    """
+    relative = translation_error(estimate, truth) / np.linalg.norm(np.asarray(truth)[:3, 3])
+    return float(np.radians(rotation_error(estimate, truth)) + relative)
+
+
+def heatmap_mse(model, images, keypoints, sigma=10.0, batch_size=16):
+    """Mean squared error of the heatmaps at another sigma, over the corners in the frame, and that of an all-zero prediction.
+
+    The network's maps are widened from their own sigma to the wanted one by a Gaussian blur of sqrt(sigma^2 - own^2).
+
+    Args:
+        images: (N, H, W, 3) uint8; keypoints: (N, 8, 2) true pixels.
+    Returns:
+        mse, mse_of_zero.
+    """
+    own, (height, width) = model.settings["sigma"], images.shape[1:3]
+    if not sigma > own:
+        raise ValueError(f"sigma: expected more than the network's own {own} pixels, got {sigma}")
+    error, zero = [], []
+    for start in range(0, len(images), batch_size):
+        maps = predict_heatmaps(model, images[start : start + batch_size], batch_size)
+        for heatmap, corners in zip(maps, keypoints[start : start + batch_size]):
+            wide = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_CUBIC) * (sigma / own) ** 2
+            wide = cv2.GaussianBlur(wide, (0, 0), np.sqrt(sigma**2 - own**2), borderType=cv2.BORDER_CONSTANT)
+            truth, seen = gaussian_heatmaps(corners, (height, width), sigma), in_frame(corners, width, height)
+            error.append(((wide - truth) ** 2).mean((0, 1))[seen])
+            zero.append((truth**2).mean((0, 1))[seen])
+    return float(np.concatenate(error).mean()), float(np.concatenate(zero).mean())
+
+
+def evaluate(keypoints, poses, true_keypoints, true_poses, size=FRAME_SIZE):
+    """The figures of merit of a set of frames.
+
+    Args:
+        keypoints, true_keypoints: (N, 8, 2) pixels.
+        poses: list of N (4, 4) or None; true_poses: (N, 4, 4).
+    Returns:
+        dict of figures. Corner figures count corners in the frame; pose errors are over frames with a pose, while the shares of flips and of
+        ADD count every frame with at least 4 corners in the frame, a missing pose as a miss.
+    """
+    inside = in_frame(true_keypoints, size, size)
+    enough = inside.sum(1) >= 4
+    report = corner_report(np.asarray(keypoints), true_keypoints, size)
+    solved = np.array([p is not None for p in poses])
+    pairs = [(p, t) for p, t in zip(poses, true_poses) if p is not None]
+    rotation = np.array([rotation_error(p, t) for p, t in pairs] or [np.nan])
+    add = np.array([np.inf if p is None else add_error(p, t) / DIAMETER for p, t in zip(poses, true_poses)])
+    wrong = np.floor(np.nan_to_num(keypoints, nan=0.0)) - np.floor(true_keypoints)
+    return {
+        "frames": len(poses), "frames_with_4_corners": int(enough.sum()),
+        "corner_px_median": report["corner_px"], "corners_within_2px": report["within_2px"], "corners_within_5px": report["within_5px"],
+        "nearest_corner_px_median": report["nearest_px"], "best_naming_px_median": report["renamed_px"], "namings": report["namings"],
+        "nmae": float(np.abs(wrong)[inside].mean() / size),
+        "poses_found": float(solved[enough].mean()),
+        "rotation_deg_median": float(np.median(rotation)), "rotation_deg_95": float(np.percentile(rotation, 95)),
+        "translation_median": float(np.median([translation_error(p, t) for p, t in pairs] or [np.nan])),
+        "flips": float((rotation > 90).sum() / max(enough.sum(), 1)),
+        "add_0.1": float((add[enough] <= 0.1).mean()), "add_0.02": float((add[enough] <= 0.02).mean()),
+        "speed_score": float(np.mean([speed_score(p, t) for p, t in pairs] or [np.nan])),
+    }
+
+
+# ============================================================ drawing and animation
+
+_SHIFT = 4  # fractional bits of OpenCV's drawing functions
+
+
+def _cv_point(point):
+    """Continuous (x, y) pixels -> OpenCV's fixed-point pixel-index coordinates."""
+    return tuple(int(v) for v in np.round((np.clip(point, -2000, 6000) - 0.5) * 2**_SHIFT))
+
+
+def draw_box(image, keypoints, colour=(90, 255, 90)):
+    """Return a copy of the frame (H, W, 3) uint8 with the edges of the box of (8, 2) corners; edges with a NaN end are left out."""
+    image = np.array(image)
+    for a, b in BOX_EDGES:
+        if np.isfinite(keypoints[[a, b]]).all():
+            cv2.line(image, _cv_point(keypoints[a]), _cv_point(keypoints[b]), colour, 1, cv2.LINE_AA, _SHIFT)
+    return image
+
+
+def draw_axes(image, pose, K, length=0.15):
+    """Return a copy of the frame with the model axes drawn from the model's origin: x red, y green, z blue; `length` in model units."""
+    image = np.array(image)
+    origin, *ends = project_pose(np.concatenate([np.zeros((1, 3)), np.eye(3) * length]), pose, K)
+    for end, colour in zip(ends, ((255, 70, 70), (80, 255, 80), (90, 140, 255))):
+        if np.isfinite([origin, end]).all():
+            cv2.arrowedLine(image, _cv_point(origin), _cv_point(end), colour, 1, cv2.LINE_AA, _SHIFT, 0.15)
+    return image
+
+
+def bolts_in_flight(time, rate=3.0, speed=2.2, length=0.22, reach=3.0):
+    """Where the bolts of the four cannons are.
+
+    Args:
+        time: seconds; the pairs of cannons fire in turn, `rate` volleys a second, at `speed` model units a second.
+    Returns:
+        list of (cannon, start, end): distances from the muzzle in model units of the bolt's tail and head.
+    """
+    bolts = []
+    for volley in range(max(0, int(np.floor((time - (reach + length) / speed) * rate))), int(np.floor(time * rate)) + 1):
+        head = (time - volley / rate) * speed
+        if 0 < head and head - length < reach:
+            bolts += [(cannon, max(head - length, 0.0), head) for cannon in ((0, 3) if volley % 2 else (1, 2))]
+    return bolts
+
+
+def draw_bolts(image, pose, K, time=0.0, radius=0.0032, colour=(255, 60, 40), near=0.05):
+    """Return a copy of the frame with laser bolts in perspective, glowing.
+
+    Args:
+        image: (H, W, 3) uint8; pose: (4, 4) or None, which draws nothing; K: (3, 3).
+        time: seconds into the shot.
+        radius: of a bolt, in model units; it tapers towards the tail and narrows with the distance.
+        near: bolts are cut this close to the camera, in model units.
+    """
+    image = np.array(image)
+    if pose is None:
+        return image
+    core = np.zeros(image.shape[:2], np.uint8)
+    for cannon, start, end in bolts_in_flight(time):
+        muzzle, aim = LASERS[cannon]
+        direction = (aim - muzzle) / np.linalg.norm(aim - muzzle)
+        segment = np.stack([muzzle + start * direction, muzzle + end * direction]) @ pose[:3, :3].T + pose[:3, 3]
+        segment = _clip_near(segment, near)
+        if segment is not None:
+            _fill_bolt(core, segment, radius, K)
+    light = core.astype(np.float32) / 255
+    scale = K[0, 0] / 248.8889
+    halo = cv2.GaussianBlur(light, (0, 0), 2.2 * scale) * 1.1 + cv2.GaussianBlur(light, (0, 0), 5.0 * scale) * 0.7
+    glow = halo[..., None] * np.array(colour, np.float32) + light[..., None] * np.array([255, 215, 190], np.float32)
+    return np.clip(image + glow, 0, 255).astype(np.uint8)
+
+
+def _clip_near(segment, near):
+    """Cut a camera-frame segment (2, 3) at depth `near`; None if it lies wholly before it."""
+    depth = segment[:, 2]
+    if (depth < near).all():
+        return None
+    segment = segment.copy()
+    for i in np.flatnonzero(depth < near):
+        t = (near - depth[i]) / (depth[1 - i] - depth[i])
+        segment[i] = segment[i] + t * (segment[1 - i] - segment[i])
+    return segment
+
+
+def _fill_bolt(canvas, segment, radius, K):
+    """Draw one bolt, tail to head, as a filled quadrilateral of perspective width (at least a third of a pixel)."""
+    tail, head = (segment / segment[:, 2:]) @ K[:2].T
+    widths = np.maximum(K[0, 0] * radius / segment[:, 2] * [0.35, 1.0], 0.33)
+    along = (head - tail) / max(np.linalg.norm(head - tail), 1e-9)
+    across = np.array([-along[1], along[0]])
+    outline = [tail + across * widths[0], head + across * widths[1], head + along * widths[1], head - across * widths[1], tail - across * widths[0]]
+    cv2.fillConvexPoly(canvas, np.array([_cv_point(p) for p in outline], np.int32), 255, cv2.LINE_AA, _SHIFT)
+
+
+def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
+    """Write a clip with laser bolts.
+
+    Args:
+        frames: N (H, W, 3) uint8 arrays or paths of pictures. A path that cannot be read repeats the frame before it, with a warning.
+        poses: N (4, 4) or None; a frame without a pose shows no bolts.
+        K: (3, 3) camera matrix.
+        path: `.gif` or `.mp4`; replaced only when the whole clip is made.
+        fps, source_fps: of the file and of the frames; real time is kept by leaving frames out or showing them twice.
+    Raises:
+        ValueError: no frames, numbers that differ, a rate that is not positive (or over 100 in a GIF), another suffix, a first frame that
+        cannot be read.
+    """
+    path, frames = Path(path), list(frames)
+    if not frames or len(frames) != len(poses):
+        raise ValueError(f"expected as many poses as frames and at least one, got {len(frames)} frames and {len(poses)} poses")
+    if path.suffix not in (".gif", ".mp4"):
+        raise ValueError(f"{path}: expected a .gif or .mp4 file")
+    if not (fps > 0 and source_fps > 0) or (path.suffix == ".gif" and fps > 100):
+        raise ValueError(f"expected positive rates, and at most 100 frames a second in a GIF, got fps {fps} and source_fps {source_fps}")
+    shown = np.arange(0, len(frames) - 1e-9, source_fps / fps).astype(int)
+    pictures = _drawn(frames, poses, K, shown, source_fps, progress)
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    try:
+        (_write_gif if path.suffix == ".gif" else _write_mp4)(pictures, part, fps)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _drawn(frames, poses, K, shown, source_fps, progress):
+    """Yield the chosen frames with their bolts."""
+    image = None
+    for i in tqdm(shown, desc="drawing", unit="frame", disable=not progress):
+        try:
+            image = frames[i] if isinstance(frames[i], np.ndarray) else read_image(frames[i])
+        except (ValueError, FileNotFoundError) as error:
+            if image is None:
+                raise
+            warnings.warn(f"frame {i} repeats the one before: {error}", stacklevel=2)
+        yield draw_bolts(image, poses[i], K, i / source_fps)
+
+
+def _write_gif(pictures, path, fps):
+    """One palette for the whole clip, taken from a mosaic of its frames, so that the colours do not flicker; loops for ever."""
+    pictures = [Image.fromarray(p) for p in pictures]
+    chosen = pictures[:: max(1, len(pictures) // 24)]
+    mosaic = Image.fromarray(np.concatenate([np.asarray(p) for p in chosen]))
+    palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT)
+    indexed = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    indexed[0].save(path, format="GIF", save_all=True, append_images=indexed[1:], duration=round(100 / fps) * 10, loop=0, disposal=1)
+
+
+def _write_mp4(pictures, path, fps):
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
+        for picture in pictures:
+            writer.append_data(picture)
