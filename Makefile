@@ -22,6 +22,8 @@ test: $(STAMP)
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	# Both OpenCV packages write the same files; the headless one goes last, so that no libGL is needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $$(grep ^opencv-python-headless requirements.txt)
 	touch $@
 
 lab: $(STAMP)

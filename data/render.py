@@ -55,18 +55,18 @@ def random_pose(rng):
 
 # Waypoints of the flight: second, centre in the frame (x, y in [-1, 1], y up), distance from the camera in model units.
 WAYPOINTS = np.array([
-    (0.0, -0.78, 0.50, 1.34), (1.2, -0.30, 0.30, 1.20), (2.2, 0.22, 0.02, 0.98), (3.0, 0.60, -0.30, 0.80),
-    (3.7, 1.02, -0.28, 0.78), (4.45, 0.62, 0.20, 0.92), (5.3, 0.05, 0.42, 1.10), (6.3, -0.45, 0.05, 1.00),
-    (7.1, -1.02, -0.30, 0.92), (7.55, -1.62, -0.30, 0.92), (8.2, -0.85, -0.02, 1.00), (9.0, -0.20, 0.22, 1.15),
-    (10.0, 0.45, 0.48, 1.38)])
-ROLLS = np.array([(0.0, 0), (1.0, 0), (1.8, 25), (2.6, 60), (3.6, 110), (4.6, 250), (5.6, 375), (6.4, 345), (7.2, 300), (8.2, 335),
-                  (9.2, 365), (10.0, 372)])  # second, roll about the heading in degrees: banks, and one full barrel roll
+    (0.0, -0.55, 0.52, 1.37), (1.2, -0.25, 0.34, 1.22), (2.2, 0.18, 0.05, 0.98), (3.0, 0.55, -0.25, 0.80),
+    (3.7, 0.82, -0.30, 0.76), (4.5, 0.62, 0.12, 0.90), (5.3, 0.12, 0.40, 1.08), (6.2, -0.40, 0.15, 1.00),
+    (7.0, -1.00, -0.25, 0.92), (7.55, -1.33, -0.34, 0.95), (8.2, -0.95, -0.12, 1.05), (9.0, -0.25, 0.22, 1.18),
+    (10.0, 0.42, 0.46, 1.38)])
+ROLLS = np.array([(0.0, 0), (1.0, 5), (1.8, 25), (2.6, 55), (3.6, 120), (4.6, 250), (5.6, 365), (6.4, 340), (7.2, 305), (8.2, 335),
+                  (9.2, 385), (10.0, 400)])  # second, roll about the heading in degrees: banks, and one full barrel roll
 
 
 def flight_poses(count=300, fps=30):
     """Return the (count, 4, 4) model matrices of a smooth flight: 10 s that bank, roll, come close and go far.
 
-    The nose follows the path's tangent (smoothed over a second), the roll follows a spline of its own.
+    The nose follows the path's tangent (smoothed over 1.6 seconds), the roll follows a spline of its own.
     """
     time = np.arange(count) / fps
     path = CubicSpline(WAYPOINTS[:, 0], WAYPOINTS[:, 1:])
@@ -75,18 +75,18 @@ def flight_poses(count=300, fps=30):
         x, y, distance = path(t).T
         return np.stack([x * distance / FOCAL, y * distance / FOCAL, 1 - distance], -1)
 
-    window = np.linspace(-0.5, 0.5, 21)
-    weights = np.hanning(23)[1:-1]
+    window = np.linspace(-0.8, 0.8, 33)
+    weights = np.hanning(35)[1:-1]
     tangents = (position(np.clip(time[:, None] + window, 0, 10).ravel() + 0.02)
                 - position(np.clip(time[:, None] + window, 0, 10).ravel() - 0.02)).reshape(count, -1, 3)
-    heading = np.einsum("w,nwc->nc", weights, tangents) + [0, 0, 0.004]
+    heading = np.einsum("w,nwc->nc", weights, tangents) + [0, 0, -0.12]  # and always a little away from the camera
     heading /= np.linalg.norm(heading, axis=1, keepdims=True)
     right = np.cross(heading, [0, 1, 0])
     right /= np.linalg.norm(right, axis=1, keepdims=True)
     frames = np.stack([right, -heading, np.cross(right, heading)], -1)  # model x, y, z in the world
     roll = CubicSpline(ROLLS[:, 0], ROLLS[:, 1])(time)
     matrices = np.tile(np.eye(4), (count, 1, 1))
-    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", roll, degrees=True).as_matrix()
+    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", roll[:, None], degrees=True).as_matrix()
     matrices[:, :3, 3] = position(time)
     return matrices
 
@@ -385,7 +385,7 @@ def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
     ship = renderer(mesh_path)
     look = random_look(np.random.default_rng([seed]), ship.materials)
     look.sky = Sky(np.random.default_rng([seed, 1]), "bright")
-    look.sky_rotation = Rotation.from_rotvec(np.array([0.02, 0.06, 0.015]) * index / 30).as_matrix() @ look.sky_rotation
+    look.sky_rotation = Rotation.from_rotvec(np.array([0.02, 0.06, 0.015]) * index / 30).as_matrix()
     look.ambient, look.light_strength, look.light_focus = 0.75, 0.45, 2.0
     look.light_direction = np.array([-0.4, 0.8, 0.45])
     look.tint, look.albedo_jitter = np.full(3, 1.05), dict.fromkeys(ship.materials, 1.0)
