@@ -64,6 +64,7 @@ SURFACE_POINTS, SURFACE_NORMALS = _SURFACE[:, :3], _SURFACE[:, 3:]
 KEYPOINTS = np.concatenate([BOUNDING_BOX, SURFACE_POINTS])  # (16, 3) what the shipped network predicts
 NORMALS = np.concatenate([np.zeros((8, 3)), SURFACE_NORMALS])  # (16, 3)
 
+CHANNELS = len(KEYPOINTS)  # 16
 BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
 DECODER_FILTERS = (128, 64, 32, 32, 16)
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
@@ -236,7 +237,7 @@ def camera_matrix(projection_matrix, width, height):
     Source: Hartley and Zisserman, Multiple View Geometry, 2nd ed., section 6.1, equation 6.9, and the projection above.
     """
     p = _check_array(projection_matrix, (4, 4), "projection_matrix")
-    return np.array([[p[0, 0] * width / 2, -p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
+    return np.array([[p[0, 0] * width / 2, 0.0 - p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
                      [0, p[1, 1] * height / 2, (1 + p[1, 2]) * height / 2], [0, 0, 1]])
 
 
@@ -610,7 +611,8 @@ def _segmentation_models():
     return segmentation_models
 
 
-def build_model(backbone=BACKBONE, keypoints=len(KEYPOINTS), sigma=SIGMA, head="softmax", decoder_filters=DECODER_FILTERS, size=FRAME_SIZE, stride=STRIDE):
+def build_model(backbone=BACKBONE, keypoints=CHANNELS, sigma=SIGMA, head="softmax", decoder_filters=DECODER_FILTERS, size=FRAME_SIZE,
+                stride=STRIDE):
     """Build the U-Net: (B, size, size, 3) frames of 0 to 255 -> (B, size/stride, size/stride, keypoints) heatmaps, untrained.
 
     Args:
@@ -839,13 +841,15 @@ def setting(name, default):
         raise ValueError(f"XWING_{name}: expected a {type(default).__name__}, got {value!r}") from None
 
 
-def training_callbacks(folder, model, validation_images, validation_keypoints, plateau=True):
+def training_callbacks(folder, model, validation_images, validation_keypoints, plateau=True, facts=None):
     """The callbacks of a training run that writes to `folder`.
 
     Resume after an interruption, the corner report, the best weights by median corner error, a lower learning rate on a plateau and a CSV log.
 
     Args:
         validation_images: (N, size, size, 3) uint8; validation_keypoints: (N, K, 3) as `make_dataset` yields them.
+        plateau: lower the learning rate when the validation error stands still; leave it out when the rate follows a schedule.
+        facts: dict that is kept beside the best weights: how they were trained.
     """
     import keras
 
@@ -869,7 +873,8 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, p
             logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
             if report["corner_px"] < self.best:
                 self.best = report["corner_px"]
-                save_model(self.model, folder / "best.weights.h5", epoch=epoch + 1, validation={**report, "namings": names})
+                save_model(self.model, folder / "best.weights.h5", training={**(facts or {}), "best_epoch": epoch + 1},
+                           validation={**report, "namings": names})
 
     return [CornerReport(),
             *([keras.callbacks.ReduceLROnPlateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
@@ -878,17 +883,37 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, p
 
 
 def ship_weights(run, folder):
-    """Copy a run's best weights, their settings and its log to `folder` as `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`."""
+    """Copy a run's best weights to `folder` as `xwing.weights.h5`, with `xwing.json` and `xwing_log.csv`.
+
+    A run that began from another run's weights brings that run's log and facts along, so that the log shows the whole training.
+    """
     run, folder = Path(run), Path(folder)
-    files = {"best.weights.h5": "xwing.weights.h5", "best.json": "xwing.json", "log.csv": "xwing_log.csv"}
-    missing = [name for name in files if not (run / name).exists()]
+    stages = _stages(run)
+    samples, rows = 0, []
+    for stage, (path, facts) in enumerate(stages):
+        for row in csv.DictReader((path / "log.csv").open()):
+            samples += facts.get("steps", 0) * facts.get("batch", 0)
+            rows.append({"stage": stage + 1, "samples_seen": samples, **row})
+    info = _read_json(run / "best.json")
+    info["training"] = {"samples_seen": samples, "stages": [facts for _, facts in stages]}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".xwing.weights.h5.part"
+    part.write_bytes((run / "best.weights.h5").read_bytes())
+    os.replace(part, folder / "xwing.weights.h5")
+    _write_atomically(folder / "xwing.json", json.dumps(info, indent=1) + "\n")
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(fields)] + [",".join(str(row.get(field, "")) for field in fields) for row in rows]
+    _write_atomically(folder / "xwing_log.csv", "\n".join(lines) + "\n")
+
+
+def _stages(run):
+    """The runs that led to `run`, the first one first: a list of (folder, facts)."""
+    missing = [name for name in ("best.weights.h5", "best.json", "log.csv") if not (run / name).exists()]
     if missing:
         raise FileNotFoundError(f"{run}: {', '.join(missing)} missing; finish at least one epoch of notebooks/train.ipynb first")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, shipped in files.items():
-        part = folder / f".{shipped}.part"
-        part.write_bytes((run / name).read_bytes())
-        os.replace(part, folder / shipped)
+    facts = _read_json(run / "best.json").get("training", {})
+    earlier = Path(__file__).parent / facts["init"] if facts.get("init") else None
+    return ([] if earlier is None or not (earlier.parent / "log.csv").exists() else _stages(earlier.parent)) + [(run, facts)]
 
 
 def corner_report(estimate, truth, size=FRAME_SIZE):
@@ -1131,6 +1156,52 @@ def evaluate(keypoints, poses, true_keypoints, true_poses, size=FRAME_SIZE):
     }
 
 
+def muzzle_error(estimate, truth, K):
+    """Largest distance in pixels from a true muzzle to the nearest estimated one; blind to rolls that swap the cannons, as bolts are."""
+    drawn, wanted = (project_pose(LASERS[:, 0], pose, K) for pose in (estimate, truth))
+    return float(np.nan_to_num(np.linalg.norm(wanted[:, None] - drawn[None], axis=-1).min(1).max(), nan=np.inf))
+
+
+_PANEL = {  # figure -> (name in tables, format)
+    "frames": ("frames", "{:d}"),
+    "heatmap_mse_sigma10": ("heatmap MSE at sigma 10", "{:.5f}"),
+    "heatmap_mse_sigma10_all_zero": ("... of an all-zero prediction", "{:.5f}"),
+    "corner_px_median": ("corner error, median", "{:.2f} px"),
+    "nearest_corner_px_median": ("... to the nearest corner", "{:.2f} px"),
+    "corners_within_2px": ("corners within 2 px", "{:.1%}"),
+    "corners_within_5px": ("corners within 5 px", "{:.1%}"),
+    "nmae": ("NMAE (argmax)", "{:.2%}"),
+    "poses_found": ("frames with a pose, of those with 4 corners in sight", "{:.1%}"),
+    "rotation_deg_median": ("rotation error, median", "{:.2f}°"),
+    "rotation_deg_95": ("rotation error, 95th percentile", "{:.1f}°"),
+    "flips": ("flips (over 90°)", "{:.1%}"),
+    "translation_median": ("translation error, median", "{:.4f}"),
+    "add_0.1": ("ADD within 0.1 diameters", "{:.1%}"),
+    "add_0.02": ("ADD within 0.02 diameters", "{:.1%}"),
+    "speed_score": ("SPEED score", "{:.4f}"),
+}
+
+
+def results_table(figures):
+    """The panel as a Markdown table: one column for each set in `figures`, a dict name -> `evaluate(...)`."""
+    lines = ["| figure | " + " | ".join(figures) + " |", "|---|" + "---|" * len(figures)]
+    for key, (name, form) in _PANEL.items():
+        lines.append(f"| {name} | " + " | ".join(form.format(f[key]) for f in figures.values()) + " |")
+    return "\n".join(lines)
+
+
+def write_results(folder, figures, readme=None):
+    """Write `weights/xwing_eval.json` under `folder` and, if given, the table between the README's two result markers."""
+    rounded = {name: {k: round(v, 6) if isinstance(v, float) else v for k, v in f.items()} for name, f in figures.items()}
+    _write_atomically(Path(folder) / "weights" / "xwing_eval.json", json.dumps(rounded, indent=1) + "\n")
+    if readme is not None:
+        text = Path(readme).read_text()
+        table = f"<!-- results -->\n{results_table(rounded)}\n<!-- /results -->"
+        if not re.search("<!-- results -->.*<!-- /results -->", text, re.S):
+            raise ValueError(f"{readme}: the markers <!-- results --> and <!-- /results --> are missing")
+        _write_atomically(readme, re.sub("<!-- results -->.*<!-- /results -->", lambda _: table, text, flags=re.S))
+
+
 # ============================================================ drawing and animation
 
 _SHIFT = 4  # fractional bits of OpenCV's drawing functions
@@ -1160,7 +1231,7 @@ def draw_axes(image, pose, K, length=0.15):
     return image
 
 
-def bolts_in_flight(time, rate=3.0, speed=2.2, length=0.22, reach=3.0):
+def bolts_in_flight(time, rate=5.0, speed=2.0, length=0.16, reach=3.0):
     """Where the bolts of the four cannons are.
 
     Args:
@@ -1271,11 +1342,22 @@ def _drawn(frames, poses, K, shown, source_fps, progress):
 def _write_gif(pictures, path, fps):
     """One palette for the whole clip, taken from a mosaic of its frames, so that the colours do not flicker; loops for ever."""
     pictures = [Image.fromarray(p) for p in pictures]
-    chosen = pictures[:: max(1, len(pictures) // 24)]
-    mosaic = Image.fromarray(np.concatenate([np.asarray(p) for p in chosen]))
-    palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT)
+    palette = _clip_palette(np.concatenate([np.asarray(p).reshape(-1, 3) for p in pictures[:: max(1, len(pictures) // 24)]]))
     indexed = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     indexed[0].save(path, format="GIF", save_all=True, append_images=indexed[1:], duration=round(100 / fps) * 10, loop=0, disposal=1)
+
+
+def _clip_palette(pixels):
+    """A PIL image with a palette of 256 colours for (N, 3) uint8 pixels: half for the few that are bright or warm (ship, bolts), half for the sky."""
+    warm = (pixels.max(1) > 130) | (pixels[:, 0] > pixels[:, 2].astype(int) + 8)
+    colours = []
+    for part in (pixels[warm], pixels[~warm]):
+        if len(part):
+            strip = Image.fromarray(part[None]).quantize(128, method=Image.Quantize.MEDIANCUT)
+            colours += strip.getpalette()[: 3 * 128]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours)
+    return palette
 
 
 def _write_mp4(pictures, path, fps):

@@ -83,10 +83,10 @@ def flight_poses(count=300, fps=30):
     heading /= np.linalg.norm(heading, axis=1, keepdims=True)
     right = np.cross(heading, [0, 1, 0])
     right /= np.linalg.norm(right, axis=1, keepdims=True)
-    frames = np.stack([right, -heading, np.cross(right, heading)], -1)  # model x, y, z in the world
+    frames = np.stack([-right, -heading, np.cross(right, heading)], -1)  # model x, y, z in the world: x is the pilot's left
     roll = CubicSpline(ROLLS[:, 0], ROLLS[:, 1])(time)
     matrices = np.tile(np.eye(4), (count, 1, 1))
-    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", roll[:, None], degrees=True).as_matrix()
+    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", -roll[:, None], degrees=True).as_matrix()
     matrices[:, :3, 3] = position(time)
     return matrices
 
@@ -151,7 +151,7 @@ class Sky:
             weight += self.roughness**octave
         return np.clip((total / weight - 0.5) * 1.9 + 0.5, 0, 1).astype(np.float32)
 
-    def draw(self, width=SIZE, height=SIZE, rotation=np.eye(3)):
+    def draw(self, width, height, rotation):
         """(height, width, 3) display values in [0, 1]; `rotation` turns camera axes into the sky's."""
         warp = np.stack([self.noise(c, width, height, rotation, 2) for c in (0, 1, 2)], -1) * 0.9
         clouds = self.noise(3, width, height, rotation, 6, warp)
