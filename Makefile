@@ -10,8 +10,10 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .PHONY: animation test lab data train eval notebooks clean
 
+RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1
+
 animation: $(STAMP)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/pnp.ipynb
+	$(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
 	@ls -l anim.gif
 
 test: $(STAMP)
@@ -33,14 +35,14 @@ data: $(STAMP)
 	$(BIN)/python data/render.py data/train --count 10000 --seed 1
 
 train: $(STAMP)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/train.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/train.ipynb
 
 eval: $(STAMP)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/eval.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/eval.ipynb
 
 # Execute all four notebooks in place and keep their outputs (training in its short mode).
 notebooks: $(STAMP)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb
 
 clean:
 	rm -rf .venv runs

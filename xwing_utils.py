@@ -451,15 +451,16 @@ def augment(image, keypoints, transform):
 class _Batches:
     """The batches of `make_dataset`; a function of (seed, epoch, index) alone, so workers may take them in any order."""
 
-    def __init__(self, paths, keypoints, shown, permutation, batch_size, size, augmented, shuffle, seed, **workers):
+    def __init__(self, paths, keypoints, shown, permutation, batch_size, steps, size, crop, augmented, shuffle, seed, **workers):
         super().__init__(**workers)
+        self.steps = steps or -(-len(paths) // batch_size)
         self.paths, self.keypoints, self.shown, self.permutation = list(paths), keypoints, shown, permutation
-        self.batch_size, self.size, self.augmented, self.shuffle, self.seed = batch_size, size, augmented, shuffle, seed
+        self.batch_size, self.size, self.crop, self.augmented, self.shuffle, self.seed = batch_size, size, crop, augmented, shuffle, seed
         self.epoch = -1
         self.on_epoch_begin()
 
     def __len__(self):
-        return -(-len(self.paths) // self.batch_size)
+        return self.steps
 
     def on_epoch_begin(self):
         """Draw the order of the next epoch."""
@@ -482,7 +483,9 @@ class _Batches:
             image, keypoints, shown = image[:, ::-1], mirror_keypoints(keypoints, FRAME_SIZE, self.permutation), shown[self.permutation]
         if transform is not None:
             image, keypoints = augment(np.ascontiguousarray(image), keypoints, transform)
-        if self.size != FRAME_SIZE:
+        if self.crop:
+            image, keypoints = _crop_near(image, keypoints, self.size, rng)
+        elif self.size != FRAME_SIZE:
             keypoints = keypoints * (self.size / FRAME_SIZE)
             image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
         keypoints = np.where(shown[:, None], keypoints, _FAR)
@@ -490,14 +493,23 @@ class _Batches:
         return image, np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
 
 
-def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, size=FRAME_SIZE, augmented=True, shuffle=None,
-                 points=KEYPOINTS, normals=None, seed=0, workers=2):
+def _crop_near(image, keypoints, size, rng):
+    """Cut a square of `size` pixels that lies within the frame and holds the ship, more or less in its middle."""
+    middle = keypoints[:8].mean(0) + rng.uniform(-size / 4, size / 4, 2)
+    left, top = np.clip(np.round(middle - size / 2), 0, np.array(image.shape[1::-1]) - size).astype(int)
+    return image[top : top + size, left : left + size], keypoints - [left, top]
+
+
+def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, steps=None, size=FRAME_SIZE, crop=False, augmented=True,
+                 shuffle=None, points=KEYPOINTS, normals=None, seed=0, workers=2):
     """A `keras.utils.PyDataset` that reads, augments and batches frames on `workers` threads.
 
     Args:
         paths, matrices: from `load_dataset`.
         model_view_matrix, projection_matrix: from `load_camera`.
+        steps: batches an epoch; None is all of them. (Not `steps_per_epoch` of `fit`, which would not start a new epoch of this dataset.)
         size: width and height in pixels to which frames and keypoints are scaled after the augmentation.
+        crop: cut a square of that size round the ship instead of scaling: all the detail at a part of the cost.
         augmented: mirror (with the names swapped) and `augmentation`; False leaves the frames alone.
         shuffle: None does as `augmented`.
         points: (K, 3) model points, the 8 corners first.
@@ -523,7 +535,7 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         raise ValueError("keypoints: NaN or infinite positions; check the matrices and the camera")
     shown = facing(matrices, model_view_matrix, points, normals)
     dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})
-    return dataset(paths, keypoints, shown, mirror_permutation(points), batch_size, size, augmented,
+    return dataset(paths, keypoints, shown, mirror_permutation(points), batch_size, steps, size, crop, augmented,
                    augmented if shuffle is None else shuffle, seed, workers=workers, max_queue_size=8)
 
 
@@ -677,6 +689,8 @@ def _copy_slim(source, target):
     for key, value in source.attrs.items():
         target.attrs[key] = value
     for name, item in source.items():
+        if name == "optimizer":  # Keras writes its state, twice the size of the weights, into the same file
+            continue
         if hasattr(item, "items"):
             _copy_slim(item, target.create_group(name))
         elif item.ndim >= 2:
@@ -790,8 +804,8 @@ def _argmax(maps):
     return ops.cast(ops.stack([flat % width, flat // width], axis=-1), "float32")
 
 
-def predict_heatmaps(model, images, batch_size=16):
-    """Heatmaps (N, H/stride, W/stride, 8) float32 of frames (N, H, W, 3) uint8; up to 2 MB a frame, so give short stacks.
+def predict_heatmaps(model, images, batch_size=16, channels=8):
+    """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8; up to 4 MB a frame, so give short stacks.
 
     Raises ValueError for a wrong shape or type, or another size than the model's.
     """
@@ -799,31 +813,33 @@ def predict_heatmaps(model, images, batch_size=16):
     size = model.settings["size"]
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
-    maps = np.empty((len(images), *model.output_shape[1:3], 8), np.float32)
+    maps = np.empty((len(images), *model.output_shape[1:3], channels), np.float32)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)])  # one shape, one graph
-        maps[start : start + len(batch)] = np.asarray(model.predict_on_batch(padded))[: len(batch), ..., :8]
+        maps[start : start + len(batch)] = np.asarray(model.predict_on_batch(padded))[: len(batch), ..., :channels]
     return maps
 
 
-def predict_keypoints(model, images, batch_size=16, progress=False):
+def predict_keypoints(model, images, batch_size=16, progress=False, channels=8):
     """Find the eight corners in frames.
 
     Args:
         model: from `load_model` or `build_model`.
         images: (N, H, W, 3) uint8 RGB.
         progress: show a bar.
+        channels: how many of the network's keypoints to return; 16 gives all of `KEYPOINTS`, the corners first.
     Returns:
-        keypoints (N, 8, 2) float64 pixels, confidence (N, 8) float64 in [0, 1].
+        keypoints (N, channels, 2) float64 pixels, confidence (N, channels) float64 in [0, 1].
     Raises:
         ValueError: as `predict_heatmaps`.
     """
-    keypoints, confidence = np.full((len(images), 8, 2), np.nan), np.zeros((len(images), 8))
+    keypoints, confidence = np.full((len(images), channels, 2), np.nan), np.zeros((len(images), channels))
     sigma, stride = model.settings["sigma"], model.settings["stride"]
     for start in tqdm(range(0, len(images), batch_size), desc="corners", unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
-        keypoints[part], confidence[part] = decode_heatmaps(predict_heatmaps(model, images[part], batch_size), sigma / stride)
+        maps = predict_heatmaps(model, images[part], batch_size, channels)
+        keypoints[part], confidence[part] = decode_heatmaps(maps, sigma / stride)
     return keypoints * stride, confidence
 
 
@@ -841,13 +857,14 @@ def setting(name, default):
         raise ValueError(f"XWING_{name}: expected a {type(default).__name__}, got {value!r}") from None
 
 
-def training_callbacks(folder, model, validation_images, validation_keypoints, plateau=True, facts=None):
+def training_callbacks(folder, model, validation_images, validation_keypoints, scale=1.0, plateau=True, facts=None):
     """The callbacks of a training run that writes to `folder`.
 
     Resume after an interruption, the corner report, the best weights by median corner error, a lower learning rate on a plateau and a CSV log.
 
     Args:
         validation_images: (N, size, size, 3) uint8; validation_keypoints: (N, K, 3) as `make_dataset` yields them.
+        scale: pixels of the original frames for one pixel of these; the reported errors are multiplied by it.
         plateau: lower the learning rate when the validation error stands still; leave it out when the rate follows a schedule.
         facts: dict that is kept beside the best weights: how they were trained.
     """
@@ -867,7 +884,7 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, p
 
         def on_epoch_end(self, epoch, logs=None):
             found, _ = predict_keypoints(self.model, validation_images)
-            report = corner_report(found, validation_keypoints[:, :8, :2], self.model.settings["size"])
+            report = corner_report(found, validation_keypoints[:, :8, :2], self.model.settings["size"], scale)
             names = report.pop("namings")
             logs.update({f"val_{k}": v for k, v in report.items()}, **{f"val_named_{k}": v for k, v in names.items()})
             logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -916,18 +933,19 @@ def _stages(run):
     return ([] if earlier is None or not (earlier.parent / "log.csv").exists() else _stages(earlier.parent)) + [(run, facts)]
 
 
-def corner_report(estimate, truth, size=FRAME_SIZE):
+def corner_report(estimate, truth, size=FRAME_SIZE, scale=1.0):
     """Split corner errors into finding and naming.
 
     Args:
         estimate, truth: (N, 8, 2) pixels.
-        size: width and height of the frame in pixels; only corners inside it count. Errors are scaled to a 256 px frame.
+        size: width and height of the frame in pixels; only corners inside it count.
+        scale: the distances are multiplied by it.
     Returns:
         dict: corner_px (median distance to the true corner), nearest_px (median distance to the nearest true corner), renamed_px (median
         distance under each frame's best naming), within_2px, within_5px (shares), namings (frames per best naming).
     """
-    inside, unit = in_frame(truth, size, size), FRAME_SIZE / size
-    distance = np.linalg.norm(np.nan_to_num(estimate, nan=_FAR)[:, :, None] - truth[:, None], axis=-1) * unit  # (N, estimate, truth)
+    inside = in_frame(truth, size, size)
+    distance = np.linalg.norm(np.nan_to_num(estimate, nan=_FAR)[:, :, None] - truth[:, None], axis=-1) * scale  # (N, estimate, truth)
     own = np.einsum("nkk->nk", distance)
     named = np.stack([np.where(inside, distance[:, p, np.arange(8)], np.nan) for p in NAMINGS.values()])  # (namings, N, 8)
     whole = inside.any(1)
@@ -947,27 +965,28 @@ def corner_report(estimate, truth, size=FRAME_SIZE):
 # ============================================================ pose
 
 MIN_CONFIDENCE = 0.3  # corners below it are not used for a pose
-MAX_REPROJECTION = 4.0  # pixels of a 256 px frame: larger residuals of the corners in use make a pose untrustworthy
+MAX_REPROJECTION = 6.0  # pixels of a 256 px frame: a point further from its projection does not agree with a pose
+MIN_AGREEING = 0.6  # share of the points in use that must agree with a pose
 
 
 def solve_pose(keypoints, K, confidence=None, points=BOUNDING_BOX):
     """Solve the pose of the ship from its corners.
 
-    SQPnP on all confident corners and, where there are enough, on the subsets that leave one or two out, which survives one or two wild
-    corners; the best is refined by Levenberg-Marquardt on the corners that agree with it.
+    SQPnP on all confident points; from 6 points on also RANSAC, which survives wild ones. Whichever more points agree with is refined by
+    Levenberg-Marquardt on those.
 
     Args:
-        keypoints: (8, 2) pixels; NaN rows are not used.
+        keypoints: (K, 2) pixels; NaN rows are not used.
         K: (3, 3) camera matrix, pixels.
-        confidence: (8,) in [0, 1] or None; corners below MIN_CONFIDENCE are not used.
-        points: (8, 3) model points of the keypoints.
+        confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are not used.
+        points: (K, 3) model points of the keypoints; the 8 corners, or all of `KEYPOINTS`.
     Returns:
-        (4, 4) float64 model -> OpenCV camera, or None when no trustworthy pose exists: fewer than 4 usable corners, fewer than 4 that agree
-        with one pose within MAX_REPROJECTION (scaled to the frame), more than 2 that disagree, or a ship behind the camera.
+        (4, 4) float64 model -> OpenCV camera, or None when no trustworthy pose exists: fewer than 4 usable points, fewer than 4 or less than
+        MIN_AGREEING of them within MAX_REPROJECTION (scaled to the frame) of one pose, or a ship behind the camera.
     Raises:
         ValueError: a wrong shape, or a K that is no finite camera matrix.
     Source: Terzakis and Lourakis, A Consistently Fast and Globally Optimal Solution to the Perspective-n-Point Problem, ECCV 2020
-        (cv2.SOLVEPNP_SQPNP); leaving points out: Fischler and Bolles, RANSAC, CACM 24(6), 1981, here exhaustively.
+        (cv2.SOLVEPNP_SQPNP); Fischler and Bolles, RANSAC, CACM 24(6), 1981 (cv2.solvePnPRansac).
     """
     points = _check_array(points, (None, 3), "points")
     keypoints = _check_array(keypoints, (len(points), 2), "keypoints")
@@ -975,32 +994,19 @@ def solve_pose(keypoints, K, confidence=None, points=BOUNDING_BOX):
     if not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0:
         raise ValueError(f"K: expected a finite camera matrix with positive focal lengths, got\n{K}")
     weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
-    usable = np.flatnonzero(np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE))
-    if len(usable) < 4:
+    usable = np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE)
+    points, keypoints = points[usable], keypoints[usable]
+    if len(points) < 4:
         return None
     limit = MAX_REPROJECTION * K[0, 0] / 248.8889
-    best, best_score = None, (0, -np.inf)
-    for subset in _subsets(usable):
-        pose = _sqpnp(points[subset], keypoints[subset], K)
-        if pose is None:
-            continue
-        error = reprojection_errors(pose, keypoints[usable], K, points[usable])
-        score = ((error < limit).sum(), -np.minimum(error, limit).sum())
-        if score > best_score:
-            best, best_score = pose, score
-    if best is None or best_score[0] < 4 or best_score[0] < len(usable) - 2:
+    candidates = [_sqpnp(points, keypoints, K), _ransac(points, keypoints, K, limit)]
+    errors = [reprojection_errors(pose, keypoints, K, points) for pose in candidates if pose is not None]
+    if not errors:
         return None
-    agreeing = usable[reprojection_errors(best, keypoints[usable], K, points[usable]) < limit]
-    return _refine(best, points[agreeing], keypoints[agreeing], K, limit)
-
-
-def _subsets(usable):
-    """All points first; then, from 6 points on, all but one, and from 7 on all but two."""
-    yield usable
-    if len(usable) >= 6:
-        yield from (np.delete(usable, i) for i in range(len(usable)))
-    if len(usable) >= 7:
-        yield from (np.delete(usable, [i, j]) for i in range(len(usable)) for j in range(i))
+    agreeing = max((e < limit for e in errors), key=np.sum)
+    if agreeing.sum() < max(4, MIN_AGREEING * len(points)):
+        return None
+    return _refine(points[agreeing], keypoints[agreeing], K, limit)
 
 
 def _sqpnp(points, keypoints, K):
@@ -1014,9 +1020,25 @@ def _sqpnp(points, keypoints, K):
     return pose if found and np.isfinite(pose).all() and ahead else None
 
 
-def _refine(pose, points, keypoints, K, limit):
-    """Levenberg-Marquardt on the reprojection error; None if the refined pose no longer fits."""
-    rotation, translation = cv2.Rodrigues(pose[:3, :3])[0], pose[:3, 3].copy()
+def _ransac(points, keypoints, K, limit):
+    """(4, 4) pose that the most points agree with, or None for fewer than 6 points or where none is found."""
+    if len(points) < 6:
+        return None
+    try:
+        found, rotation, translation, _ = cv2.solvePnPRansac(points, keypoints, K, None, iterationsCount=300, reprojectionError=limit,
+                                                             confidence=0.9999, flags=cv2.SOLVEPNP_SQPNP)
+    except cv2.error:
+        return None
+    pose = _pose_from_vectors(rotation, translation) if found else None
+    return pose if found and np.isfinite(pose).all() and (points @ pose[2, :3] + pose[2, 3] > 0).all() else None
+
+
+def _refine(points, keypoints, K, limit):
+    """SQPnP, then Levenberg-Marquardt on the reprojection error; None if the refined pose does not fit every point."""
+    pose = _sqpnp(points, keypoints, K)
+    if pose is None:
+        return None
+    rotation, translation = cv2.Rodrigues(pose[:3, :3])[0], pose[:3, 3:].copy()  # (3, 1) each: the refinement misreads (3,)
     rotation, translation = cv2.solvePnPRefineLM(points, keypoints, K, None, rotation, translation)
     refined = _pose_from_vectors(rotation, translation)
     error = reprojection_errors(refined, keypoints, K, points)
@@ -1032,6 +1054,8 @@ def _pose_from_vectors(rotation, translation):
 def track_frames(model, paths, K, batch_size=16, progress=True):
     """Find corners and pose in every frame of a clip, each on its own; memory does not grow with the network's maps.
 
+    The poses come from all points that the network knows (corners and hull), of which the confident ones count.
+
     Args:
         model: from `load_model`.
         paths: frames in order. One that cannot be read gives a warning, no corners and no pose, and the clip goes on.
@@ -1039,14 +1063,14 @@ def track_frames(model, paths, K, batch_size=16, progress=True):
     Returns:
         keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
     """
-    size = model.settings["size"]
-    keypoints, confidence = np.full((len(paths), 8, 2), np.nan), np.zeros((len(paths), 8))
+    size, known = model.settings["size"], KEYPOINTS[: model.settings["keypoints"]]
+    keypoints, confidence = np.full((len(paths), len(known), 2), np.nan), np.zeros((len(paths), len(known)))
     for start in tqdm(range(0, len(paths), batch_size), desc="tracking", unit="batch", disable=not progress):
         frames = {i: _read_or_warn(paths[i], size) for i in range(start, min(start + batch_size, len(paths)))}
         good = [i for i, frame in frames.items() if frame is not None]
         if good:
-            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size)
-    return keypoints, confidence, [solve_pose(k, K, c) for k, c in zip(keypoints, confidence)]
+            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size, channels=len(known))
+    return keypoints[:, :8], confidence[:, :8], [solve_pose(k, K, c, known) for k, c in zip(keypoints, confidence)]
 
 
 def _read_or_warn(path, size):
