@@ -53,18 +53,24 @@ NAMINGS = {
 }
 DIAMETER = float(np.linalg.norm(BOUNDING_BOX[7] - BOUNDING_BOX[0]))  # model units
 
-# Points on the hull that say which side is seen. Each has the outward normal of its surface: it counts as visible only where that
-# faces the camera (a zero normal always does). They supervise the names of the corners in training and are not needed for the pose.
+# Points on the hull. Each has the outward normal of its surface: it counts as visible only where that faces the camera (a zero normal
+# always does). They say which side is seen, and with it what the corners are called; and they are easier to see than the corners, which
+# float in empty space. So the network learns both, and the pose uses both.
 _SURFACE = np.array([  # x, y, z, normal x, y, z
-    (0.000, 0.000, 0.033, 0, 0, 1), (0.000, 0.020, -0.0205, 0, 0, -1),  # canopy, gear bay
-    (0.000, -0.182, 0.000, 0, 0, 0), (0.000, 0.130, 0.000, 0, 1, 0),  # nose, tail
-    (-0.090, 0.070, 0.010, 0, 0, 1), (0.090, 0.070, 0.010, 0, 0, 1),  # the wings from above
-    (-0.090, 0.070, -0.010, 0, 0, -1), (0.090, 0.070, -0.010, 0, 0, -1)])  # and from below
+    (0.000, 0.000, 0.0330, 0, 0, 1), (0.000, 0.050, 0.0340, 0, 0, 1),  # canopy, droid
+    (0.000, 0.020, -0.0205, 0, 0, -1), (0.000, 0.095, -0.0255, 0, 0, -1),  # gear bay, belly
+    (0.000, -0.182, 0.0000, 0, 0, 0), (0.000, 0.130, 0.0000, 0, 1, 0),  # nose, tail
+    *((x, -0.100, 0.0000, np.sign(x), 0, 0) for x in (-0.0125, 0.0125)),  # stripes along the nose
+    *((x, 0.070, z, 0, 0, np.sign(z)) for z in (-0.010, 0.010) for x in (-0.090, 0.090)),  # wings, from below and above
+    *((x, -0.085, z, 0, 0, 0) for z in (-0.010, 0.010) for x in (-0.149, 0.149)),  # muzzles
+    *((x, 0.110, z, 0, 0, 0) for z in (-0.010, 0.010) for x in (-0.149, 0.149)),  # rear ends of the cannons
+    *((x, 0.040, z, 0, -1, 0) for z in (-0.0185, 0.0185) for x in (-0.042, 0.042)),  # intakes
+    *((x, 0.163, z, 0, 1, 0) for z in (-0.0185, 0.0185) for x in (-0.042, 0.042))])  # nozzles
 SURFACE_POINTS, SURFACE_NORMALS = _SURFACE[:, :3], _SURFACE[:, 3:]
-KEYPOINTS = np.concatenate([BOUNDING_BOX, SURFACE_POINTS])  # (16, 3) what the shipped network predicts
-NORMALS = np.concatenate([np.zeros((8, 3)), SURFACE_NORMALS])  # (16, 3)
+KEYPOINTS = np.concatenate([BOUNDING_BOX, SURFACE_POINTS])  # (36, 3) what the shipped network predicts
+NORMALS = np.concatenate([np.zeros((8, 3)), SURFACE_NORMALS])  # (36, 3)
 
-CHANNELS = len(KEYPOINTS)  # 16
+CHANNELS = len(KEYPOINTS)  # 36
 BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
 DECODER_FILTERS = (128, 64, 32, 32, 16)
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
@@ -805,7 +811,7 @@ def _argmax(maps):
 
 
 def predict_heatmaps(model, images, batch_size=16, channels=8):
-    """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8; up to 4 MB a frame, so give short stacks.
+    """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8; up to 9 MB a frame, so give short stacks.
 
     Raises ValueError for a wrong shape or type, or another size than the model's.
     """
@@ -828,7 +834,7 @@ def predict_keypoints(model, images, batch_size=16, progress=False, channels=8):
         model: from `load_model` or `build_model`.
         images: (N, H, W, 3) uint8 RGB.
         progress: show a bar.
-        channels: how many of the network's keypoints to return; 16 gives all of `KEYPOINTS`, the corners first.
+        channels: how many of the network's keypoints to return; 36 gives all of `KEYPOINTS`, the corners first.
     Returns:
         keypoints (N, channels, 2) float64 pixels, confidence (N, channels) float64 in [0, 1].
     Raises:
@@ -902,7 +908,8 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
 def ship_weights(run, folder):
     """Copy a run's best weights to `folder` as `xwing.weights.h5`, with `xwing.json` and `xwing_log.csv`.
 
-    A run that began from another run's weights brings that run's log and facts along, so that the log shows the whole training.
+    A run that began from another run's weights brings that run's log and facts along, so that the log shows the whole training. A network
+    trained on squares cut from the frames is shipped for whole frames: it is fully convolutional.
     """
     run, folder = Path(run), Path(folder)
     stages = _stages(run)
@@ -912,6 +919,8 @@ def ship_weights(run, folder):
             samples += facts.get("steps", 0) * facts.get("batch", 0)
             rows.append({"stage": stage + 1, "samples_seen": samples, **row})
     info = _read_json(run / "best.json")
+    if stages[-1][1].get("crop"):
+        info["model"]["size"] = FRAME_SIZE
     info["training"] = {"samples_seen": samples, "stages": [facts for _, facts in stages]}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".xwing.weights.h5.part"
