@@ -1,8 +1,8 @@
 """Track a known X-wing: from frames to heatmaps, from heatmaps to corners, from corners to a 6-DoF pose.
 
     model = load_model("weights/xwing.weights.h5")
-    keypoints, confidence = predict_keypoints(model, images)            # (N, 8, 2) pixels, (N, 8)
-    poses = [solve_pose(k, K, c) for k, c in zip(keypoints, confidence)]  # (4, 4) model -> camera, or None
+    keypoints, confidence, poses = track_frames(model, paths, K)  # (N, 8, 2) pixels, (N, 8), (4, 4) model -> camera or None
+    animate(paths, poses, K, "anim.gif")
 
 Conventions, everywhere in this module:
 
@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -613,10 +614,23 @@ def spatial_softmax(logits, sigma):
     return weights * (2 * np.pi * sigma**2 / (ops.sum(weights, axis=(1, 2), keepdims=True) + absent))
 
 
+def import_keras():
+    """Import Keras with its backend, without the messages that TensorFlow writes to the console when it starts. Returns the module."""
+    sys.stderr.flush()
+    console, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    try:
+        import keras
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+        os.close(silence)
+    return keras
+
+
 def _segmentation_models():
     """Import segmentation_models for the Keras backend in use."""
-    import keras
-
+    keras = import_keras()
     if keras.backend.backend() == "tensorflow":
         os.environ.setdefault("SM_FRAMEWORK", "tf.keras")
     else:  # names that Keras 3 moved and the package still asks for
@@ -973,8 +987,8 @@ def corner_report(estimate, truth, size=FRAME_SIZE, scale=1.0):
 
 # ============================================================ pose
 
-MIN_CONFIDENCE = 0.3  # corners below it are not used for a pose
-MAX_REPROJECTION = 6.0  # pixels of a 256 px frame: a point further from its projection does not agree with a pose
+MIN_CONFIDENCE = 0.5  # points below it are not used for a pose
+MAX_REPROJECTION = 4.0  # pixels of a 256 px frame: a point further from its projection does not agree with a pose
 MIN_AGREEING = 0.6  # share of the points in use that must agree with a pose
 
 
@@ -1060,10 +1074,24 @@ def _pose_from_vectors(rotation, translation):
     return pose
 
 
+def solve_frame(keypoints, K, confidence):
+    """`solve_pose` from all that the network knows: keypoints (C, 2) and confidence (C,) of the first C `KEYPOINTS`.
+
+    The hull's points are tried first, as they are found three times more precisely than the corners, which float in empty space; where
+    they do not make a pose, corners and hull together may. Returns (4, 4) or None.
+    """
+    count = len(keypoints)
+    if count > 8:
+        pose = solve_pose(keypoints[8:], K, confidence[8:], KEYPOINTS[8:count])
+        if pose is not None:
+            return pose
+    return solve_pose(keypoints, K, confidence, KEYPOINTS[:count])
+
+
 def track_frames(model, paths, K, batch_size=16, progress=True):
     """Find corners and pose in every frame of a clip, each on its own; memory does not grow with the network's maps.
 
-    The poses come from all points that the network knows (corners and hull), of which the confident ones count.
+    The poses come from all points that the network knows, see `solve_frame`.
 
     Args:
         model: from `load_model`.
@@ -1072,14 +1100,14 @@ def track_frames(model, paths, K, batch_size=16, progress=True):
     Returns:
         keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
     """
-    size, known = model.settings["size"], KEYPOINTS[: model.settings["keypoints"]]
-    keypoints, confidence = np.full((len(paths), len(known), 2), np.nan), np.zeros((len(paths), len(known)))
+    size, count = model.settings["size"], model.settings["keypoints"]
+    keypoints, confidence = np.full((len(paths), count, 2), np.nan), np.zeros((len(paths), count))
     for start in tqdm(range(0, len(paths), batch_size), desc="tracking", unit="batch", disable=not progress):
         frames = {i: _read_or_warn(paths[i], size) for i in range(start, min(start + batch_size, len(paths)))}
         good = [i for i, frame in frames.items() if frame is not None]
         if good:
-            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size, channels=len(known))
-    return keypoints[:, :8], confidence[:, :8], [solve_pose(k, K, c, known) for k, c in zip(keypoints, confidence)]
+            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size, channels=count)
+    return keypoints[:, :8], confidence[:, :8], [solve_frame(k, K, c) for k, c in zip(keypoints, confidence)]
 
 
 def _read_or_warn(path, size):
