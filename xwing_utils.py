@@ -528,7 +528,7 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
     Raises:
         ValueError: no frames, lengths that differ, points that do not start with the corners, or have no mirror image.
     """
-    import keras
+    keras = import_keras()
 
     points = _check_array(points, (None, 3), "points")
     if len(paths) == 0 or len(paths) != len(matrices):
@@ -660,7 +660,7 @@ def build_model(backbone=BACKBONE, keypoints=CHANNELS, sigma=SIGMA, head="softma
         ValueError: an unknown backbone, head or stride, or a size that is not a multiple of 32.
     Source: Ronneberger et al., U-Net, MICCAI 2015; https://github.com/qubvel/segmentation_models.
     """
-    import keras
+    keras = import_keras()
 
     sm = _segmentation_models()
     if backbone not in sm.get_available_backbone_names():
@@ -762,7 +762,7 @@ def load_model(path, size=None):
 
 def _on_cpu():
     """Whether the Keras backend computes on the CPU."""
-    import keras
+    keras = import_keras()
 
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -779,7 +779,7 @@ def _on_cpu():
 
 def compile_model(model, learning_rate=1e-3, loss=None, run_eagerly=False):
     """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`; XLA only on accelerators, as it slows the CPU's steps five times."""
-    import keras
+    keras = import_keras()
 
     settings = model.settings
     loss = loss or HeatmapLoss(settings["sigma"], "softmax" if settings["head"] == "softmax" else "weighted", settings["stride"])
@@ -888,7 +888,7 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
         plateau: lower the learning rate when the validation error stands still; leave it out when the rate follows a schedule.
         facts: dict that is kept beside the best weights: how they were trained.
     """
-    import keras
+    keras = import_keras()
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

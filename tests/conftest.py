@@ -1,0 +1,84 @@
+"""Paths, environment and fixtures that several test files share."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("SM_FRAMEWORK", "tf.keras")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import drjit  # noqa: E402, F401  before TensorFlow: loaded after it, the process aborts when it ends
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from scipy.spatial.transform import Rotation  # noqa: E402
+
+import xwing_utils as xu  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def camera():
+    """model_view_matrix, projection_matrix of the committed sets."""
+    return xu.load_camera(ROOT / "data" / "sample")
+
+
+@pytest.fixture(scope="session")
+def K(camera):
+    return xu.camera_matrix(camera[1], 256, 256)
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """paths, matrices of data/sample."""
+    return xu.load_dataset(ROOT / "data" / "sample")
+
+
+@pytest.fixture(scope="session")
+def matrices():
+    """(50, 4, 4) model matrices with random rotations, all of the ship in front of the camera."""
+    rng = np.random.default_rng(0)
+    result = np.tile(np.eye(4), (50, 1, 1))
+    result[:, :3, :3] = Rotation.random(50, rng=rng).as_matrix()
+    result[:, :3, 3] = rng.uniform([-0.4, -0.4, -0.4], [0.4, 0.4, 0.3], (50, 3))
+    return result
+
+
+@pytest.fixture(scope="session")
+def poses(camera, matrices):
+    """(50, 4, 4) the same, model -> OpenCV camera."""
+    return np.array([xu.pose_in_camera(camera[0], m) for m in matrices])
+
+
+class OracleModel:
+    """Stands in for a network: recognises frame i by its uniform brightness 20 * i and draws the K keypoints it was given for it."""
+
+    def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
+        self.keypoints = keypoints
+        self.settings = {"size": size, "sigma": sigma, "stride": stride, "keypoints": keypoints.shape[1]}
+        self.output_shape = (None, size // stride, size // stride, keypoints.shape[1])
+
+    def predict_on_batch(self, images):
+        size, sigma, stride = self.settings["size"] // self.settings["stride"], self.settings["sigma"], self.settings["stride"]
+        numbers = np.minimum(np.round(images.mean((1, 2, 3)) / 20).astype(int), len(self.keypoints) - 1)
+        return np.stack([xu.gaussian_heatmaps(self.keypoints[i] / stride, size, sigma / stride) for i in numbers])
+
+
+@pytest.fixture
+def oracle():
+    """A function: keypoints (N, K, 2) -> a model that finds them in the frames of `oracle_frames`."""
+    return OracleModel
+
+
+@pytest.fixture
+def oracle_frames():
+    """A function: N -> (N, 256, 256, 3) uint8 frames for an oracle."""
+    return lambda count, size=256: np.stack([np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)])

@@ -1,0 +1,281 @@
+"""Drawing and reading heatmaps, the loss and the metric, against numpy written out and cases worked out by hand."""
+
+import numpy as np
+import pytest
+
+import xwing_utils as xu
+
+KINDS = ("softmax", "mse", "weighted")
+
+
+def convert(x):
+    from keras import ops
+
+    return ops.convert_to_numpy(x)
+
+
+# ------------------------------------------------------------ drawing
+
+
+def test_a_keypoint_at_a_pixel_centre_has_a_peak_of_one():
+    maps = xu.gaussian_heatmaps([[10.5, 20.5]], (40, 30), 3.0)
+    assert maps.shape == (40, 30, 1) and maps.dtype == np.float32
+    assert maps[20, 10, 0] == 1.0 == maps.max()
+
+
+def test_values_are_those_of_the_gaussian_at_the_pixel_centres():
+    maps = xu.gaussian_heatmaps([[10.2, 20.9]], (40, 30), 3.0)
+    for row, column in ((20, 10), (25, 3), (0, 0)):
+        squared = (column + 0.5 - 10.2) ** 2 + (row + 0.5 - 20.9) ** 2
+        assert maps[row, column, 0] == pytest.approx(np.exp(-squared / 18), abs=1e-7)
+
+
+def test_each_keypoint_has_one_peak_in_its_own_channel():
+    keypoints = np.random.default_rng(0).uniform(5, 45, (8, 2))
+    maps = xu.gaussian_heatmaps(keypoints, (50, 60), 2.0)
+    for k, (x, y) in enumerate(keypoints):
+        m = np.pad(maps[..., k], 1, constant_values=-1)
+        neighbours = [m[1 + dy : 51 + dy, 1 + dx : 61 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dx or dy]
+        peaks = np.argwhere((m[1:-1, 1:-1] > np.max(neighbours, 0)) & (m[1:-1, 1:-1] > 1e-6))
+        assert peaks.tolist() == [[int(y), int(x)]]
+
+
+def test_a_keypoint_far_outside_leaves_zeros():
+    assert not xu.gaussian_heatmaps([[-1e4, -1e4], [300, 20], [20, -250]], 64, 4.0).any()
+
+
+def test_a_keypoint_just_outside_leaves_its_tail():
+    maps = xu.gaussian_heatmaps([[-2.0, 16.5]], 32, 4.0)
+    assert maps.max() == maps[16, 0, 0] == pytest.approx(np.exp(-(2.5**2) / 32))
+
+
+def test_an_int_is_the_size_of_a_square():
+    np.testing.assert_array_equal(xu.gaussian_heatmaps([[3, 4]], 16, 2.0), xu.gaussian_heatmaps([[3, 4]], (16, 16), 2.0))
+
+
+@pytest.mark.parametrize("keypoints,sigma,message", [([[1, np.nan]], 4.0, "NaN"), ([1, 2], 4.0, "shape"), ([[1, 2, 3]], 4.0, "shape"),
+                                                     ([[1, 2]], 0, "sigma"), ([[1, 2]], np.nan, "sigma")])
+def test_drawing_refuses(keypoints, sigma, message):
+    with pytest.raises(ValueError, match=message):
+        xu.gaussian_heatmaps(keypoints, 32, sigma)
+
+
+# ------------------------------------------------------------ reading
+
+
+def test_argmax_is_x_then_y():
+    maps = np.zeros((6, 9, 2))
+    maps[2, 7, 0] = maps[5, 1, 1] = 1
+    assert xu.heatmap2argmax(maps).tolist() == [[7, 2], [1, 5]]
+
+
+def test_argmax_keeps_leading_dimensions():
+    maps = np.random.default_rng(0).random((2, 3, 6, 9, 4))
+    got = xu.heatmap2argmax(maps)
+    assert got.shape == (2, 3, 4, 2) and np.issubdtype(got.dtype, np.integer)
+    for b, c, k in np.ndindex(2, 3, 4):
+        row, column = np.unravel_index(maps[b, c, :, :, k].argmax(), (6, 9))
+        assert got[b, c, k].tolist() == [column, row]
+
+
+def test_scaled_argmax_is_two_p_over_size_minus_one():
+    maps = np.zeros((4, 8, 3))
+    maps[0, 0, 0] = maps[2, 4, 1] = maps[3, 6, 2] = 1
+    np.testing.assert_allclose(xu.heatmap2argmax(maps, scale=True), [[-1, -1], [0, 0], [0.5, 0.5]])
+
+
+def test_argmax_needs_three_dimensions():
+    with pytest.raises(ValueError, match="shape"):
+        xu.heatmap2argmax(np.zeros((4, 8)))
+
+
+@pytest.mark.parametrize("sigma", [2, 3, 4, 6, 8, 10])
+def test_encode_decode_round_trip(sigma):
+    keypoints = np.random.default_rng(sigma).uniform(0, [96, 160], (64, 2))  # x up to 96, y up to 160, right to the border
+    found, confidence = xu.decode_heatmaps(xu.gaussian_heatmaps(keypoints, (160, 96), sigma), sigma)
+    assert np.abs(found - keypoints).max() < 0.02
+    assert confidence.min() > 0.95
+
+
+def test_decoding_survives_noise():
+    keypoints = np.random.default_rng(0).uniform(20, 76, (64, 2))
+    maps = xu.gaussian_heatmaps(keypoints, 96, 4.0) * 0.8 + np.random.default_rng(1).normal(0, 0.01, (96, 96, 64))
+    error = np.linalg.norm(xu.decode_heatmaps(maps, 4.0)[0] - keypoints, axis=1)
+    assert np.median(error) < 0.02 and error.max() < 0.05
+
+
+def test_decoding_keeps_leading_dimensions():
+    maps = xu.gaussian_heatmaps([[5.3, 8.1], [20.2, 3.3]], (24, 32), 2.0)
+    found, confidence = xu.decode_heatmaps(np.stack([[maps, maps[..., ::-1]]] * 3), 2.0)
+    assert found.shape == (3, 2, 2, 2) and confidence.shape == (3, 2, 2)
+    np.testing.assert_allclose(found[1, 1], [[20.2, 3.3], [5.3, 8.1]], atol=0.02)
+
+
+def test_confidence_is_the_share_of_a_gaussian_s_mass():
+    maps = xu.gaussian_heatmaps([[20.3, 20.8]] * 3, 48, 3.0) * [1.0, 0.5, 0.1]
+    np.testing.assert_allclose(xu.decode_heatmaps(maps, 3.0)[1], [1.0, 0.5, 0.1], atol=0.01)
+
+
+def test_an_empty_map_has_no_keypoint_and_no_confidence():
+    maps = xu.gaussian_heatmaps([[-1e4, -1e4], [12, 9]], 32, 3.0)
+    found, confidence = xu.decode_heatmaps(maps, 3.0)
+    assert np.isnan(found[0]).all() and confidence[0] == 0
+    np.testing.assert_allclose(found[1], [12, 9], atol=0.02)
+
+
+def test_a_map_of_nan_has_no_keypoint_and_no_confidence():
+    found, confidence = xu.decode_heatmaps(np.full((32, 32, 1), np.nan), 3.0)
+    assert np.isnan(found).all() and confidence.tolist() == [0]
+
+
+# ------------------------------------------------------------ loss
+
+
+def batch(stride, height=24, width=32):
+    """Keypoints (2, 5, 3) in pixels of the frame: inside, at the border, just outside, far outside, hidden."""
+    rng = np.random.default_rng(0)
+    inside = rng.uniform(6, 18, (2, 2))
+    xy = np.stack([[inside[b], [0.3, 11.0], [width + 2.0, 9.0], [width + 200.0, 9.0], [-1e4, -1e4]] for b in (0, 1)]) * stride
+    return np.concatenate([xy, np.ones((2, 5, 1))], -1).astype(np.float32), height, width
+
+
+def drawn(y_true, height, width, sigma, stride):
+    return np.stack([xu.gaussian_heatmaps(k[:, :2] / stride, (height, width), sigma / stride) for k in y_true])
+
+
+def loss_in_numpy(kind, sigma, stride, y_true, y_pred):
+    """The documented loss, image by image and channel by channel."""
+    target, result = drawn(y_true, *y_pred.shape[1:3], sigma, stride).astype(float), []
+    for t, p in zip(target, y_pred.astype(float)):
+        if kind == "mse":
+            result.append(((t - p) ** 2).mean())
+        elif kind == "weighted":
+            result.append(((1 + 50 * t) * (t - p) ** 2).mean())
+        else:
+            mass, channels = 2 * np.pi * (sigma / stride) ** 2, []
+            for k in range(t.shape[-1]):
+                share, absent = t[..., k] / mass, max(1 - p[..., k].sum() / mass, 0)
+                channels.append((share * np.log(p[..., k] / mass + 1e-35)).sum() + max(1 - share.sum(), 0) * np.log(absent + 1e-6))
+            result.append(-np.mean(channels))
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_loss_agrees_with_numpy(kind, stride):
+    y_true, height, width = batch(stride)
+    logits = np.random.default_rng(1).normal(0, 2, (2, height, width, 5)).astype(np.float32)
+    y_pred = convert(xu.spatial_softmax(logits, 3.0))
+    got = convert(xu.HeatmapLoss(3.0 * stride, kind, stride)(y_true, y_pred))
+    assert got.shape == (2,)
+    np.testing.assert_allclose(got, loss_in_numpy(kind, 3.0 * stride, stride, y_true, y_pred), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_perfect_prediction_has_the_lowest_loss(kind, stride):
+    y_true, height, width = batch(stride)
+    loss = xu.HeatmapLoss(3.0 * stride, kind, stride)
+    perfect = convert(loss(y_true, drawn(y_true, height, width, 3.0 * stride, stride)))
+    for shift in ([0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0], [0, -0.5, 0]):
+        shifted = drawn(y_true + np.float32(shift) * stride, height, width, 3.0 * stride, stride)
+        assert (convert(loss(y_true, shifted)) > perfect).all()
+    narrow = drawn(y_true, height, width, 2.5 * stride, stride) * (3 / 2.5) ** 2
+    assert (convert(loss(y_true, narrow)) > perfect).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_absent_keypoint_asks_for_an_empty_map(kind):
+    absent, present = np.float32([[[-1e4, -1e4, 0]]]), np.float32([[[12, 12, 1]]])
+    spot, empty = drawn(present, 24, 24, 3.0, 1), np.zeros((1, 24, 24, 1), np.float32)
+    loss = xu.HeatmapLoss(3.0, kind)
+    assert convert(loss(absent, empty)) < convert(loss(absent, spot))
+    assert convert(loss(present, spot)) < convert(loss(present, empty))
+
+
+def test_squared_error_of_an_all_zero_prediction():
+    y_true = np.float32([[[128, 128, 1]]])
+    got = convert(xu.HeatmapLoss(10.0, "mse")(y_true, np.zeros((1, 256, 256, 1), np.float32)))
+    assert got[0] == pytest.approx(np.pi * 100 / 256**2, rel=1e-4)  # 0.0048
+
+
+def test_unknown_loss():
+    with pytest.raises(ValueError, match="huber"):
+        xu.HeatmapLoss(kind="huber")
+
+
+# ------------------------------------------------------------ softmax
+
+
+def test_spatial_softmax_agrees_with_numpy():
+    logits = np.random.default_rng(0).normal(0, 3, (2, 6, 10, 4)).astype(np.float32)
+    weights = np.exp(logits.astype(float))
+    expected = 2 * np.pi * 2.0**2 * weights / (weights.sum((1, 2), keepdims=True) + 60)
+    np.testing.assert_allclose(convert(xu.spatial_softmax(logits, 2.0)), expected, rtol=1e-4)
+
+
+def test_spatial_softmax_sums_to_a_gaussian_s_mass_less_the_absent_share():
+    logits = np.zeros((1, 8, 8, 3), np.float32)
+    logits[0, 3, 3, 1], logits[..., 2] = 50, -50
+    np.testing.assert_allclose(convert(xu.spatial_softmax(logits, 2.0)).sum((1, 2))[0] / (8 * np.pi), [0.5, 1, 0], atol=1e-5)
+
+
+def test_spatial_softmax_is_finite_for_large_logits():
+    logits = np.random.default_rng(0).choice([-1e4, 1e4], (1, 8, 8, 3)).astype(np.float32)
+    assert np.isfinite(convert(xu.spatial_softmax(logits, 2.0))).all()
+
+
+def test_a_softmax_that_equals_a_gaussian_has_a_peak_of_one():
+    target = xu.gaussian_heatmaps([[16.5, 16.5]], 32, 2.0)
+    logits = np.log(target + 1e-30)[None] + 20
+    np.testing.assert_allclose(convert(xu.spatial_softmax(logits, 2.0))[0], target, atol=1e-3)
+
+
+# ------------------------------------------------------------ metric
+
+
+def spots(positions, height, width):
+    """(1, H, W, K) maps with one bright pixel each, at (x, y); None leaves a map empty."""
+    maps = np.zeros((1, height, width, len(positions)), np.float32)
+    for k, position in enumerate(positions):
+        if position is not None:
+            maps[0, position[1], position[0], k] = 1
+    return maps
+
+
+def test_nmae_of_heatmaps_worked_out_by_hand():
+    true, predicted = spots([(4, 2), (10, 5)], 8, 16), spots([(6, 1), (10, 5)], 8, 16)
+    assert float(xu.nmae_argmax(true, predicted)) == pytest.approx((2 / 16 + 1 / 8) / 4)
+
+
+def test_nmae_of_keypoints_worked_out_by_hand():
+    true = np.float32([[[8.9, 5.9, 1], [20.0, 10.0, 1]]])  # pixels of the frame; maps of half its size
+    predicted = spots([(6, 1), (10, 5)], 8, 16)
+    assert float(xu.nmae_argmax(true, predicted, stride=2)) == pytest.approx((2 / 16 + 1 / 8) / 4)
+
+
+@pytest.mark.parametrize("true", [spots([(4, 2), None], 8, 16), np.float32([[[4, 2, 1], [40, 2, 0]]])])
+def test_nmae_masks_corners_outside_the_frame(true):
+    assert float(xu.nmae_argmax(true, spots([(6, 2), (15, 7)], 8, 16))) == pytest.approx(2 / 16 / 2)
+
+
+def test_nmae_masks_the_tail_of_a_corner_outside_the_frame():
+    true = xu.gaussian_heatmaps([[-6.0, 4.0], [4.5, 4.5]], (8, 16), 4.0)[None]
+    assert float(xu.nmae_argmax(true, spots([(15, 7), (4, 4)], 8, 16))) == 0
+
+
+def test_nmae_of_corners_all_outside_is_zero():
+    assert float(xu.nmae_argmax(np.float32([[[-1e4, -1e4, 0]]]), spots([(3, 3)], 8, 16))) == 0
+
+
+def test_nmae_counts_the_eight_corners_only():
+    true, predicted = spots([(1, 1)] * 12, 8, 16), spots([(1, 1)] * 8 + [(15, 7)] * 4, 8, 16)
+    assert float(xu.nmae_argmax(true, predicted)) == 0
+    assert float(xu.nmae_argmax(np.float32([[[1.5, 1.5, 1]] * 12]), predicted)) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nmae_of_the_heatmaps_of_the_keypoints_is_zero(stride):
+    keypoints = np.random.default_rng(0).uniform(0, [32, 24], (3, 8, 2)).astype(np.float32) * stride
+    true = np.concatenate([keypoints, np.ones((3, 8, 1), np.float32)], -1)
+    assert float(xu.nmae_argmax(true, drawn(true, 24, 32, 2.0 * stride, stride), stride)) == 0

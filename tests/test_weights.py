@@ -1,0 +1,54 @@
+"""The weights that come with the project: they load, and find corners and poses in frames that they were not trained on."""
+
+import json
+
+import numpy as np
+import pytest
+
+import xwing_utils as xu
+
+FRAMES = 64  # of data/test
+
+
+@pytest.fixture(scope="module")
+def weights(root):
+    path = root / "weights" / "xwing.weights.h5"
+    for file in (path, path.with_name("xwing.json"), path.with_name("xwing_eval.json")):
+        if not file.exists():
+            pytest.fail(f"{file} is missing; train with notebooks/train.ipynb, or restore it with git checkout weights", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(weights):
+    """What was measured when the weights were shipped, over all of data/test."""
+    return json.loads(weights.with_name("xwing_eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(weights, root):
+    """The figures of the first frames of data/test."""
+    folder = root / "data" / "test"
+    paths, matrices = xu.load_dataset(folder)
+    view, projection = xu.load_camera(folder)
+    K = xu.camera_matrix(projection, 256, 256)
+    keypoints, _, poses = xu.track_frames(xu.load_model(weights), paths[:FRAMES], K, progress=False)
+    truth = [xu.pose_in_camera(view, m) for m in matrices[:FRAMES]]
+    return xu.evaluate(keypoints, poses, xu.keypoints_of(matrices[:FRAMES], view, projection), np.array(truth))
+
+
+def test_shipped_weights_are_small(weights):
+    assert weights.stat().st_size < 40e6
+
+
+def test_shipped_weights_find_the_corners(found, measured):
+    assert found["corner_px_median"] < measured["test"]["corner_px_median"] * 1.5
+
+
+def test_shipped_weights_find_poses_in_most_frames(found, measured):
+    assert found["poses_found"] > 0.8
+    assert found["rotation_deg_median"] < measured["test"]["rotation_deg_median"] * 2
+
+
+def test_readme_shows_the_measured_figures(root, measured):
+    assert xu.results_table(measured) in (root / "README.md").read_text()
