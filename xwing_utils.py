@@ -526,13 +526,18 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in the frame and facing the
         camera, else 0). Off-frame points keep their positions; points that face away are put far outside.
     Raises:
-        ValueError: no frames, lengths that differ, points that do not start with the corners, or have no mirror image.
+        ValueError: no frames, lengths that differ, too many steps, too large a square, points that do not start with the corners
+        or have no mirror image.
     """
     keras = import_keras()
 
     points = _check_array(points, (None, 3), "points")
     if len(paths) == 0 or len(paths) != len(matrices):
         raise ValueError(f"expected as many matrices as frames and at least one, got {len(paths)} frames and {len(matrices)} matrices")
+    if size < 1 or (crop and size > FRAME_SIZE):
+        raise ValueError(f"size: expected pixels, at most {FRAME_SIZE} for squares cut from the frames, got {size}")
+    if steps is not None and not 1 <= steps <= -(-len(paths) // batch_size):
+        raise ValueError(f"steps: {len(paths)} frames in batches of {batch_size} make {-(-len(paths) // batch_size)} steps, got {steps}")
     if not np.allclose(points[:8], BOUNDING_BOX):
         raise ValueError("points: the first 8 must be the corners of BOUNDING_BOX, in its order")
     if normals is None:
@@ -691,17 +696,19 @@ def save_model(model, path, **facts):
     import h5py
 
     path = _weights_path(path)
+    description = json.dumps({"model": model.settings, **facts}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    slim = part.with_name(f"slim-{part.name}")
     try:
         model.save_weights(part)
-        slim = part.with_name(f"slim-{part.name}")
         with h5py.File(part) as source, h5py.File(slim, "w") as target:
             _copy_slim(source, target)
         os.replace(slim, path)
     finally:
         part.unlink(missing_ok=True)
-    _write_atomically(path.with_name(_stem(path) + ".json"), json.dumps({"model": model.settings, **facts}, indent=1) + "\n")
+        slim.unlink(missing_ok=True)
+    _write_atomically(path.with_name(_stem(path) + ".json"), description)
 
 
 def _copy_slim(source, target):
@@ -1077,11 +1084,11 @@ def _pose_from_vectors(rotation, translation):
 def solve_frame(keypoints, K, confidence):
     """`solve_pose` from all that the network knows: keypoints (C, 2) and confidence (C,) of the first C `KEYPOINTS`.
 
-    The hull's points are tried first, as they are found three times more precisely than the corners, which float in empty space; where
-    they do not make a pose, corners and hull together may. Returns (4, 4) or None.
+    Six or more confident points of the hull are tried first, as they are found three times more precisely than the corners, which float in
+    empty space; where they do not make a pose, corners and hull together may. Returns (4, 4) or None.
     """
     count = len(keypoints)
-    if count > 8:
+    if (confidence[8:] >= MIN_CONFIDENCE).sum() >= 6:
         pose = solve_pose(keypoints[8:], K, confidence[8:], KEYPOINTS[8:count])
         if pose is not None:
             return pose
@@ -1201,6 +1208,7 @@ def evaluate(keypoints, poses, true_keypoints, true_poses, size=FRAME_SIZE):
     solved = np.array([p is not None for p in poses])
     pairs = [(p, t) for p, t in zip(poses, true_poses) if p is not None]
     rotation = np.array([rotation_error(p, t) for p, t in pairs] or [np.nan])
+    flipped = [p is not None and rotation_error(p, t) > 90 for p, t in zip(poses, true_poses)]
     add = np.array([np.inf if p is None else add_error(p, t) / DIAMETER for p, t in zip(poses, true_poses)])
     wrong = np.floor(np.nan_to_num(keypoints, nan=0.0)) - np.floor(true_keypoints)
     return {
@@ -1211,7 +1219,7 @@ def evaluate(keypoints, poses, true_keypoints, true_poses, size=FRAME_SIZE):
         "poses_found": float(solved[enough].mean()),
         "rotation_deg_median": float(np.median(rotation)), "rotation_deg_95": float(np.percentile(rotation, 95)),
         "translation_median": float(np.median([translation_error(p, t) for p, t in pairs] or [np.nan])),
-        "flips": float((rotation > 90).sum() / max(enough.sum(), 1)),
+        "flips": float(np.mean(np.array(flipped)[enough])),
         "add_0.1": float((add[enough] <= 0.1).mean()), "add_0.02": float((add[enough] <= 0.02).mean()),
         "speed_score": float(np.mean([speed_score(p, t) for p, t in pairs] or [np.nan])),
     }
@@ -1377,6 +1385,8 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
         raise ValueError(f"{path}: expected a .gif or .mp4 file")
     if not (fps > 0 and source_fps > 0) or (path.suffix == ".gif" and fps > 100):
         raise ValueError(f"expected positive rates, and at most 100 frames a second in a GIF, got fps {fps} and source_fps {source_fps}")
+    if path.suffix == ".gif":
+        fps = 100 / round(100 / fps)  # a GIF counts in hundredths of a second
     shown = np.arange(0, len(frames) - 1e-9, source_fps / fps).astype(int)
     pictures = _drawn(frames, poses, K, shown, source_fps, progress)
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
@@ -1424,6 +1434,9 @@ def _clip_palette(pixels):
 def _write_mp4(pictures, path, fps):
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
+    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=8, macro_block_size=2)
+    try:
         for picture in pictures:
             writer.append_data(picture)
+    finally:
+        writer.close()  # also after an error: ffmpeg would write on

@@ -422,6 +422,8 @@ def render_set(folder, count, seed, flight=False, mesh_path=HERE / "xwing.obj", 
     folder.mkdir(parents=True, exist_ok=True)
     info = {"seed": seed, "kind": "flight" if flight else "random", "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
     known = folder / "render_info.json"
+    if not known.exists() and any(folder.glob("*.json")):
+        raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
     if known.exists() and json.loads(known.read_text()) != info:
         raise ValueError(f"{folder} holds frames made with {known.read_text()}; asked for {json.dumps(info)}: give another folder")
     _write_atomically(known, json.dumps(info).encode())

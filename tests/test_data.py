@@ -295,7 +295,6 @@ def test_steps_shorten_an_epoch(sample, camera):
     assert len(dataset_of(sample, camera, count=8, batch_size=2, steps=3)) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="make_dataset: more steps than batches fail in __getitem__ with 'not enough values to unpack'")
 def test_more_steps_than_frames_are_refused_or_served(sample, camera):
     try:
         dataset = dataset_of(sample, camera, count=4, batch_size=2, steps=3)
@@ -347,7 +346,6 @@ def test_squares_hold_the_ship(sample, camera):
     assert xu.in_frame(keypoints[in_sight, :8, :2].mean(1), 128, 128).all()
 
 
-@pytest.mark.xfail(strict=True, reason="make_dataset: crop with a size over 256 cuts empty pictures without a word")
 def test_squares_larger_than_the_frame_are_refused(sample, camera):
     with pytest.raises(ValueError, match="size"):
         dataset_of(sample, camera, size=512, crop=True)[0]
@@ -527,7 +525,6 @@ def test_a_folder_of_another_set_is_refused(rendered, arguments):
     assert files(rendered) == before
 
 
-@pytest.mark.xfail(strict=True, reason="render_set: a folder of frames without render_info.json is taken for its own, camera_info.json overwritten")
 def test_a_folder_of_foreign_frames_is_refused(folder):
     with pytest.raises(ValueError, match="give another folder"):
         render.render_set(folder, 4, 7, workers=1, progress=False)
