@@ -1045,9 +1045,13 @@ def _sqpnp(points, keypoints, K):
         found, rotation, translation = cv2.solvePnP(points, keypoints, K, None, flags=cv2.SOLVEPNP_SQPNP)
     except cv2.error:
         return None
+    return _pose_ahead(points, rotation, translation) if found else None
+
+
+def _pose_ahead(points, rotation, translation):
+    """(4, 4) pose of OpenCV's vectors, or None if it is not finite or puts a point behind the camera."""
     pose = _pose_from_vectors(rotation, translation)
-    ahead = (points @ pose[2, :3] + pose[2, 3] > 0).all()
-    return pose if found and np.isfinite(pose).all() and ahead else None
+    return pose if np.isfinite(pose).all() and (points @ pose[2, :3] + pose[2, 3] > 0).all() else None
 
 
 def _ransac(points, keypoints, K, limit):
@@ -1059,8 +1063,7 @@ def _ransac(points, keypoints, K, limit):
                                                              confidence=0.9999, flags=cv2.SOLVEPNP_SQPNP)
     except cv2.error:
         return None
-    pose = _pose_from_vectors(rotation, translation) if found else None
-    return pose if found and np.isfinite(pose).all() and (points @ pose[2, :3] + pose[2, 3] > 0).all() else None
+    return _pose_ahead(points, rotation, translation) if found else None
 
 
 def _refine(points, keypoints, K, limit):
