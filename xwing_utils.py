@@ -74,6 +74,7 @@ NORMALS = np.concatenate([np.zeros((8, 3)), SURFACE_NORMALS])  # (36, 3)
 CHANNELS = len(KEYPOINTS)  # 36
 BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
 DECODER_FILTERS = (128, 64, 32, 32, 16)
+MARGIN = 48  # pixels round the frame in which keypoints can still be found
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _FAR = -1e4  # pixels; where a keypoint that must not show is put
 
@@ -436,9 +437,9 @@ def augmentation(seed=None):
     import albumentations as A
 
     return A.Compose([
-        A.Affine(rotate=(-180, 180), scale=(0.8, 1.25), translate_percent=(-0.08, 0.08), p=0.6),
-        A.OneOf([A.RandomBrightnessContrast((-0.12, 0.2), (-0.2, 0.3)), A.RandomGamma((70, 125))], p=0.6),
-        A.OneOf([A.HueSaturationValue(18, 40, 15), A.RGBShift(18, 18, 18), A.ToGray()], p=0.4),
+        A.Affine(rotate=(-180, 180), scale=(0.7, 1.3), keep_ratio=True, translate_percent=(-0.08, 0.08), p=0.6),
+        A.OneOf([A.RandomBrightnessContrast((-0.15, 0.3), (-0.3, 0.4)), A.RandomGamma((65, 140)), A.RandomToneCurve(0.2)], p=0.6),
+        A.OneOf([A.HueSaturationValue(20, 60, 20), A.RGBShift(25, 25, 25), A.ToGray()], p=0.5),
         A.OneOf([A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.3, 1.2)), A.MotionBlur(blur_limit=(3, 5)),
                  A.Downscale(scale_range=(0.5, 0.9))], p=0.25),
         A.OneOf([A.GaussNoise(std_range=(0.01, 0.06)), A.ISONoise()], p=0.25),
@@ -501,10 +502,25 @@ class _Batches:
 
 
 def _crop_near(image, keypoints, size, rng):
-    """Cut a square of `size` pixels that lies within the frame and holds the ship, more or less in its middle."""
+    """Cut a square of `size` pixels that holds the ship, more or less in its middle.
+
+    Half of the squares lie within the frame; the others may reach up to `MARGIN` pixels beyond its edge into black, where keypoints that
+    left the frame are still to be found.
+    """
+    margin = MARGIN if rng.random() < 0.5 else 0
     middle = keypoints[:8].mean(0) + rng.uniform(-size / 4, size / 4, 2)
-    left, top = np.clip(np.round(middle - size / 2), 0, np.array(image.shape[1::-1]) - size).astype(int)
-    return image[top : top + size, left : left + size], keypoints - [left, top]
+    corner = np.clip(np.round(middle - size / 2), -margin, np.array(image.shape[1::-1]) - size + margin).astype(int)
+    return crop(image, corner, size), keypoints - corner
+
+
+def crop(image, corner, size):
+    """The square of `size` pixels with its top-left at `corner` (left, top), whole pixels; black where it reaches beyond the frame."""
+    left, top = corner
+    square = np.zeros((size, size, *image.shape[2:]), image.dtype)
+    x, y = max(left, 0), max(top, 0)
+    part = image[y : max(top + size, 0), x : max(left + size, 0)]
+    square[y - top : y - top + part.shape[0], x - left : x - left + part.shape[1]] = part
+    return square
 
 
 def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, steps=None, size=FRAME_SIZE, crop=False, augmented=True,
@@ -516,7 +532,8 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         model_view_matrix, projection_matrix: from `load_camera`.
         steps: batches an epoch; None is all of them. (Not `steps_per_epoch` of `fit`, which would not start a new epoch of this dataset.)
         size: width and height in pixels to which frames and keypoints are scaled after the augmentation.
-        crop: cut a square of that size round the ship instead of scaling: all the detail at a part of the cost.
+        crop: cut a square of that size round the ship instead of scaling: all the detail at a part of the cost. Half of the squares may
+            reach beyond the frame, into black.
         augmented: mirror (with the names swapped) and `augmentation`; False leaves the frames alone.
         shuffle: None does as `augmented`.
         points: (K, 3) model points, the 8 corners first.
