@@ -18,6 +18,7 @@ Nothing here imports TensorFlow or Keras until a model, a loss or a batch is ask
 """
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
+from scipy.optimize import least_squares
 from tqdm.auto import tqdm
 
 # ============================================================ constants
@@ -341,35 +343,76 @@ def heatmap2argmax(heatmaps, scale=False):
     return 2 * indices / [width, height] - 1 if scale else indices
 
 
-def decode_heatmaps(heatmaps, sigma=SIGMA):
-    """Read sub-pixel keypoints: fit a Gaussian to the logarithm of each heatmap around its brightest pixel.
-
-    The fit is least squares for log h = a + b x + c y + d (x^2 + y^2) in a window of 1.5 sigma, weighted by h^2, so the exact
-    answer for any Gaussian, also one that the frame's border cuts.
+def decode_heatmaps(heatmaps, sigma=SIGMA, method="gaussian"):
+    """Read sub-pixel keypoints from heatmaps.
 
     Args:
         heatmaps: (..., H, W, K), peaks of 1.
-        sigma: standard deviation of the Gaussians in pixels; scales the window.
+        sigma: standard deviation of the Gaussians in pixels; scales the windows.
+        method: how to read between the pixels, from the brightest one on. "gaussian": least squares for log h = a + b x + c y + d (x^2 + y^2) in a
+            window of 1.5 sigma, weighted by h^2, the exact answer for any Gaussian, also one that the frame's border cuts. "argmax": its centre.
+            "quarter": a quarter pixel towards the brighter neighbour. "taylor": a Newton step on the logarithm of the smoothed map. "centroid": the
+            centre of mass within 2 sigma.
     Returns:
         keypoints: (..., K, 2) float64 continuous pixels (x, y); NaN where a heatmap is zero or not finite.
         confidence: (..., K) float64 in [0, 1]: the share of a full Gaussian's mass found within 3 sigma of the peak.
-    Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Magazine 28(5), 2011.
+    Raises:
+        ValueError: an unknown method, or fewer than three dimensions.
+    Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Magazine 28(5), 2011; for "quarter" Newell et al., Stacked
+        Hourglass Networks, ECCV 2016; for "taylor" Zhang et al., Distribution-Aware Coordinate Representation (DARK), CVPR 2020.
     """
+    if method not in DECODERS:
+        raise ValueError(f"method: expected one of {', '.join(DECODERS)}, got {method!r}")
     heatmaps = np.asarray(heatmaps)
     peaks = heatmap2argmax(heatmaps)
     *lead, height, width, count = heatmaps.shape
     maps = np.moveaxis(heatmaps, -1, -3).reshape(-1, height, width)
     column, row = peaks.reshape(-1, 2).T
-    window, x, y = _windows(maps, column, row, max(1, round(1.5 * sigma)))
-    keypoints = _fit_gaussian(window, x, y, sigma)
-    keypoints += np.stack([column, row], -1) + 0.5
+    keypoints = DECODERS[method](maps, column, row, sigma) + np.stack([column, row], -1) + 0.5
     window, x, y = _windows(maps, column, row, int(np.ceil(3 * sigma)))
+    keypoints[~(np.nan_to_num(window).max((1, 2)) > 0)] = np.nan
     expected = np.exp(-((x + column[:, None, None] + 0.5 - keypoints[:, 0, None, None]) ** 2
                         + (y + row[:, None, None] + 0.5 - keypoints[:, 1, None, None]) ** 2) / (2 * sigma**2))
     expected = np.where(np.isnan(window), 0, expected).sum((1, 2))
     confidence = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(expected, 0.1 * 2 * np.pi * sigma**2)
     confidence = np.where(np.isnan(keypoints).any(-1), 0.0, np.clip(confidence, 0, 1))
     return keypoints.reshape(*lead, count, 2), confidence.reshape(*lead, count)
+
+
+def heatmap_covariance(heatmaps, keypoints, sigma=SIGMA, reach=10.0):
+    """How uncertain each keypoint is: the spread of its heatmap about it, less the spread that a sure answer has.
+
+    A softmax heatmap is the network's belief in every position, widened by the target's Gaussian. Its second moments, taken under a Gaussian
+    window of `reach` about the keypoint, minus sigma^2, are the belief's covariance; the window's narrowing is undone.
+
+    Args:
+        heatmaps: (..., H, W, K), peaks of 1.
+        keypoints: (..., K, 2) their keypoints in pixels of the maps; rows of NaN give infinite variances.
+        sigma, reach: pixels of the maps.
+    Returns:
+        (..., K, 2, 2) float64, square pixels of the maps.
+    """
+    heatmaps, keypoints = np.asarray(heatmaps), np.asarray(keypoints)
+    found = np.isfinite(keypoints).all(-1)
+    centre = np.where(found[..., None], keypoints, 0.0)
+    height, width = heatmaps.shape[-3:-1]
+    x, y = (np.arange(n)[:, None] + 0.5 - centre[..., None, :, i] for n, i in ((width, 0), (height, 1)))  # (..., W, K), (..., H, K)
+    wx, wy = (np.exp(-(d**2) / (2 * reach**2)) for d in (x, y))
+    rows = [np.einsum("...hwk,...wk->...hk", heatmaps, (wx * x**power).astype(heatmaps.dtype)) for power in range(3)]
+    moments = [[(rows[i] * wy * y**j).sum(-2) for j in range(3)] for i in range(3)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        (_, my, myy), (mx, mxy, _), (mxx, _, _) = [[m / moments[0][0] for m in line] for line in moments]
+    spread = np.stack([np.stack([mxx - mx**2, mxy - mx * my], -1), np.stack([mxy - mx * my, myy - my**2], -1)], -1)
+    usable = found & np.isfinite(spread).all((-1, -2))
+    values, vectors = np.linalg.eigh(np.where(usable[..., None, None], spread, np.eye(2)))
+    values = 1 / np.maximum(1 / np.maximum(values, 1e-9) - 1 / reach**2, 1e-4) - sigma**2
+    covariance = (vectors * np.maximum(values, 1e-3)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+    return np.where(usable[..., None, None], covariance, np.diag([np.inf, np.inf]))
+
+
+def point_deviation(covariance):
+    """(...,) standard deviation along one axis, in pixels, of covariances (..., 2, 2): the root of their mean variance."""
+    return np.sqrt(np.trace(covariance, axis1=-2, axis2=-1) / 2)
 
 
 def _windows(maps, column, row, radius):
@@ -383,8 +426,9 @@ def _windows(maps, column, row, radius):
     return np.where(inside, values, np.nan).astype(np.float64), x, y
 
 
-def _fit_gaussian(window, x, y, sigma):
-    """(M, 2) offsets (x, y) of the peaks of log-fitted Gaussians from the windows' centres; NaN for empty maps."""
+def _gaussian_offset(maps, column, row, sigma):
+    """(M, 2) offsets (x, y) of the peaks of log-fitted Gaussians from the brightest pixels' centres."""
+    window, x, y = _windows(maps, column, row, max(1, round(1.5 * sigma)))
     usable = np.isfinite(window) & (window > 1e-6)
     weight = np.where(usable, window, 0) ** 2
     logs = np.log(np.where(usable, window, 1))
@@ -397,7 +441,39 @@ def _fit_gaussian(window, x, y, sigma):
     with np.errstate(divide="ignore", invalid="ignore"):
         offset = np.stack([b, c], -1) / (-2 * d[:, None]) * sigma
     offset = np.where((d[:, None] < -1e-3) & np.isfinite(offset), np.clip(offset, -1.5 * sigma, 1.5 * sigma), 0.0)
-    return np.where(weight.sum(-1, keepdims=True) > 0, offset, np.nan)
+    return offset
+
+
+def _no_offset(maps, column, row, sigma):
+    return np.zeros((len(maps), 2))
+
+
+def _quarter_offset(maps, column, row, sigma):
+    window = np.nan_to_num(_windows(maps, column, row, 1)[0])
+    return 0.25 * np.sign(np.stack([window[:, 1, 2] - window[:, 1, 0], window[:, 2, 1] - window[:, 0, 1]], -1))
+
+
+def _taylor_offset(maps, column, row, sigma):
+    """Newton's step; the map is smoothed first, by half its own sigma."""
+    smooth = np.stack([cv2.GaussianBlur(np.ascontiguousarray(m, np.float32), (0, 0), max(0.5 * sigma, 0.3)) for m in np.nan_to_num(maps)])
+    w = np.log(np.maximum(np.nan_to_num(_windows(smooth, column, row, 1)[0]), 1e-10))
+    gradient = np.stack([w[:, 1, 2] - w[:, 1, 0], w[:, 2, 1] - w[:, 0, 1]], -1) / 2
+    xx, yy = w[:, 1, 2] - 2 * w[:, 1, 1] + w[:, 1, 0], w[:, 2, 1] - 2 * w[:, 1, 1] + w[:, 0, 1]
+    xy = (w[:, 2, 2] - w[:, 2, 0] - w[:, 0, 2] + w[:, 0, 0]) / 4
+    determinant = xx * yy - xy**2
+    step = np.stack([xy * gradient[:, 1] - yy * gradient[:, 0], xy * gradient[:, 0] - xx * gradient[:, 1]], -1)
+    step = step / np.where(determinant > 1e-9, determinant, np.inf)[:, None]
+    return np.clip(step, -1, 1)
+
+
+def _centroid_offset(maps, column, row, sigma):
+    window, x, y = _windows(maps, column, row, max(1, round(2 * sigma)))
+    window = np.clip(np.nan_to_num(window), 0, None)
+    total = np.maximum(window.sum((1, 2)), 1e-30)
+    return np.stack([(window * x).sum((1, 2)) / total, (window * y).sum((1, 2)) / total], -1)
+
+
+DECODERS = {"argmax": _no_offset, "quarter": _quarter_offset, "taylor": _taylor_offset, "centroid": _centroid_offset, "gaussian": _gaussian_offset}
 
 
 # ============================================================ data pipeline
@@ -638,6 +714,8 @@ def spatial_softmax(logits, sigma):
 
 def import_keras():
     """Import Keras with its backend, without the messages that TensorFlow writes to the console when it starts. Returns the module."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"]
     sys.stderr.flush()
     console, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
@@ -713,7 +791,10 @@ def save_model(model, path, **facts):
     import h5py
 
     path = _weights_path(path)
-    description = json.dumps({"model": model.settings, **facts}, indent=1) + "\n"
+    settings = {key: value for key, value in model.settings.items() if key != "margin"}
+    if settings["keypoints"] <= len(KEYPOINTS):
+        settings["points"] = KEYPOINTS[: settings["keypoints"]].tolist()
+    description = json.dumps({"model": settings, **facts}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
     slim = part.with_name(f"slim-{part.name}")
@@ -760,27 +841,39 @@ def _write_atomically(path, text):
     os.replace(part, path)
 
 
-def load_model(path, size=None):
+def load_model(path, size=None, margin=0):
     """Rebuild a trained model from `NAME.weights.h5` and `NAME.json`; no pickles, no code in files.
 
     Args:
         path: the weights file.
-        size: width and height in pixels to build for; None is the size it was trained at.
+        size: width and height in pixels of the frames to build for; None is the size it was trained at.
+        margin: pixels of black border that the frames get before the network sees them, so that it can find keypoints outside the frame;
+            twice the margin and the size must add up to a multiple of 32.
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a foreign or damaged file.
+        ValueError: a foreign or damaged file, or weights for other model points than this module's `KEYPOINTS`.
     """
     path = _weights_path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such weights; run notebooks/train.ipynb, or restore weights/ with git checkout weights")
-    info = _read_json(path.with_name(_stem(path) + ".json"))
+    settings_path = path.with_name(_stem(path) + ".json")
+    for file in (path, settings_path):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; weights are two files, NAME.weights.h5 and NAME.json: "
+                                    "run notebooks/train.ipynb, or restore weights/ with git checkout weights")
+    info = _read_json(settings_path)
     try:
-        settings = {**info["model"], **({"size": size} if size else {})}
-        model = build_model(**settings)
-        model.load_weights(path)
+        settings = dict(info["model"])
+        points = settings.pop("points", None)
+        settings["size"] = (size or settings["size"]) + 2 * margin
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Keras names every layer that does not fit; one error is enough
+            model = build_model(**settings)
+            model.load_weights(path)
     except (KeyError, TypeError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not weights of this project's network ({str(error).splitlines()[0][:200]}); "
                          "restore weights/ with git checkout weights") from None
+    if points is not None and not (np.shape(points) == KEYPOINTS[: len(points)].shape and np.allclose(points, KEYPOINTS[: len(points)])):
+        raise ValueError(f"{path}: trained on {len(points)} model points that are not those of KEYPOINTS; train again")
+    model.settings["margin"] = margin
     return model
 
 
@@ -851,21 +944,24 @@ def _argmax(maps):
 def predict_heatmaps(model, images, batch_size=16, channels=8):
     """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8; up to 9 MB a frame, so give short stacks.
 
+    A model that was loaded with a margin gets the frames inside a black border, and its maps show the border too.
     Raises ValueError for a wrong shape or type, or another size than the model's.
     """
     images = np.asarray(images)
-    size = model.settings["size"]
+    margin = model.settings.get("margin", 0)
+    size = model.settings["size"] - 2 * margin
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
     maps = np.empty((len(images), *model.output_shape[1:3], channels), np.float32)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)])  # one shape, one graph
+        padded = np.zeros((batch_size, size + 2 * margin, size + 2 * margin, 3), np.uint8)  # always the same shape: one graph
+        padded[: len(batch), margin : margin + size, margin : margin + size] = batch
         maps[start : start + len(batch)] = np.asarray(model.predict_on_batch(padded))[: len(batch), ..., :channels]
     return maps
 
 
-def predict_keypoints(model, images, batch_size=16, progress=False, channels=8):
+def predict_keypoints(model, images, batch_size=16, progress=False, channels=8, covariance=False):
     """Find the eight corners in frames.
 
     Args:
@@ -873,18 +969,24 @@ def predict_keypoints(model, images, batch_size=16, progress=False, channels=8):
         images: (N, H, W, 3) uint8 RGB.
         progress: show a bar.
         channels: how many of the network's keypoints to return; 36 gives all of `KEYPOINTS`, the corners first.
+        covariance: return the third array too.
     Returns:
-        keypoints (N, channels, 2) float64 pixels, confidence (N, channels) float64 in [0, 1].
+        keypoints (N, channels, 2) float64 pixels, confidence (N, channels) float64 in [0, 1], and if asked for (N, channels, 2, 2) square pixels, see
+        `heatmap_covariance`.
     Raises:
         ValueError: as `predict_heatmaps`.
     """
     keypoints, confidence = np.full((len(images), channels, 2), np.nan), np.zeros((len(images), channels))
+    spread = np.full((len(images), channels, 2, 2), np.nan)
     sigma, stride = model.settings["sigma"], model.settings["stride"]
     for start in tqdm(range(0, len(images), batch_size), desc="corners", unit="batch", disable=not progress):
         part = slice(start, start + batch_size)
         maps = predict_heatmaps(model, images[part], batch_size, channels)
         keypoints[part], confidence[part] = decode_heatmaps(maps, sigma / stride)
-    return keypoints * stride, confidence
+        if covariance:
+            spread[part] = heatmap_covariance(maps, keypoints[part], sigma / stride, 20 / stride)
+    keypoints = keypoints * stride - model.settings.get("margin", 0)
+    return (keypoints, confidence, spread * stride**2) if covariance else (keypoints, confidence)
 
 
 # ============================================================ training
@@ -992,68 +1094,208 @@ def corner_report(estimate, truth, size=FRAME_SIZE, scale=1.0):
         distance under each frame's best naming), within_2px, within_5px (shares), namings (frames per best naming).
     """
     inside = in_frame(truth, size, size)
-    distance = np.linalg.norm(np.nan_to_num(estimate, nan=_FAR)[:, :, None] - truth[:, None], axis=-1) * scale  # (N, estimate, truth)
-    own = np.einsum("nkk->nk", distance)
-    named = np.stack([np.where(inside, distance[:, p, np.arange(8)], np.nan) for p in NAMINGS.values()])  # (namings, N, 8)
-    whole = inside.any(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        best = np.nanmean(np.minimum(named, 60), -1)[:, whole].argmin(0)
+    errors = {name: e if name == "naming" else e * scale for name, e in _naming_errors(estimate, truth, size).items()}
     return {
-        "corner_px": float(np.median(own[inside])),
-        "nearest_px": float(np.median(distance.min(2)[inside])),
-        "renamed_px": float(np.nanmedian(named[:, whole][best, np.arange(whole.sum())])),
-        "within_2px": float((own[inside] <= 2).mean()),
-        "within_5px": float((own[inside] <= 5).mean()),
-        "namings": {name: int((best == i).sum()) for i, name in enumerate(NAMINGS)},
+        "corner_px": float(np.median(errors["corner"][inside])),
+        "nearest_px": float(np.median(errors["nearest"][inside])),
+        "renamed_px": float(np.median(errors["renamed"][inside])),
+        "within_2px": float((errors["corner"][inside] <= 2).mean()),
+        "within_5px": float((errors["corner"][inside] <= 5).mean()),
+        "namings": {name: int((errors["naming"] == i).sum()) for i, name in enumerate(NAMINGS)},
     }
+
+
+def _naming_errors(estimate, truth, size):
+    """(N, 8) distances to the own corner, to the nearest one, and to the own one under each frame's best naming; (N,) that naming, or -1."""
+    inside = in_frame(truth, size, size)
+    distance = np.linalg.norm(np.nan_to_num(estimate, nan=_FAR)[:, :, None] - truth[:, None], axis=-1)  # (N, estimate, truth)
+    named = np.stack([distance[:, p, np.arange(8)] for p in NAMINGS.values()], 1)  # (N, namings, 8)
+    cost = (np.minimum(named, 60 * size / FRAME_SIZE) * inside[:, None]).sum(-1)
+    best = cost.argmin(1)
+    renamed, naming = named[np.arange(len(named)), best], np.where(inside.any(1), best, -1)
+    return {"corner": named[:, 0], "nearest": distance.min(1), "renamed": renamed, "naming": naming}
 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE = 0.5  # points below it are not used for a pose
-MAX_REPROJECTION = 4.0  # pixels of a 256 px frame: a point further from its projection does not agree with a pose
-MIN_AGREEING = 0.6  # share of the points in use that must agree with a pose
+MIN_CONFIDENCE = 0.2  # points below it are not used for a pose
+MIN_DEVIATION = 0.7  # pixels of a 256 px frame: no point is trusted further than that
+MAX_DEVIATIONS = 3.0  # a point further from its projection than so many of its standard deviations does not agree with a pose
+MIN_AGREEING = 0.7  # share of the points in use that must agree with a pose
+CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
+MIN_MARGIN = 1.0  # a second pose must fit worse by at least that much, in units of log-likelihood
+MAX_MISFIT = 1.25  # largest root of chi square per degree of freedom of the agreeing points
+
+
+@dataclasses.dataclass(frozen=True)
+class PoseEstimate:
+    """What `estimate_pose` knows about one frame."""
+
+    pose: np.ndarray | None  # (4, 4) model -> OpenCV camera; None where not even four points were found
+    covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation (model units)
+    accepted: bool = False
+    reason: str = ""  # why it was not accepted
+    reprojection: float = np.inf  # pixels, root mean square over the agreeing points
+    misfit: float = np.inf  # root of chi square per degree of freedom: 1 where errors are as large as expected
+    agreeing: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
+    second: np.ndarray | None = None  # (4, 4) the best pose that is turned by more than 30 degrees against this one
+    margin: float = np.inf  # how much worse the second fits all points: difference of the robust costs, as of log-likelihoods
+
+    @property
+    def rotation_deviation(self):
+        """Expected rotation error in degrees: the root of the covariance's rotational trace."""
+        return np.inf if self.covariance is None else float(np.degrees(np.sqrt(np.trace(self.covariance[:3, :3]))))
 
 
 def solve_pose(keypoints, K, confidence=None, points=BOUNDING_BOX):
-    """Solve the pose of the ship from its corners.
+    """The accepted pose of `estimate_pose`, (4, 4) model -> OpenCV camera, or None where no pose can be trusted. Same arguments, same errors."""
+    estimate = estimate_pose(keypoints, K, confidence, None, points)
+    return estimate.pose if estimate.accepted else None
 
-    SQPnP on all confident points; from 6 points on also RANSAC, which survives wild ones. Whichever more points agree with is refined by
-    Levenberg-Marquardt on those.
+
+def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING_BOX):
+    """Estimate the pose of the ship from its keypoints, and how far to trust it.
+
+    SQPnP and, from 6 points on, RANSAC propose poses from the hull's points and from all; each is also turned by half a roll and mirrored in
+    depth, the two ways in which a flat ship is mistaken for itself. The proposals compete by a robust cost (Cauchy) over all points, each
+    weighted by its own uncertainty; the best are refined, and the winner is refined again by least squares on the points that agree with it.
 
     Args:
         keypoints: (K, 2) pixels; NaN rows are not used.
         K: (3, 3) camera matrix, pixels.
         confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are not used.
-        points: (K, 3) model points of the keypoints; the 8 corners, or all of `KEYPOINTS`.
+        deviation: (K,) pixels, standard deviation of each point along x and y, see `point_deviation`; None is 1 pixel of a 256 px frame for all.
+        points: (K, 3) model points of the keypoints; the 8 corners, or all of `KEYPOINTS`, whose rows from the 9th on are the hull's.
     Returns:
-        (4, 4) float64 model -> OpenCV camera, or None when no trustworthy pose exists: fewer than 4 usable points, fewer than 4 or less than
-        MIN_AGREEING of them within MAX_REPROJECTION (scaled to the frame) of one pose, or a ship behind the camera.
+        PoseEstimate. It is accepted unless there are fewer than 4 points, or fewer than 4 or MIN_AGREEING of them agree, or they fit worse
+        than MAX_MISFIT, or a second pose comes within MIN_MARGIN.
     Raises:
         ValueError: a wrong shape, or a K that is no finite camera matrix.
     Source: Terzakis and Lourakis, A Consistently Fast and Globally Optimal Solution to the Perspective-n-Point Problem, ECCV 2020
-        (cv2.SOLVEPNP_SQPNP); Fischler and Bolles, RANSAC, CACM 24(6), 1981 (cv2.solvePnPRansac).
+        (cv2.SOLVEPNP_SQPNP); Fischler and Bolles, RANSAC, CACM 24(6), 1981 (cv2.solvePnPRansac); Schweighofer and Pinz, Robust Pose Estimation
+        from a Planar Target, TPAMI 28(12), 2006 (two solutions); Hartley and Zisserman, Multiple View Geometry, 2004, section 5.2 (covariance).
     """
     points = _check_array(points, (None, 3), "points")
     keypoints = _check_array(keypoints, (len(points), 2), "keypoints")
-    K = _check_array(K, (3, 3), "K")
-    if not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0:
-        raise ValueError(f"K: expected a finite camera matrix with positive focal lengths, got\n{K}")
+    K = _check_camera_matrix(K)
     weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
+    pixel = K[0, 0] / 248.8889  # one pixel of a 256 px frame
+    deviation = np.full(len(points), pixel) if deviation is None else _check_array(deviation, (len(points),), "deviation")
+    deviation = np.maximum(deviation, MIN_DEVIATION * pixel)
     usable = np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE)
-    points, keypoints = points[usable], keypoints[usable]
-    if len(points) < 4:
-        return None
-    limit = MAX_REPROJECTION * K[0, 0] / 248.8889
-    candidates = [_sqpnp(points, keypoints, K), _ransac(points, keypoints, K, limit)]
-    errors = [reprojection_errors(pose, keypoints, K, points) for pose in candidates if pose is not None]
-    if not errors:
-        return None
-    agreeing = max((e < limit for e in errors), key=np.sum)
-    if agreeing.sum() < max(4, MIN_AGREEING * len(points)):
-        return None
-    return _refine(points[agreeing], keypoints[agreeing], K, limit)
+    if usable.sum() < 4:
+        return PoseEstimate(None, reason=f"{usable.sum()} points are found, 4 are needed")
+    problem = _Problem(points[usable], keypoints[usable], deviation[usable], K)
+    hull = np.flatnonzero(usable) >= 8
+    proposals = problem.propose(hull) if hull.sum() >= 6 else []
+    proposals += problem.propose(np.ones_like(hull))
+    ranked = sorted(((problem.cost(pose), i, pose) for i, pose in enumerate(proposals)), key=lambda p: p[:2])
+    refined = []
+    for _, _, pose in _distinct(ranked, 10)[:3]:
+        pose = problem.refine(pose, robust=True)
+        if pose is not None:
+            refined.append((problem.cost(pose), len(refined), pose))
+    if not refined:
+        return PoseEstimate(None, reason="no pose puts the points in front of the camera")
+    rivals = sorted(refined + [(cost, len(refined) + i, pose) for cost, i, pose in ranked], key=lambda p: p[:2])
+    return problem.judge(_distinct(rivals, 30), usable)
+
+
+def _check_camera_matrix(K):
+    K = _check_array(K, (3, 3), "K")
+    if not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0 or not np.allclose(K[[1, 2, 2, 2], [0, 0, 1, 2]], [0, 0, 0, 1]):
+        raise ValueError(f"K: expected a finite camera matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive focal lengths, got\n{K}")
+    return K
+
+
+def _distinct(ranked, degrees):
+    """Of (cost, index, pose), best first, those that are turned by more than an angle against every better one."""
+    kept = []
+    for item in ranked:
+        if all(rotation_error(item[2], better[2]) > degrees for better in kept):
+            kept.append(item)
+    return kept
+
+
+class _Problem:
+    """One frame's points: proposes, scores, refines and judges poses."""
+
+    def __init__(self, points, keypoints, deviation, K):
+        self.points, self.keypoints, self.deviation, self.K = points, keypoints, deviation, K
+
+    def propose(self, chosen):
+        """Poses from a subset (bool) of the points, and what they may be mistaken for."""
+        points, keypoints = self.points[chosen], self.keypoints[chosen]
+        limit = MAX_DEVIATIONS * float(np.median(self.deviation[chosen]))
+        solved = [p for p in (_sqpnp(points, keypoints, self.K), _ransac(points, keypoints, self.K, limit)) if p is not None]
+        return [other for pose in solved for other in (pose, pose @ np.diag([-1.0, 1.0, -1.0, 1.0]), _mirrored_in_depth(pose))]
+
+    def distances(self, pose):
+        """(K,) reprojection errors in standard deviations."""
+        return reprojection_errors(pose, self.keypoints, self.K, self.points) / self.deviation
+
+    def cost(self, pose):
+        """Negative log-likelihood of the points under Cauchy errors, but for a constant."""
+        return float(np.log1p(np.minimum(self.distances(pose), 1e6) ** 2 / CAUCHY**2).sum() * CAUCHY**2 / 2)
+
+    def refine(self, pose, robust=False, chosen=slice(None)):
+        """The nearest pose with the least cost (`robust`) or the least sum of squares; None if that lies behind the camera."""
+        points, keypoints, deviation = self.points[chosen] @ pose[:3, :3].T, self.keypoints[chosen], np.repeat(self.deviation[chosen], 2)
+
+        def residuals(x):  # x turns the pose in camera axes, and moves it
+            return (cv2.projectPoints(points, x[:3], x[3:], self.K, None)[0].reshape(-1, 2) - keypoints).ravel() / deviation
+
+        def jacobian(x):
+            return cv2.projectPoints(points, x[:3], x[3:], self.K, None)[1][:, :6] / deviation[:, None]
+
+        start = np.concatenate([np.zeros(3), pose[:3, 3]])
+        if not np.isfinite(residuals(start)).all():
+            return None
+        found = least_squares(residuals, start, jacobian, x_scale="jac", max_nfev=30, **({"loss": "cauchy", "f_scale": CAUCHY} if robust else {})).x
+        return _pose_ahead(self.points, cv2.Rodrigues(cv2.Rodrigues(found[:3])[0] @ pose[:3, :3])[0], found[3:])
+
+    def covariance(self, pose, chosen):
+        """(6, 6) of the turn in camera axes and the translation, from the chosen points; None where they do not fix the pose."""
+        turned = self.points[chosen] @ pose[:3, :3].T
+        jacobian = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], self.K, None)[1][:, :6] / np.repeat(self.deviation[chosen], 2)[:, None]
+        information = jacobian.T @ jacobian
+        return np.linalg.inv(information) if np.linalg.cond(information) < 1e12 else None
+
+    def judge(self, rivals, usable):
+        """The `PoseEstimate` of the best of the (cost, index, pose), best first; the second best tells how clear that is."""
+        (cost, _, pose), *others = rivals
+        agreeing = self.distances(pose) < MAX_DEVIATIONS
+        final = self.refine(pose, chosen=agreeing) if agreeing.sum() >= 4 else None
+        pose = pose if final is None else final
+        distances = self.distances(pose)
+        agreeing &= distances < MAX_DEVIATIONS
+        count = int(agreeing.sum())
+        covariance = self.covariance(pose, agreeing) if count >= 4 else None
+        misfit = float(np.sqrt((distances[agreeing] ** 2).sum() / max(2 * count - 6, 1))) if count >= 4 else np.inf
+        margin = others[0][0] - cost if others else np.inf
+        where = np.zeros(len(usable), bool)
+        where[np.flatnonzero(usable)[agreeing]] = True
+        if covariance is None:
+            reason = f"only {count} of {len(distances)} points agree with one pose"
+        elif count < MIN_AGREEING * len(distances):
+            reason = f"{count} of {len(distances)} points agree with the pose"
+        elif misfit > MAX_MISFIT:
+            reason = f"the points fit {misfit:.1f} times worse than expected"
+        elif margin < MIN_MARGIN:
+            reason = "a pose turned by more than 30 degrees fits nearly as well"
+        else:
+            reason = ""
+        errors = (distances * self.deviation)[agreeing]
+        return PoseEstimate(pose, covariance, not reason, reason, float(np.sqrt((errors**2).mean())) if count else np.inf, misfit, where,
+                            others[0][2] if others else None, margin)
+
+
+def _mirrored_in_depth(pose):
+    """The pose that looks nearly the same from afar: for a ship flat along its z axis, every depth about its centre changes sign."""
+    view = pose[:3, 3] / np.linalg.norm(pose[:3, 3])
+    other = pose.copy()
+    other[:3, :3] = (np.eye(3) - 2 * np.outer(view, view)) @ pose[:3, :3] @ np.diag([1.0, 1.0, -1.0])
+    return other
 
 
 def _sqpnp(points, keypoints, K):
@@ -1083,58 +1325,66 @@ def _ransac(points, keypoints, K, limit):
     return _pose_ahead(points, rotation, translation) if found else None
 
 
-def _refine(points, keypoints, K, limit):
-    """SQPnP, then Levenberg-Marquardt on the reprojection error; None if the refined pose does not fit every point."""
-    pose = _sqpnp(points, keypoints, K)
-    if pose is None:
-        return None
-    rotation, translation = cv2.Rodrigues(pose[:3, :3])[0], pose[:3, 3:].copy()  # (3, 1) each: the refinement misreads (3,)
-    rotation, translation = cv2.solvePnPRefineLM(points, keypoints, K, None, rotation, translation)
-    refined = _pose_from_vectors(rotation, translation)
-    error = reprojection_errors(refined, keypoints, K, points)
-    return refined if np.isfinite(error).all() and error.max() < limit else None
-
-
 def _pose_from_vectors(rotation, translation):
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = cv2.Rodrigues(rotation)[0], np.ravel(translation)
     return pose
 
 
-def solve_frame(keypoints, K, confidence):
-    """`solve_pose` from all that the network knows: keypoints (C, 2) and confidence (C,) of the first C `KEYPOINTS`.
+def solve_frame(keypoints, K, confidence=None, deviation=None):
+    """The accepted pose of `estimate_frame`, (4, 4), or None."""
+    estimate = estimate_frame(keypoints, K, confidence, deviation)
+    return estimate.pose if estimate.accepted else None
 
-    Six or more confident points of the hull are tried first, as they are found three times more precisely than the corners, which float in
-    empty space; where they do not make a pose, corners and hull together may. Returns (4, 4) or None.
+
+def estimate_frame(keypoints, K, confidence=None, deviation=None):
+    """`estimate_pose` from all that the network found: the first C of `KEYPOINTS`, keypoints (C, 2), confidence and deviation (C,).
+
+    Where six or more points of the hull are found, the corners do not count: they float in empty space and are found three times less precisely.
     """
-    count = len(keypoints)
+    keypoints = np.asarray(keypoints)
+    confidence = np.ones(len(keypoints)) if confidence is None else np.array(confidence, float)
     if (confidence[8:] >= MIN_CONFIDENCE).sum() >= 6:
-        pose = solve_pose(keypoints[8:], K, confidence[8:], KEYPOINTS[8:count])
-        if pose is not None:
-            return pose
-    return solve_pose(keypoints, K, confidence, KEYPOINTS[:count])
+        estimate = estimate_pose(keypoints, K, np.where(np.arange(len(keypoints)) < 8, 0.0, confidence), deviation, KEYPOINTS[: len(keypoints)])
+        if estimate.accepted:
+            return estimate
+    return estimate_pose(keypoints, K, confidence, deviation, KEYPOINTS[: len(keypoints)])
 
 
-def track_frames(model, paths, K, batch_size=16, progress=True):
-    """Find corners and pose in every frame of a clip, each on its own; memory does not grow with the network's maps.
-
-    The poses come from all points that the network knows, see `solve_frame`.
+def detect_frames(model, paths, batch_size=16, progress=True):
+    """Find all keypoints in every frame of a clip; memory does not grow with the network's maps.
 
     Args:
         model: from `load_model`.
-        paths: frames in order. One that cannot be read gives a warning, no corners and no pose, and the clip goes on.
-        K: (3, 3) camera matrix of the frames.
+        paths: frames in order. One that cannot be read gives a warning and no keypoints, and the clip goes on.
     Returns:
-        keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
+        keypoints (N, C, 2) pixels, NaN where none; confidence (N, C); covariance (N, C, 2, 2) square pixels, see `heatmap_covariance`.
     """
-    size, count = model.settings["size"], model.settings["keypoints"]
+    size, count = model.settings["size"] - 2 * model.settings.get("margin", 0), model.settings["keypoints"]
     keypoints, confidence = np.full((len(paths), count, 2), np.nan), np.zeros((len(paths), count))
+    covariance = np.full((len(paths), count, 2, 2), np.nan)
     for start in tqdm(range(0, len(paths), batch_size), desc="tracking", unit="batch", disable=not progress):
         frames = {i: _read_or_warn(paths[i], size) for i in range(start, min(start + batch_size, len(paths)))}
         good = [i for i, frame in frames.items() if frame is not None]
         if good:
-            keypoints[good], confidence[good] = predict_keypoints(model, np.stack([frames[i] for i in good]), batch_size, channels=count)
-    return keypoints[:, :8], confidence[:, :8], [solve_frame(k, K, c) for k, c in zip(keypoints, confidence)]
+            images = np.stack([frames[i] for i in good])
+            keypoints[good], confidence[good], covariance[good] = predict_keypoints(model, images, batch_size, channels=count, covariance=True)
+    return keypoints, confidence, covariance
+
+
+def track_frames(model, paths, K, batch_size=16, progress=True):
+    """Find corners and pose in every frame of a clip, each on its own: `detect_frames`, then `solve_frame`.
+
+    Args:
+        model, paths: see `detect_frames`.
+        K: (3, 3) camera matrix of the frames.
+    Returns:
+        keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
+    """
+    K = _check_camera_matrix(K)
+    keypoints, confidence, covariance = detect_frames(model, paths, batch_size, progress)
+    poses = [solve_frame(*frame) for frame in zip(keypoints, [K] * len(paths), confidence, point_deviation(covariance))]
+    return keypoints[:, :8], confidence[:, :8], poses
 
 
 def _read_or_warn(path, size):
@@ -1187,62 +1437,109 @@ def speed_score(estimate, truth):
     return float(np.radians(rotation_error(estimate, truth)) + relative)
 
 
-def heatmap_mse(model, images, keypoints, sigma=10.0, batch_size=16):
-    """Mean squared error of the heatmaps at another sigma, over the corners in the frame, and that of an all-zero prediction.
+def heatmap_errors(model, images, keypoints, sigma=10.0, batch_size=16):
+    """Mean squared error of every heatmap at another sigma, and that of an all-zero prediction.
 
     The network's maps are widened from their own sigma to the wanted one by a Gaussian blur of sqrt(sigma^2 - own^2).
 
     Args:
         images: (N, H, W, 3) uint8; keypoints: (N, 8, 2) true pixels.
     Returns:
-        mse, mse_of_zero.
+        mse, mse_of_zero: (N, 8) each, NaN for corners outside the frame.
     """
-    own, (height, width) = model.settings["sigma"], images.shape[1:3]
+    own, stride, margin, (height, width) = model.settings["sigma"], model.settings["stride"], model.settings.get("margin", 0), images.shape[1:3]
     if not sigma > own:
         raise ValueError(f"sigma: expected more than the network's own {own} pixels, got {sigma}")
-    error, zero = [], []
+    error, zero = np.full((2, len(images), 8), np.nan)
     for start in range(0, len(images), batch_size):
         maps = predict_heatmaps(model, images[start : start + batch_size], batch_size)
-        for heatmap, corners in zip(maps, keypoints[start : start + batch_size]):
-            wide = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_CUBIC) * (sigma / own) ** 2
+        for i, heatmap in enumerate(maps, start):
+            wide = cv2.resize(heatmap, None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC) * (sigma / own) ** 2
             wide = cv2.GaussianBlur(wide, (0, 0), np.sqrt(sigma**2 - own**2), borderType=cv2.BORDER_CONSTANT)
-            truth, seen = gaussian_heatmaps(corners, (height, width), sigma), in_frame(corners, width, height)
-            error.append(((wide - truth) ** 2).mean((0, 1))[seen])
-            zero.append((truth**2).mean((0, 1))[seen])
-    return float(np.concatenate(error).mean()), float(np.concatenate(zero).mean())
+            wide = wide[margin : margin + height, margin : margin + width]
+            truth, seen = gaussian_heatmaps(keypoints[i], (height, width), sigma), in_frame(keypoints[i], width, height)
+            error[i, seen] = ((wide - truth) ** 2).mean((0, 1))[seen]
+            zero[i, seen] = (truth**2).mean((0, 1))[seen]
+    return error, zero
 
 
-def evaluate(keypoints, poses, true_keypoints, true_poses, size=FRAME_SIZE):
-    """The figures of merit of a set of frames.
+def heatmap_mse(model, images, keypoints, sigma=10.0, batch_size=16):
+    """The means (mse, mse_of_zero) of `heatmap_errors` over the corners in the frame. Same arguments."""
+    return tuple(float(np.nanmean(errors)) for errors in heatmap_errors(model, images, keypoints, sigma, batch_size))
+
+
+def frame_errors(keypoints, poses, true_keypoints, true_poses, K=None, size=FRAME_SIZE):
+    """Every error of every frame, to be summarised by `summarise`, resampled by `bootstrap` or sliced.
 
     Args:
         keypoints, true_keypoints: (N, 8, 2) pixels.
         poses: list of N (4, 4) or None; true_poses: (N, 4, 4).
+        K: (3, 3); if given, the corners of the solved box are measured too: those of the pose where there is one, else the heatmaps' corners.
     Returns:
-        dict of figures. Corner figures count corners in the frame; pose errors are over frames with a pose, while the shares of flips and of
-        ADD count every frame with at least 4 corners in the frame, a missing pose as a miss.
+        dict of arrays: inside (N, 8) bool; corner, box, cells (N, 8), distances to the own corner from heatmaps and pose, pixels, and mean |dx|, |dy|
+        between whole pixels; nearest, renamed (N, 8); naming (N,) index into `NAMINGS`, -1 without a corner in sight; solved (N,) bool; rotation
+        (degrees), translation (model units), add (diameters), speed: (N,), NaN without a pose.
     """
-    inside = in_frame(true_keypoints, size, size)
+    keypoints, true_keypoints = np.asarray(keypoints, float), np.asarray(true_keypoints, float)
+    solved = np.array([p is not None for p in poses], bool)
+    errors = {"inside": in_frame(true_keypoints, size, size), "solved": solved, **_naming_errors(keypoints, true_keypoints, size)}
+    box = np.array([k if p is None else project_pose(BOUNDING_BOX, p, K) for k, p in zip(keypoints, poses)]) if K is not None else keypoints
+    errors["box"] = np.linalg.norm(np.nan_to_num(box, nan=_FAR) - true_keypoints, axis=-1)
+    errors["cells"] = np.abs(np.floor(np.nan_to_num(keypoints, nan=0.0)) - np.floor(true_keypoints)).mean(-1)
+    measures = {"rotation": rotation_error, "translation": translation_error, "add": lambda p, t: add_error(p, t) / DIAMETER, "speed": speed_score}
+    for name, measure in measures.items():
+        errors[name] = np.array([np.nan if p is None else measure(p, t) for p, t in zip(poses, true_poses)])
+    return errors
+
+
+def summarise(errors, size=FRAME_SIZE):
+    """The figures of merit of `frame_errors`: a dict of numbers.
+
+    Corner figures count corners in the frame; rotation, translation and SPEED are over frames with a pose; the share of poses, flips
+    (over 90 degrees) and ADD count every frame with at least 4 corners in the frame, a missing pose as a miss.
+    """
+    inside, solved = errors["inside"], errors["solved"]
     enough = inside.sum(1) >= 4
-    report = corner_report(np.asarray(keypoints), true_keypoints, size)
-    solved = np.array([p is not None for p in poses])
-    pairs = [(p, t) for p, t in zip(poses, true_poses) if p is not None]
-    rotation = np.array([rotation_error(p, t) for p, t in pairs] or [np.nan])
-    flipped = [p is not None and rotation_error(p, t) > 90 for p, t in zip(poses, true_poses)]
-    add = np.array([np.inf if p is None else add_error(p, t) / DIAMETER for p, t in zip(poses, true_poses)])
-    wrong = np.floor(np.nan_to_num(keypoints, nan=0.0)) - np.floor(true_keypoints)
-    return {
-        "frames": len(poses), "frames_with_4_corners": int(enough.sum()),
-        "corner_px_median": report["corner_px"], "corners_within_2px": report["within_2px"], "corners_within_5px": report["within_5px"],
-        "nearest_corner_px_median": report["nearest_px"], "best_naming_px_median": report["renamed_px"], "namings": report["namings"],
-        "nmae": float(np.abs(wrong)[inside].mean() / size),
-        "poses_found": float(solved[enough].mean()),
-        "rotation_deg_median": float(np.median(rotation)), "rotation_deg_95": float(np.percentile(rotation, 95)),
-        "translation_median": float(np.median([translation_error(p, t) for p, t in pairs] or [np.nan])),
-        "flips": float(np.mean(np.array(flipped)[enough])),
-        "add_0.1": float((add[enough] <= 0.1).mean()), "add_0.02": float((add[enough] <= 0.02).mean()),
-        "speed_score": float(np.mean([speed_score(p, t) for p, t in pairs] or [np.nan])),
-    }
+
+    def over(name, reduce, chosen):
+        return float(reduce(errors[name][chosen])) if chosen.any() else float("nan")
+
+    def share(condition):
+        return float(condition[enough].mean()) if enough.any() else float("nan")
+
+    figures = {"frames": len(solved), "frames_with_4_corners": int(enough.sum())}
+    for key, name in (("corner", "corner"), ("box_corner", "box")):
+        figures |= {f"{key}_px_median": over(name, np.median, inside), f"{key}s_within_2px": over(name, lambda e: (e <= 2).mean(), inside),
+                    f"{key}s_within_5px": over(name, lambda e: (e <= 5).mean(), inside)}
+    with np.errstate(invalid="ignore"):
+        return figures | {
+            "nearest_corner_px_median": over("nearest", np.median, inside), "best_naming_px_median": over("renamed", np.median, inside),
+            "namings": {name: int((errors["naming"] == i).sum()) for i, name in enumerate(NAMINGS)},
+            "nmae": over("cells", np.mean, inside) / size,
+            "poses_found": share(solved), "rotation_deg_median": over("rotation", np.median, solved),
+            "rotation_deg_95": over("rotation", lambda e: np.percentile(e, 95), solved),
+            "translation_median": over("translation", np.median, solved), "flips": share(errors["rotation"] > 90),
+            "add_0.1": share(errors["add"] <= 0.1), "add_0.02": share(errors["add"] <= 0.02), "speed_score": over("speed", np.mean, solved),
+            **{key: float(np.nanmean(errors[key])) for key in ("heatmap_mse_sigma10", "heatmap_mse_sigma10_all_zero") if key in errors}}
+
+
+def evaluate(keypoints, poses, true_keypoints, true_poses, K=None, size=FRAME_SIZE):
+    """`summarise` of `frame_errors`; same arguments."""
+    return summarise(frame_errors(keypoints, poses, true_keypoints, true_poses, K, size), size)
+
+
+def bootstrap(errors, repeats=1000, level=0.95, seed=0):
+    """Intervals of the figures of `summarise`, by drawing whole frames again with replacement.
+
+    Returns a dict figure -> (low, high), the percentiles that hold `level` of the draws; figures without a spread (counts) are left out.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    rng, count = np.random.default_rng(seed), len(errors["solved"])
+    draws = [summarise({k: v[chosen] for k, v in errors.items()}) for chosen in rng.integers(0, count, (repeats, count))]
+    names = [k for k, v in draws[0].items() if isinstance(v, float)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a figure that is NaN in every draw stays NaN
+        return {k: tuple(np.nanpercentile([d[k] for d in draws], [50 - 50 * level, 50 + 50 * level]).tolist()) for k in names}
 
 
 def muzzle_error(estimate, truth, K):
@@ -1255,10 +1552,13 @@ _PANEL = {  # figure -> (name in tables, format)
     "frames": ("frames", "{:d}"),
     "heatmap_mse_sigma10": ("heatmap MSE at sigma 10", "{:.5f}"),
     "heatmap_mse_sigma10_all_zero": ("... of an all-zero prediction", "{:.5f}"),
-    "corner_px_median": ("corner error, median", "{:.2f} px"),
+    "corner_px_median": ("corner error in the heatmaps, median", "{:.2f} px"),
     "nearest_corner_px_median": ("... to the nearest corner", "{:.2f} px"),
-    "corners_within_2px": ("corners within 2 px", "{:.1%}"),
-    "corners_within_5px": ("corners within 5 px", "{:.1%}"),
+    "corners_within_2px": ("... within 2 px", "{:.1%}"),
+    "corners_within_5px": ("... within 5 px", "{:.1%}"),
+    "box_corner_px_median": ("corner error of the solved box, median", "{:.2f} px"),
+    "box_corners_within_2px": ("... within 2 px", "{:.1%}"),
+    "box_corners_within_5px": ("... within 5 px", "{:.1%}"),
     "nmae": ("NMAE (argmax)", "{:.2%}"),
     "poses_found": ("frames with a pose, of those with 4 corners in sight", "{:.1%}"),
     "rotation_deg_median": ("rotation error, median", "{:.2f}°"),
@@ -1271,21 +1571,29 @@ _PANEL = {  # figure -> (name in tables, format)
 }
 
 
-def results_table(figures):
-    """The panel as a Markdown table: one column for each set in `figures`, a dict name -> `evaluate(...)`."""
+def results_table(figures, intervals=None):
+    """The panel as a Markdown table: one column for each set in `figures`, a dict name -> `evaluate(...)`, with `bootstrap`'s intervals if given."""
+    intervals = intervals or {}
+
+    def cell(name, key, form):
+        text = form.format(figures[name][key])
+        low, high = intervals.get(name, {}).get(key, (None, None))
+        return text if low is None else f"{text} ({form.format(low).split()[0].rstrip('%°')} – {form.format(high).split()[0].rstrip('%°')})"
+
     lines = ["| figure | " + " | ".join(figures) + " |", "|---|" + "---|" * len(figures)]
-    for key, (name, form) in _PANEL.items():
-        lines.append(f"| {name} | " + " | ".join(form.format(f[key]) for f in figures.values()) + " |")
+    for key, (title, form) in _PANEL.items():
+        lines.append(f"| {title} | " + " | ".join(cell(name, key, form) for name in figures) + " |")
     return "\n".join(lines)
 
 
-def write_results(folder, figures, readme=None):
+def write_results(folder, figures, readme=None, intervals=None):
     """Write `weights/xwing_eval.json` under `folder` and, if given, the table between the README's two result markers."""
     rounded = {name: {k: round(v, 6) if isinstance(v, float) else v for k, v in f.items()} for name, f in figures.items()}
-    _write_atomically(Path(folder) / "weights" / "xwing_eval.json", json.dumps(rounded, indent=1) + "\n")
+    bounds = {name: {k: [round(v, 6) for v in pair] for k, pair in f.items()} for name, f in (intervals or {}).items()}
+    _write_atomically(Path(folder) / "weights" / "xwing_eval.json", json.dumps({"figures": rounded, "intervals_95": bounds}, indent=1) + "\n")
     if readme is not None:
         text = Path(readme).read_text()
-        table = f"<!-- results -->\n{results_table(rounded)}\n<!-- /results -->"
+        table = f"<!-- results -->\n{results_table(rounded, bounds)}\n<!-- /results -->"
         if not re.search("<!-- results -->.*<!-- /results -->", text, re.S):
             raise ValueError(f"{readme}: the markers <!-- results --> and <!-- /results --> are missing")
         _write_atomically(readme, re.sub("<!-- results -->.*<!-- /results -->", lambda _: table, text, flags=re.S))

@@ -180,6 +180,26 @@ class Sky:
         return canvas[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
 
 
+class PictureSky:
+    """A real picture behind the ship, for the shifted look: the Hubble Deep Field, the Moon or gravel, turned, scaled and tinted."""
+
+    def __init__(self, rng):
+        import skimage.data  # its wheel brings these three pictures along
+
+        picture = getattr(skimage.data, rng.choice(["hubble_deep_field", "moon", "gravel"], p=[0.6, 0.25, 0.15]))()
+        self.picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 2 else picture
+        self.centre = rng.uniform(0.2, 0.8, 2) * self.picture.shape[1::-1]
+        self.angle, self.zoom = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2.5)
+        self.gain = rng.uniform(0.4, 1.1) * np.exp(rng.normal(0, 0.25, 3))
+
+    def draw(self, width, height, rotation):
+        """As `Sky.draw`; pictures are flat, so `rotation` is not used."""
+        turn = self.zoom * SIZE / width * np.array([[np.cos(self.angle), -np.sin(self.angle)], [np.sin(self.angle), np.cos(self.angle)]])
+        matrix = np.column_stack([turn, self.centre - turn @ [width / 2, height / 2]])
+        image = cv2.warpAffine(self.picture, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+        return np.clip(image / 255.0 * self.gain, 0, 1)
+
+
 # ---------------------------------------------------------------- ship
 
 
@@ -219,6 +239,31 @@ def random_look(rng, materials):
         quality=int(rng.integers(80, 98)),
         seed=int(rng.integers(2**31)),
     )
+
+
+def shifted_look(rng, materials):
+    """Draw a `Look` unlike any of `random_look`: a real picture behind, a hard sun with shadows, another paint on every part."""
+    direction = rng.normal(size=3)
+    grey = rng.uniform(0.5, 1.2)
+    return Look(
+        sky=PictureSky(rng),
+        sky_rotation=np.eye(3),
+        light_direction=direction / np.linalg.norm(direction),
+        light_strength=rng.uniform(1.5, 3.5),
+        light_focus=np.inf,
+        ambient=rng.uniform(0.15, 0.5),
+        tint=np.exp(rng.normal(0, 0.15, 3)),
+        albedo_jitter={name: grey * np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.3, 3)) for name in materials},
+        roughness=rng.uniform(0.05, 0.3),
+        quality=int(rng.integers(60, 90)),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+SHADING = {  # name -> (Mitsuba's model, its colour, its roughness)
+    "principled": ({"type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": {"type": "rgb", "value": 0.5}}, "base_color", "roughness"),
+    "plastic": ({"type": "roughplastic", "alpha": 0.1, "diffuse_reflectance": {"type": "rgb", "value": 0.5}}, "diffuse_reflectance", "alpha"),
+}
 
 
 def load_obj(path):
@@ -271,13 +316,13 @@ def linear_to_srgb(x):
 class Renderer:
     """Renders one mesh; built once a process, then called for each frame."""
 
-    def __init__(self, mesh_path=HERE / "xwing.obj"):
-        import drjit
+    def __init__(self, mesh_path=HERE / "xwing.obj", shading="principled"):
+        import drjit  # before TensorFlow where a program uses both; the other way round it aborts when it ends
         import mitsuba as mi
 
         drjit.set_thread_count(1)  # joblib spreads the frames over the cores
         mi.set_variant("scalar_rgb")
-        self.mi = mi
+        self.mi, self.shading = mi, SHADING[shading]
         self.mesh = load_obj(mesh_path)
         self.materials = list(self.mesh)
         self.vertices = np.concatenate([v[np.unique(f)] for v, f, _ in self.mesh.values()])
@@ -289,8 +334,7 @@ class Renderer:
         vertices, faces, _ = self.mesh[name]
         used, faces = np.unique(faces, return_inverse=True)
         properties = mi.Properties()
-        properties["bsdf"] = mi.load_dict({"type": "twosided", "bsdf": {
-            "type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": {"type": "rgb", "value": 0.5}}})
+        properties["bsdf"] = mi.load_dict({"type": "twosided", "bsdf": self.shading[0]})
         properties["face_normals"] = True
         mesh = mi.Mesh(name, len(used), len(faces.reshape(-1, 3)), has_vertex_normals=False, props=properties)
         parameters = mi.traverse(mesh)
@@ -303,12 +347,15 @@ class Renderer:
         """Give every material the colour and roughness of this look."""
         for name, (_, parameters) in self.shapes.items():
             colour = np.clip(srgb_to_linear(self.mesh[name][2]) * look.albedo_jitter[name], 0, 0.95)
-            parameters["bsdf.brdf_0.base_color.value"] = self.mi.ScalarColor3f(colour)
-            parameters["bsdf.brdf_0.roughness.value"] = look.roughness
+            parameters[f"bsdf.brdf_0.{self.shading[1]}.value"] = self.mi.ScalarColor3f(colour)
+            parameters[f"bsdf.brdf_0.{self.shading[2]}" + (".value" if self.shading[2] == "roughness" else "")] = look.roughness
             parameters.update()
 
     def _light(self, matrix, look, width=32):
-        """A soft environment map: ambient plus one cosine lobe, in model axes."""
+        """The lights in model axes: a soft environment map of ambient light and one cosine lobe, or a sun and a constant sky."""
+        if np.isinf(look.light_focus):
+            sun = {"type": "directional", "direction": list(-matrix[:3, :3].T @ look.light_direction), "irradiance": look.light_strength}
+            return {"sun": sun, "light": {"type": "constant", "radiance": look.ambient}}
         height = width // 2
         theta = (np.arange(height) + 0.5) / height * np.pi
         phi = (np.arange(width) + 0.5) / width * 2 * np.pi
@@ -318,7 +365,7 @@ class Renderer:
         lobe = np.clip(directions @ (matrix[:3, :3].T @ look.light_direction), 0, 1) ** look.light_focus
         radiance = look.ambient + look.light_strength * (look.light_focus + 1) / 2 * lobe
         bitmap = self.mi.Bitmap(np.repeat(radiance[..., None], 3, -1).astype(np.float32))
-        return {"type": "envmap", "bitmap": bitmap}
+        return {"light": {"type": "envmap", "bitmap": bitmap}}
 
     def _crop(self, matrix, width, height):
         """The pixel rectangle (left, top, right, bottom) that holds the ship, or None outside the frame."""
@@ -349,7 +396,7 @@ class Renderer:
                 "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgba", "rfilter": {"type": "box"},
                          "crop_offset_x": left, "crop_offset_y": top, "crop_width": right - left, "crop_height": bottom - top},
                 "sampler": {"type": "multijitter", "sample_count": samples}},
-            "light": self._light(matrix, look),
+            **self._light(matrix, look),
             **{name: mesh for name, (mesh, _) in self.shapes.items()}})
         canvas[top:bottom, left:right] = np.array(mi.render(scene, spp=samples, seed=look.seed), dtype=float)
         return canvas
@@ -363,9 +410,9 @@ class Renderer:
 
 
 @functools.lru_cache(maxsize=2)
-def renderer(mesh_path=HERE / "xwing.obj"):
+def renderer(mesh_path=HERE / "xwing.obj", shading="principled"):
     """This process's `Renderer` of a mesh."""
-    return Renderer(mesh_path)
+    return Renderer(mesh_path, shading)
 
 
 # ---------------------------------------------------------------- sets of frames
@@ -380,6 +427,15 @@ def random_frame(seed, index, mesh_path=HERE / "xwing.obj"):
     return ship.frame(matrix, look), matrix, look.quality
 
 
+def shifted_frame(seed, index, mesh_path=HERE / "xwing.obj"):
+    """As `random_frame`, in a look that no training frame has; drawn at twice the size and scaled down."""
+    ship = renderer(mesh_path, "plastic")
+    rng = np.random.default_rng([seed, index])
+    matrix = random_pose(rng)
+    look = shifted_look(rng, ship.materials)
+    return cv2.resize(ship.frame(matrix, look, 2 * SIZE, 2 * SIZE), (SIZE, SIZE), interpolation=cv2.INTER_AREA), matrix, look.quality
+
+
 def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
     """Frame `index` of the flight before the sky and in the light of `seed`, as `random_frame`; the sky turns slowly."""
     ship = renderer(mesh_path)
@@ -392,6 +448,9 @@ def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
     look.quality, look.seed = 92, look.seed + index
     matrix = flight_poses()[index]
     return ship.frame(matrix, look), matrix, look.quality
+
+
+MAKERS = {"random": random_frame, "shifted": shifted_frame, "flight": flight_frame}
 
 
 def _write_atomically(path, data):
@@ -410,19 +469,21 @@ def _render_pair(make, seed, index, folder, name, mesh_path):
     _write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
 
 
-def render_set(folder, count, seed, flight=False, mesh_path=HERE / "xwing.obj", workers=-1, progress=True):
+def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj", workers=-1, progress=True):
     """Render frames 0 to count-1 into `folder`, keeping the complete pairs that are there.
 
     Raises ValueError when the folder holds frames of another seed, kind or mesh, and for a flight of over 300 frames.
     """
-    folder, make = Path(folder), flight_frame if flight else random_frame
+    folder, flight = Path(folder), kind == "flight"
+    if kind not in MAKERS:
+        raise ValueError(f"kind: expected one of {', '.join(MAKERS)}, got {kind!r}")
     if count < 1 or (flight and count > 300):
         raise ValueError(f"count is {count}; expected at least 1, and at most 300 for the flight")
     load_obj(mesh_path)
     folder.mkdir(parents=True, exist_ok=True)
-    info = {"seed": seed, "kind": "flight" if flight else "random", "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
+    info = {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
     known = folder / "render_info.json"
-    if not known.exists() and any(folder.glob("*.json")):
+    if not known.exists() and any(p for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for p in folder.glob(end)):
         raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
     if known.exists() and json.loads(known.read_text()) != info:
         raise ValueError(f"{folder} holds frames made with {known.read_text()}; asked for {json.dumps(info)}: give another folder")
@@ -432,7 +493,7 @@ def render_set(folder, count, seed, flight=False, mesh_path=HERE / "xwing.obj", 
         part.unlink()
     names = {i: f"{i:03d}" if flight else str(i) for i in range(count)}
     missing = [i for i, n in names.items() if not ((folder / f"{n}.jpg").exists() and (folder / f"{n}_mat.json").exists())]
-    jobs = (joblib.delayed(_render_pair)(make, seed, i, folder, names[i], mesh_path) for i in missing)
+    jobs = (joblib.delayed(_render_pair)(MAKERS[kind], seed, i, folder, names[i], mesh_path) for i in missing)
     results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
     for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):
         pass
@@ -444,12 +505,13 @@ def main(arguments=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flight", action="store_true", help="the 300-frame clip instead of random poses")
+    parser.add_argument("--kind", choices=MAKERS, default="random",
+                        help="random poses; the same in a shifted look, to test on; or the flight of the 300-frame clip")
     parser.add_argument("--mesh", type=Path, default=HERE / "xwing.obj", help="a Wavefront OBJ mesh in model units")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
     a = parser.parse_args(arguments)
     try:
-        made = render_set(a.folder, a.count, a.seed, a.flight, a.mesh, a.workers)
+        made = render_set(a.folder, a.count, a.seed, a.kind, a.mesh, a.workers)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     print(f"{a.folder}: {made} frames rendered, {a.count - made} kept")

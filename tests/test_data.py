@@ -533,7 +533,7 @@ def test_a_folder_of_foreign_frames_is_refused(folder):
 @pytest.mark.parametrize("count,flight", [(0, False), (301, True)])
 def test_a_count_out_of_range(tmp_path, count, flight):
     with pytest.raises(ValueError, match=str(count)):
-        render.render_set(tmp_path, count, 1, flight=flight)
+        render.render_set(tmp_path, count, 1, kind="flight" if flight else "random")
 
 
 def test_a_missing_mesh(tmp_path):

@@ -279,3 +279,33 @@ def test_nmae_of_the_heatmaps_of_the_keypoints_is_zero(stride):
     keypoints = np.random.default_rng(0).uniform(0, [32, 24], (3, 8, 2)).astype(np.float32) * stride
     true = np.concatenate([keypoints, np.ones((3, 8, 1), np.float32)], -1)
     assert float(xu.nmae_argmax(true, drawn(true, 24, 32, 2.0 * stride, stride), stride)) == 0
+
+
+@pytest.mark.parametrize("method,limit", [("argmax", 0.75), ("quarter", 0.5), ("taylor", 0.05), ("centroid", 0.3), ("gaussian", 1e-3)])
+def test_every_decoder_reads_gaussians(method, limit):
+    keypoints = np.random.default_rng(0).uniform(12, 52, (40, 2))
+    found = xu.decode_heatmaps(xu.gaussian_heatmaps(keypoints, 64, 2.0), 2.0, method)[0]
+    assert np.linalg.norm(found - keypoints, axis=1).max() < limit
+
+
+def test_an_unknown_decoder_is_named():
+    with pytest.raises(ValueError, match="'darkest'"):
+        xu.decode_heatmaps(np.zeros((8, 8, 1)), method="darkest")
+
+
+def test_covariance_of_a_widened_gaussian():
+    keypoints = np.array([[30.3, 33.8], [40.0, 25.0]])
+    own = xu.gaussian_heatmaps(keypoints, 64, 2.0)
+    np.testing.assert_allclose(xu.heatmap_covariance(own, keypoints, 2.0), np.broadcast_to(np.eye(2) * 1e-3, (2, 2, 2)), atol=0.01)
+    x, y = np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5)
+    belief = np.array([[4.0, 1.5], [1.5, 2.0]])  # and the target's Gaussian on top
+    offset = np.stack([x - 30.3, y - 33.8], -1)
+    wide = np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", offset, np.linalg.inv(belief + 4 * np.eye(2)), offset))[..., None]
+    found = xu.heatmap_covariance(wide, keypoints[:1], 2.0)
+    np.testing.assert_allclose(found[0], belief, atol=0.05)
+    assert xu.point_deviation(found)[0] == pytest.approx(np.sqrt(3), abs=0.02)
+
+
+def test_covariance_without_a_keypoint_is_infinite():
+    found = xu.heatmap_covariance(np.zeros((16, 16, 1)), np.full((1, 2), np.nan), 2.0)
+    assert np.isinf(xu.point_deviation(found)).all()

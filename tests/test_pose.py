@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
@@ -365,8 +366,8 @@ def test_results_go_between_the_readme_s_markers(figures, tmp_path):
     xu.write_results(tmp_path, figures, readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| corner error, median | 0.00 px |" in text
-    assert json.loads((tmp_path / "weights" / "xwing_eval.json").read_text())["test"]["frames"] == 50
+    assert "| corner error in the heatmaps, median | 0.00 px |" in text
+    assert json.loads((tmp_path / "weights" / "xwing_eval.json").read_text())["figures"]["test"]["frames"] == 50
 
 
 def test_results_need_the_readme_s_markers(figures, tmp_path):
@@ -375,3 +376,100 @@ def test_results_need_the_readme_s_markers(figures, tmp_path):
     with pytest.raises(ValueError, match="README.md"):
         xu.write_results(tmp_path, figures, tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == "nothing\n"
+
+
+# ------------------------------------------------------------ estimates
+
+
+def test_an_estimate_s_covariance_is_that_of_many_draws(poses, K):
+    pose, rng = poses[3], np.random.default_rng(0)
+    points, exact = xu.KEYPOINTS, xu.project_pose(xu.KEYPOINTS, poses[3], K)
+    deviation = np.where(np.arange(len(points)) % 2, 0.8, 2.0)
+    drawn = []
+    for _ in range(300):
+        estimate = xu.estimate_pose(exact + rng.normal(0, 1, exact.shape) * deviation[:, None], K, None, deviation, points)
+        turn = Rotation.from_matrix(estimate.pose[:3, :3] @ pose[:3, :3].T).as_rotvec()
+        drawn.append([*turn, *(estimate.pose[:3, 3] - pose[:3, 3])])
+    expected = np.sqrt(np.diag(xu.estimate_pose(exact, K, None, deviation, points).covariance))
+    np.testing.assert_allclose(np.std(drawn, axis=0), expected, rtol=0.2)
+
+
+def test_certain_points_count_more(poses, K):
+    rng, errors = np.random.default_rng(1), {"weighted": [], "equal": []}
+    deviation = np.where(np.arange(len(xu.KEYPOINTS)) % 2, 0.7, 4.0)
+    for pose in poses:
+        noisy = xu.project_pose(xu.KEYPOINTS, pose, K) + rng.normal(0, 1, (len(deviation), 2)) * deviation[:, None]
+        for name, given in (("weighted", deviation), ("equal", np.full(len(deviation), 2.5))):
+            errors[name].append(xu.rotation_error(xu.estimate_pose(noisy, K, None, given, xu.KEYPOINTS).pose, pose))
+    assert np.median(errors["weighted"]) < 0.7 * np.median(errors["equal"])
+
+
+@pytest.mark.parametrize("naming", ["left-right", "top-bottom", "nose-tail"])
+def test_corners_under_mirrored_names_are_rarely_accepted(poses, K, naming):
+    rng, accepted = np.random.default_rng(0), 0
+    for pose in poses:
+        noisy = corners(pose, K) + rng.normal(0, 0.3, (8, 2))
+        estimate = xu.estimate_pose(noisy[xu.NAMINGS[naming]], K, deviation=np.full(8, 0.7))
+        accepted += estimate.accepted
+        assert estimate.accepted or estimate.reason
+    assert accepted <= 0.1 * len(poses)
+
+
+def test_a_flat_ship_seen_from_afar_has_a_second_pose(K):
+    pose = turned(35, (1, 0, 0), shift=(0, 0, 6.0))
+    noisy = xu.project_pose(xu.KEYPOINTS, pose, K) + np.random.default_rng(0).normal(0, 0.1, (36, 2))
+    estimate = xu.estimate_pose(noisy, K, points=xu.KEYPOINTS)
+    assert estimate.second is not None and xu.rotation_error(estimate.second, estimate.pose) > 30
+    near = xu.estimate_pose(xu.project_pose(xu.KEYPOINTS, turned(35, (1, 0, 0), shift=(0, 0, 0.8)), K), K, points=xu.KEYPOINTS)
+    assert near.margin > 3 * estimate.margin
+
+
+def test_an_estimate_says_why_it_is_rejected(poses, K):
+    few = xu.estimate_pose(corners(poses[0], K), K, np.array([1.0, 1, 1, 0, 0, 0, 0, 0]))
+    assert not few.accepted and few.pose is None and "3 points" in few.reason
+    wild = xu.estimate_pose(np.random.default_rng(0).uniform(0, 256, (8, 2)), K)
+    assert not wild.accepted and wild.reason
+
+
+@pytest.mark.parametrize("K", [np.zeros((3, 3)), np.diag([200.0, 200, 0]), np.array([[200.0, 0, 0], [0, 200, 0], [128, 128, 1]])])
+def test_a_matrix_that_is_no_camera_is_refused(K):
+    with pytest.raises(ValueError, match="K: expected a finite camera matrix"):
+        xu.estimate_pose(np.zeros((8, 2)), K)
+
+
+# ------------------------------------------------------------ per-frame errors and intervals
+
+
+def test_frame_errors_measure_the_solved_box(poses, K):
+    keypoints = np.array([corners(p, K) for p in poses])
+    found = [None, *poses[1:]]
+    errors = xu.frame_errors(keypoints + 3, found, keypoints, poses, K)
+    np.testing.assert_allclose(errors["corner"], np.sqrt(18))
+    np.testing.assert_allclose(errors["box"][0], np.sqrt(18))  # no pose: the heatmaps' corners
+    np.testing.assert_allclose(errors["box"][1:], 0, atol=1e-9)
+    assert np.isnan(errors["rotation"][0]) and not errors["solved"][0]
+
+
+def test_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(60, 190, (80, 8, 2))
+    estimate = truth + rng.normal(0, 2, truth.shape)
+    poses = [np.eye(4)] * 80
+    true_poses = np.array([turned(a, shift=(0, 0, 1)) for a in rng.uniform(0, 10, 80)])
+    errors = xu.frame_errors(estimate, poses, truth, true_poses)
+    found = xu.bootstrap(errors, repeats=1000)["rotation_deg_median"]
+    expected = stats.bootstrap((errors["rotation"],), np.median, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    np.testing.assert_allclose(found, [expected.low, expected.high], atol=0.5)
+    assert found[0] < np.median(errors["rotation"]) < found[1]
+
+
+def test_a_set_without_a_countable_frame_has_no_figures(poses, K):
+    away = np.array([turned(0, shift=(50, 0, 1.0))])
+    keypoints = np.array([corners(p, K) for p in away])
+    figures = xu.evaluate(keypoints, [None], keypoints, away)
+    assert np.isnan(figures["corner_px_median"]) and np.isnan(figures["poses_found"]) and figures["frames_with_4_corners"] == 0
+
+
+def test_intervals_stand_in_the_table(figures):
+    table = xu.results_table(figures, {"test": {"rotation_deg_median": (0.5, 1.25)}})
+    assert "0.00° (0.50 – 1.25)" in table
