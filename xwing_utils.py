@@ -1227,7 +1227,7 @@ class _Problem:
         """Poses from a subset (bool) of the points, and what they may be mistaken for."""
         points, keypoints = self.points[chosen], self.keypoints[chosen]
         limit = MAX_DEVIATIONS * float(np.median(self.deviation[chosen]))
-        solved = [p for p in (_sqpnp(points, keypoints, self.K), _ransac(points, keypoints, self.K, limit)) if p is not None]
+        solved = [p for p in (sqpnp(points, keypoints, self.K), ransac(points, keypoints, self.K, limit)) if p is not None]
         return [other for pose in solved for other in (pose, pose @ np.diag([-1.0, 1.0, -1.0, 1.0]), _mirrored_in_depth(pose))]
 
     def distances(self, pose):
@@ -1298,7 +1298,7 @@ def _mirrored_in_depth(pose):
     return other
 
 
-def _sqpnp(points, keypoints, K):
+def sqpnp(points, keypoints, K):
     """(4, 4) pose by SQPnP, or None where it fails or puts a point behind the camera."""
     try:
         found, rotation, translation = cv2.solvePnP(points, keypoints, K, None, flags=cv2.SOLVEPNP_SQPNP)
@@ -1313,7 +1313,7 @@ def _pose_ahead(points, rotation, translation):
     return pose if np.isfinite(pose).all() and (points @ pose[2, :3] + pose[2, 3] > 0).all() else None
 
 
-def _ransac(points, keypoints, K, limit):
+def ransac(points, keypoints, K, limit):
     """(4, 4) pose that the most points agree with, or None for fewer than 6 points or where none is found."""
     if len(points) < 6:
         return None
