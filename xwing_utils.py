@@ -17,6 +17,7 @@ Conventions, everywhere in this module:
 Nothing here imports TensorFlow or Keras until a model, a loss or a batch is asked for.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -835,9 +836,10 @@ def _stem(path):
     return path.name.removesuffix(".weights.h5")
 
 
-def _write_atomically(path, text):
+def _write_atomically(path, content):
+    """Write text or bytes under a temporary name first, so that nothing half-written ever has the real one."""
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    part.write_text(text)
+    part.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(part, path)
 
 
@@ -892,6 +894,36 @@ def _on_cpu():
     import jax
 
     return jax.default_backend() == "cpu"
+
+
+def distribute(devices=None):
+    """The scope (a context manager) in which a model is built and compiled to train on all local devices; `fit` needs nothing more.
+
+    One batch is shared out, so the global batch stays what it is. With the TensorFlow backend this is `tf.distribute.MirroredStrategy`, with JAX
+    `keras.distribution.DataParallel` (also over several machines, after `keras.distribution.initialize`); with one device, or PyTorch, nothing.
+
+    Args:
+        devices: names such as ["GPU:0", "GPU:1"]; None is every accelerator of this machine.
+    Raises:
+        NotImplementedError: `TF_CONFIG` asks for several machines; Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (keras issue 20585).
+    """
+    keras = import_keras()
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        if len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])) > 1:
+            raise NotImplementedError("TF_CONFIG names several workers, but Keras 3 cannot fit under MultiWorkerMirroredStrategy "
+                                      "(https://github.com/keras-team/keras/issues/20585); unset it, or use KERAS_BACKEND=jax on several machines")
+        devices = devices or [d.name for d in tf.config.list_logical_devices("GPU")]
+        if len(devices) > 1:
+            return tf.distribute.MirroredStrategy(devices).scope()
+    elif backend == "jax":
+        devices = devices or keras.distribution.list_devices()
+        if len(devices) > 1:
+            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    return contextlib.nullcontext()
 
 
 def compile_model(model, learning_rate=1e-3, loss=None, run_eagerly=False):
@@ -1027,6 +1059,16 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
             log = folder / "log.csv"
             rows = list(csv.DictReader(log.open())) if log.exists() else []
             self.best = min((float(r["val_corner_px"]) for r in rows), default=np.inf)
+            self.trimmed = False
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if not self.trimmed and (folder / "log.csv").exists():  # a run that was killed between log and backup repeats that epoch
+                header, *rows = (folder / "log.csv").read_text().splitlines(keepends=True) or [""]
+                kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < epoch]
+                with (folder / "log.csv").open("r+") as file:  # in place: the logger has it open
+                    file.write(header + "".join(kept))
+                    file.truncate()
+            self.trimmed = True
 
         def on_epoch_end(self, epoch, logs=None):
             found, _ = predict_keypoints(self.model, validation_images)
@@ -1042,7 +1084,7 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
     return [CornerReport(),
             *([keras.callbacks.ReduceLROnPlateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
             keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True),
-            keras.callbacks.BackupAndRestore(str(folder / "backup"), delete_checkpoint=False)]
+            keras.callbacks.BackupAndRestore(str(folder / "backup"), double_checkpoint=True, delete_checkpoint=False)]
 
 
 def ship_weights(run, folder):
@@ -1052,34 +1094,38 @@ def ship_weights(run, folder):
     trained on squares cut from the frames is shipped for whole frames: it is fully convolutional.
     """
     run, folder = Path(run), Path(folder)
-    stages = _stages(run)
-    samples, rows = 0, []
-    for stage, (path, facts) in enumerate(stages):
-        for row in csv.DictReader((path / "log.csv").open()):
-            samples += facts.get("steps", 0) * facts.get("batch", 0)
-            rows.append({"stage": stage + 1, "samples_seen": samples, **row})
+    stages, rows = _history(run)
     info = _read_json(run / "best.json")
-    if stages[-1][1].get("crop"):
+    if stages[-1].get("crop"):
         info["model"]["size"] = FRAME_SIZE
-    info["training"] = {"samples_seen": samples, "stages": [facts for _, facts in stages]}
+    info["training"] = {"samples_seen": rows[-1]["samples_seen"], "stages": stages}
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / ".xwing.weights.h5.part"
-    part.write_bytes((run / "best.weights.h5").read_bytes())
-    os.replace(part, folder / "xwing.weights.h5")
+    _write_atomically(folder / "xwing.weights.h5", (run / "best.weights.h5").read_bytes())
     _write_atomically(folder / "xwing.json", json.dumps(info, indent=1) + "\n")
     fields = list(dict.fromkeys(key for row in rows for key in row))
     lines = [",".join(fields)] + [",".join(str(row.get(field, "")) for field in fields) for row in rows]
     _write_atomically(folder / "xwing_log.csv", "\n".join(lines) + "\n")
 
 
-def _stages(run):
-    """The runs that led to `run`, the first one first: a list of (folder, facts)."""
-    missing = [name for name in ("best.weights.h5", "best.json", "log.csv") if not (run / name).exists()]
+def _history(folder):
+    """The stages of training that led to a run, or to shipped weights: a list of their facts, and the rows of their logs, the first ones first."""
+    if (folder / "xwing_log.csv").exists():
+        with (folder / "xwing_log.csv").open() as file:
+            rows = [{**row, "samples_seen": int(row["samples_seen"])} for row in csv.DictReader(file)]
+        return list(_read_json(folder / "xwing.json")["training"]["stages"]), rows
+    missing = [name for name in ("best.weights.h5", "best.json", "log.csv") if not (folder / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{run}: {', '.join(missing)} missing; finish at least one epoch of notebooks/train.ipynb first")
-    facts = _read_json(run / "best.json").get("training", {})
-    earlier = Path(__file__).parent / facts["init"] if facts.get("init") else None
-    return ([] if earlier is None or not (earlier.parent / "log.csv").exists() else _stages(earlier.parent)) + [(run, facts)]
+        raise FileNotFoundError(f"{folder}: {', '.join(missing)} missing; finish at least one epoch of notebooks/train.ipynb first")
+    facts = _read_json(folder / "best.json").get("training", {})
+    earlier = (Path(__file__).parent / facts["init"]).parent if facts.get("init") else None
+    known = earlier is not None and ((earlier / "log.csv").exists() or (earlier / "xwing_log.csv").exists())
+    stages, rows = _history(earlier) if known else ([], [])
+    samples = rows[-1]["samples_seen"] if rows else 0
+    with (folder / "log.csv").open() as file:
+        for row in csv.DictReader(file):
+            samples += facts.get("steps", 0) * facts.get("batch", 0)
+            rows.append({"stage": len(stages) + 1, "samples_seen": samples, **row})
+    return [*stages, facts], rows
 
 
 def corner_report(estimate, truth, size=FRAME_SIZE, scale=1.0):

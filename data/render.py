@@ -10,9 +10,11 @@ Source of the sampling of rotations: Shoemake, Uniform Random Rotations, Graphic
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -469,9 +471,11 @@ def _render_pair(make, seed, index, folder, name, mesh_path):
     _write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
 
 
-def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj", workers=-1, progress=True):
+def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj", workers=-1, progress=True, dask=None):
     """Render frames 0 to count-1 into `folder`, keeping the complete pairs that are there.
 
+    `workers` processes of this machine do it (-1 is one a core), or with `dask` the workers of the Dask cluster whose scheduler has that
+    address; they need this project at the same path and see the same folder.
     Raises ValueError when the folder holds frames of another seed, kind or mesh, and for a flight of over 300 frames.
     """
     folder, flight = Path(folder), kind == "flight"
@@ -494,9 +498,16 @@ def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj",
     names = {i: f"{i:03d}" if flight else str(i) for i in range(count)}
     missing = [i for i, n in names.items() if not ((folder / f"{n}.jpg").exists() and (folder / f"{n}_mat.json").exists())]
     jobs = (joblib.delayed(_render_pair)(MAKERS[kind], seed, i, folder, names[i], mesh_path) for i in missing)
-    results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
-    for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):
-        pass
+    with contextlib.ExitStack() as stack:
+        if dask is not None:
+            from distributed import Client
+
+            client = stack.enter_context(Client(dask))
+            client.run(sys.path.append, str(HERE))  # where the workers find this file
+            stack.enter_context(joblib.parallel_config("dask", wait_for_workers_timeout=60))
+        results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
+        for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):
+            pass
     return len(missing)
 
 
@@ -509,9 +520,10 @@ def main(arguments=None):
                         help="random poses; the same in a shifted look, to test on; or the flight of the 300-frame clip")
     parser.add_argument("--mesh", type=Path, default=HERE / "xwing.obj", help="a Wavefront OBJ mesh in model units")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
+    parser.add_argument("--dask", metavar="ADDRESS", help="spread the frames over a Dask cluster, e.g. tcp://scheduler:8786")
     a = parser.parse_args(arguments)
     try:
-        made = render_set(a.folder, a.count, a.seed, a.kind, a.mesh, a.workers)
+        made = render_set(a.folder, a.count, a.seed, a.kind, a.mesh, a.workers, dask=a.dask)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     print(f"{a.folder}: {made} frames rendered, {a.count - made} kept")

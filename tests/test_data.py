@@ -517,7 +517,7 @@ def test_leftovers_of_a_killed_run_are_removed(rendered, tmp_path):
     assert files(tmp_path / "copy") == files(rendered)
 
 
-@pytest.mark.parametrize("arguments", [{"seed": 8}, {"seed": 7, "flight": True}])
+@pytest.mark.parametrize("arguments", [{"seed": 8}, {"seed": 7, "kind": "flight"}])
 def test_a_folder_of_another_set_is_refused(rendered, arguments):
     before = files(rendered)
     with pytest.raises(ValueError, match="give another folder"):
@@ -610,3 +610,32 @@ def test_committed_frames_show_the_ship_at_its_corners(root, camera):
         inside = cv2.fillConvexPoly(np.zeros((256, 256), np.uint8), hull, 1).astype(bool)
         image = xu.read_image(paths[i]).mean(-1)
         assert np.percentile(image[inside], 80) > np.percentile(image[~inside], 95) + 20
+
+
+def test_a_dask_cluster_renders_the_same_frames(rendered, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        assert render.render_set(tmp_path / "set", 2, 7, progress=False, dask=cluster.scheduler_address) == 2
+    assert files(tmp_path / "set") == files(rendered)
+
+
+def test_the_shifted_look_has_the_same_poses_and_other_pictures(rendered, tmp_path):
+    render.render_set(tmp_path / "set", 1, 7, kind="shifted", workers=1, progress=False)
+    assert (tmp_path / "set" / "0_mat.json").read_bytes() == (rendered / "0_mat.json").read_bytes()
+    assert (tmp_path / "set" / "0.jpg").read_bytes() != (rendered / "0.jpg").read_bytes()
+    first, again = render.shifted_frame(7, 0), render.shifted_frame(7, 0)
+    assert first[0].shape == (256, 256, 3) and first[0].dtype == np.uint8 and first[0].std() > 5
+    np.testing.assert_array_equal(first[0], again[0])
+
+
+def test_an_unknown_kind_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'noon'"):
+        render.render_set(tmp_path, 1, 1, kind="noon")
+
+
+def test_a_folder_of_foreign_pictures_without_matrices_is_refused(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"someone's picture")
+    with pytest.raises(ValueError, match="give another folder"):
+        render.render_set(tmp_path, 1, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["0.jpg"]

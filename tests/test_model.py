@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import h5py
 import keras
@@ -148,6 +149,64 @@ def test_two_steps_of_training_with_another_backend(backend):
     assert run_python(BACKEND_TRAINING, KERAS_BACKEND=backend).split() == [backend, "2", "True"]
 
 
+DISTRIBUTED = f"""
+import sys, numpy as np, tensorflow as tf, xwing_utils as xu
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+keras = xu.import_keras()
+paths, matrices = xu.load_dataset("data/sample")
+half = [0, 1, 0, 1, 2, 3, 2, 3]  # each device gets the same two frames, as batch normalisation counts a device's own
+data = xu.make_dataset([paths[i] for i in half], matrices[half], *xu.load_camera("data/sample"), size=64, batch_size=4, augmented=False)
+for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
+    keras.utils.set_random_seed(0)
+    with xu.distribute(devices):
+        model = xu.compile_model(xu.build_model(**{TINY!r}))
+    print(model.distribute_strategy.num_replicas_in_sync if len(devices) > 1 else 1, *model.fit(data, epochs=2, verbose=0).history["loss"])
+"""
+
+
+def test_two_devices_train_as_one_does():
+    one, two = (list(map(float, line.split())) for line in run_python(DISTRIBUTED).splitlines()[-2:])
+    assert (one[0], two[0]) == (1, 2)
+    np.testing.assert_allclose(two[1:], one[1:], rtol=5e-3)
+
+
+def test_several_machines_are_refused_as_keras_cannot(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}))
+    with pytest.raises(NotImplementedError, match="20585"):
+        xu.distribute()
+
+
+KILLED = f"""
+import sys, xwing_utils as xu
+keras = xu.import_keras()
+paths, matrices = xu.load_dataset("data/sample")
+data = xu.make_dataset(paths[:8], matrices[:8], *xu.load_camera("data/sample"), size=64, batch_size=4)
+model = xu.compile_model(xu.build_model(**{TINY!r}))
+model.fit(data, epochs=int(sys.argv[2]), callbacks=xu.training_callbacks(sys.argv[1], model, *data[0]), verbose=0)
+print(int(model.optimizer.iterations))
+"""
+
+
+def test_training_goes_on_after_being_killed(tmp_path):
+    program, log = [sys.executable, "-c", KILLED, str(tmp_path)], tmp_path / "log.csv"
+    running = subprocess.Popen([*program, "1000"], cwd=os.path.dirname(xu.__file__), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 240
+        while not (log.exists() and log.read_text().count("\n") >= 4) and time.monotonic() < until and running.poll() is None:
+            time.sleep(0.05)
+    finally:
+        running.kill()
+        running.wait()
+    done = log.read_text().count("\n") - 1
+    assert done >= 3
+    again = subprocess.run([*program, str(done + 2)], cwd=os.path.dirname(xu.__file__), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    with log.open() as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(done + 2))
+    assert int(again.stdout.split()[-1]) == 2 * (done + 2)  # steps, the killed run's among them
+
+
 # ------------------------------------------------------------ callbacks
 
 
@@ -219,6 +278,17 @@ def test_shipped_weights_bring_their_log_and_facts(train, tmp_path):
     with (tmp_path / "weights" / "xwing_log.csv").open() as file:
         assert [(row["stage"], row["samples_seen"]) for row in csv.DictReader(file)] == [("1", "8"), ("1", "16")]
     assert json.loads((tmp_path / "weights" / "xwing.json").read_text())["training"]["samples_seen"] == 16
+
+
+def test_training_from_shipped_weights_keeps_their_log(train, tmp_path, monkeypatch):
+    train(2, facts={"steps": 2, "batch": 4})
+    xu.ship_weights(tmp_path / "run", tmp_path / "weights")
+    (tmp_path / "run").rename(tmp_path / "first")
+    train(1, facts={"steps": 2, "batch": 4, "init": str(tmp_path / "weights" / "xwing.weights.h5")})
+    xu.ship_weights(tmp_path / "run", tmp_path / "weights")
+    with (tmp_path / "weights" / "xwing_log.csv").open() as file:
+        assert [(row["stage"], row["samples_seen"]) for row in csv.DictReader(file)] == [("1", "8"), ("1", "16"), ("2", "24")]
+    assert len(json.loads((tmp_path / "weights" / "xwing.json").read_text())["training"]["stages"]) == 2
 
 
 @pytest.mark.parametrize("crop,size", [(False, 64), (True, 256)])
