@@ -174,6 +174,44 @@ def load_dataset(folder):
     return paths, np.array(matrices)
 
 
+def load_mesh(path):
+    """Read an OBJ mesh and its colours: a dict material -> (vertices (V, 3), faces (F, 3), colour (3,)).
+
+    Faces of more than three corners are split into fans; texture and normal indices are ignored.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mesh; write the supplied one with python data/make_xwing.py")
+    vertices, faces, colours, material = [], {}, {}, "default"
+    for line in path.read_text().splitlines():
+        word, *rest = line.split() or [""]
+        if word == "v":
+            vertices.append([float(v) for v in rest[:3]])
+        elif word == "usemtl":
+            material = rest[0]
+        elif word == "mtllib" and (path.parent / rest[0]).is_file():
+            colours.update(_read_mtl(path.parent / rest[0]))
+        elif word == "f":
+            corners = [int(v.split("/")[0]) for v in rest]
+            corners = [c - 1 if c > 0 else len(vertices) + c for c in corners]
+            faces.setdefault(material, []).extend([corners[0], a, b] for a, b in zip(corners[1:], corners[2:]))
+    if not faces:
+        raise ValueError(f"{path}: no faces found; expected a Wavefront OBJ mesh")
+    grey = np.array([0.6, 0.6, 0.6])
+    return {name: (np.array(vertices), np.array(f), colours.get(name, grey)) for name, f in faces.items()}
+
+
+def _read_mtl(path):
+    colours, name = {}, None
+    for line in path.read_text().splitlines():
+        word, *rest = line.split() or [""]
+        if word == "newmtl":
+            name = rest[0]
+        elif word == "Kd":
+            colours[name] = np.array([float(v) for v in rest[:3]])
+    return colours
+
+
 def read_image(path, size=None):
     """Read one frame as (H, W, 3) uint8 RGB.
 
@@ -533,13 +571,71 @@ def augment(image, keypoints, transform):
     return result["image"], np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2) + 0.5
 
 
+def relight(image, matrix, model_view_matrix, projection_matrix, mesh, rng):
+    """The frame with its ship in other paint and light, before another background: domain randomisation without a renderer.
+
+    Each triangle of the mesh multiplies the pixels that it covers by a random paint of its material and a random light (diffuse, one
+    direction, from the front side); triangles are drawn from far to near at twice the size. The ship's own light and details stay.
+
+    Args:
+        image: (H, W, 3) uint8.
+        matrix, model_view_matrix, projection_matrix: (4, 4) each, the frame's truth.
+        mesh: from `load_mesh`.
+        rng: numpy Generator.
+    Returns:
+        (H, W, 3) uint8.
+    Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks; the painter's algorithm for what hides what.
+    """
+    height, width = image.shape[:2]
+    eye = np.asarray(model_view_matrix) @ matrix
+    triangles = np.concatenate([vertices[faces] for vertices, faces, _ in mesh.values()]) @ eye[:3, :3].T + eye[:3, 3]  # (T, 3, 3)
+    if (triangles[..., 2] > -1e-3).any():
+        return image  # part of the ship is beside or behind the camera
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    middle = triangles.mean(1)
+    normals *= -np.sign((normals * middle).sum(1, keepdims=True))  # towards the camera
+    sun = rng.normal(size=3)
+    light = rng.uniform(0.25, 1.1) + rng.uniform(0, 1.3) * np.clip(normals @ sun / np.linalg.norm(sun), 0, None)
+    paint = np.exp(rng.normal(0, 0.3, (len(mesh), 1)) + rng.normal(0, rng.uniform(0, 0.3), (len(mesh), 3)))
+    paint = np.repeat(paint, [len(faces) for _, faces, _ in mesh.values()], axis=0)
+    colours = np.column_stack([np.clip(64 * paint * light[:, None], 0, 255), np.full(len(light), 255)])
+    clip = triangles @ np.asarray(projection_matrix)[:3, :3].T  # no shear between x and y in a camera file
+    pixels = (clip[..., :2] / -triangles[..., 2:] * [1, -1] + 1) * [width, height]  # of a picture of twice the size
+    canvas, pixels, colours = np.zeros((2 * height, 2 * width, 4), np.uint8), np.round((pixels - 0.5) * 16).astype(np.int32), colours.tolist()
+    for i in np.argsort(middle[:, 2]).tolist():
+        cv2.fillConvexPoly(canvas, pixels[i], colours[i], shift=4)
+    canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+    cover = canvas[..., 3:] / 255
+    ship = image * canvas[..., :3] / 64 / np.maximum(cover, 1 / 255)
+    threshold = rng.uniform(0, 0.5)  # how much of the ship's edge, which holds some of the old background, is cut away
+    cover = np.clip((cover - threshold) / (1 - threshold), 0, 1)
+    return np.clip(cover * ship + (1 - cover) * _background(height, width, rng), 0, 255).astype(np.uint8)
+
+
+def _background(height, width, rng):
+    """A random background, (H, W, 3) float32: coloured noise on all scales, or flat shapes one over another."""
+    background = np.zeros((height, width, 3), np.float32) + rng.uniform(0, 255, 3 if rng.random() < 0.5 else 1)
+    if rng.random() < 0.6:
+        slope, colourful = rng.uniform(0.4, 1.2), rng.uniform(0, 0.6)
+        for n in (2, 4, 8, 16, 32, 64, 128):
+            noise = rng.normal(size=(n, n, 1)) + colourful * rng.normal(size=(n, n, 3))
+            background += 50 * (2 / n) ** slope * cv2.resize(noise.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    else:
+        for _ in range(rng.integers(1, 40)):
+            colour, middle, reach = rng.uniform(0, 255, 3), rng.uniform(0, [width, height]), np.exp(rng.uniform(0, 5))
+            polygon = middle + rng.normal(size=(rng.integers(3, 7), 2)) * reach
+            cv2.fillConvexPoly(background, cv2.convexHull(polygon.astype(np.int32)), colour)
+    return cv2.GaussianBlur(background, (0, 0), np.exp(rng.uniform(-1, 1)))
+
+
 class _Batches:
     """The batches of `make_dataset`; a function of (seed, epoch, index) alone, so workers may take them in any order."""
 
-    def __init__(self, paths, keypoints, shown, permutation, batch_size, steps, size, crop, augmented, shuffle, seed, **workers):
+    def __init__(self, paths, keypoints, shown, permutation, relit, batch_size, steps, size, crop, augmented, shuffle, seed, **workers):
         super().__init__(**workers)
         self.steps = steps or -(-len(paths) // batch_size)
-        self.paths, self.keypoints, self.shown, self.permutation = list(paths), keypoints, shown, permutation
+        self.paths, self.keypoints, self.shown, self.permutation, self.relit = list(paths), keypoints, shown, permutation, relit
         self.batch_size, self.size, self.crop, self.augmented, self.shuffle, self.seed = batch_size, size, crop, augmented, shuffle, seed
         self.epoch = -1
         self.on_epoch_begin()
@@ -564,6 +660,8 @@ class _Batches:
         """One frame: (size, size, 3) uint8 and (K, 3) float32."""
         image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
         keypoints, shown = self.keypoints[i], self.shown[i]
+        if self.relit is not None and rng.random() < self.relit[0]:
+            image = self.relit[1](image, i, rng)
         if self.augmented and rng.random() < 0.5:
             image, keypoints, shown = image[:, ::-1], mirror_keypoints(keypoints, FRAME_SIZE, self.permutation), shown[self.permutation]
         if transform is not None:
@@ -601,7 +699,7 @@ def crop(image, corner, size):
 
 
 def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, steps=None, size=FRAME_SIZE, crop=False, augmented=True,
-                 shuffle=None, points=KEYPOINTS, normals=None, seed=0, workers=2):
+                 shuffle=None, points=KEYPOINTS, normals=None, mesh=None, relit=0.3, seed=0, workers=2):
     """A `keras.utils.PyDataset` that reads, augments and batches frames on `workers` threads.
 
     Args:
@@ -616,6 +714,7 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         points: (K, 3) model points, the 8 corners first.
         normals: (K, 3) outward normals; a point whose normal turns away counts as hidden. None takes this module's for its own
             `KEYPOINTS`, and zeros (never hidden) for other points.
+        mesh: of the ship in the frames, from `load_mesh`; with it a share `relit` of the augmented frames goes through `relight`.
     Yields:
         images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in the frame and facing the
         camera, else 0). Off-frame points keep their positions; points that face away are put far outside.
@@ -641,7 +740,10 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         raise ValueError("keypoints: NaN or infinite positions; check the matrices and the camera")
     shown = facing(matrices, model_view_matrix, points, normals)
     dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})
-    return dataset(paths, keypoints, shown, mirror_permutation(points), batch_size, steps, size, crop, augmented,
+    look = None
+    if mesh is not None and augmented:
+        look = relit, lambda image, i, rng: relight(image, matrices[i], model_view_matrix, projection_matrix, mesh, rng)
+    return dataset(paths, keypoints, shown, mirror_permutation(points), look, batch_size, steps, size, crop, augmented,
                    augmented if shuffle is None else shuffle, seed, workers=workers, max_queue_size=8)
 
 

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,9 @@ from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import xwing_utils as xu  # noqa: E402 (it lies one folder up)
+
 SIZE = 256  # pixels, width and height of a frame
 SAMPLES = 16  # rays a pixel
 CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
@@ -268,44 +270,6 @@ SHADING = {  # name -> (Mitsuba's model, its colour, its roughness)
 }
 
 
-def load_obj(path):
-    """Read an OBJ mesh and its colours: a dict material -> (vertices (V, 3), faces (F, 3), colour (3,)).
-
-    Faces of more than three corners are split into fans; texture and normal indices are ignored.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such mesh; write the supplied one with python data/make_xwing.py")
-    vertices, faces, colours, material = [], {}, {}, "default"
-    for line in path.read_text().splitlines():
-        word, *rest = line.split() or [""]
-        if word == "v":
-            vertices.append([float(v) for v in rest[:3]])
-        elif word == "usemtl":
-            material = rest[0]
-        elif word == "mtllib" and (path.parent / rest[0]).is_file():
-            colours.update(_load_mtl(path.parent / rest[0]))
-        elif word == "f":
-            corners = [int(v.split("/")[0]) for v in rest]
-            corners = [c - 1 if c > 0 else len(vertices) + c for c in corners]
-            faces.setdefault(material, []).extend([corners[0], a, b] for a, b in zip(corners[1:], corners[2:]))
-    if not faces:
-        raise ValueError(f"{path}: no faces found; expected a Wavefront OBJ mesh")
-    grey = np.array([0.6, 0.6, 0.6])
-    return {name: (np.array(vertices), np.array(f), colours.get(name, grey)) for name, f in faces.items()}
-
-
-def _load_mtl(path):
-    colours, name = {}, None
-    for line in path.read_text().splitlines():
-        word, *rest = line.split() or [""]
-        if word == "newmtl":
-            name = rest[0]
-        elif word == "Kd":
-            colours[name] = np.array([float(v) for v in rest[:3]])
-    return colours
-
-
 def srgb_to_linear(x):
     return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
@@ -325,7 +289,7 @@ class Renderer:
         drjit.set_thread_count(1)  # joblib spreads the frames over the cores
         mi.set_variant("scalar_rgb")
         self.mi, self.shading = mi, SHADING[shading]
-        self.mesh = load_obj(mesh_path)
+        self.mesh = xu.load_mesh(mesh_path)
         self.materials = list(self.mesh)
         self.vertices = np.concatenate([v[np.unique(f)] for v, f, _ in self.mesh.values()])
         self.shapes = {name: self._shape(name) for name in self.mesh}
@@ -455,20 +419,13 @@ def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
 MAKERS = {"random": random_frame, "shifted": shifted_frame, "flight": flight_frame}
 
 
-def _write_atomically(path, data):
-    """Write bytes under a temporary name first, so that a killed run leaves no half file under the real one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
 def _render_pair(make, seed, index, folder, name, mesh_path):
     image, matrix, quality = make(seed, index, mesh_path)
     ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise OSError(f"OpenCV could not encode frame {name}")
-    _write_atomically(folder / f"{name}_mat.json", json.dumps(matrix.tolist()).encode())
-    _write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
+    xu._write_atomically(folder / f"{name}_mat.json", json.dumps(matrix.tolist()).encode())
+    xu._write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
 
 
 def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj", workers=-1, progress=True, dask=None):
@@ -483,7 +440,7 @@ def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj",
         raise ValueError(f"kind: expected one of {', '.join(MAKERS)}, got {kind!r}")
     if count < 1 or (flight and count > 300):
         raise ValueError(f"count is {count}; expected at least 1, and at most 300 for the flight")
-    load_obj(mesh_path)
+    xu.load_mesh(mesh_path)
     folder.mkdir(parents=True, exist_ok=True)
     info = {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
     known = folder / "render_info.json"
@@ -491,8 +448,8 @@ def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj",
         raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
     if known.exists() and json.loads(known.read_text()) != info:
         raise ValueError(f"{folder} holds frames made with {known.read_text()}; asked for {json.dumps(info)}: give another folder")
-    _write_atomically(known, json.dumps(info).encode())
-    _write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1).encode())
+    xu._write_atomically(known, json.dumps(info).encode())
+    xu._write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1).encode())
     for part in folder.glob(".*.part"):
         part.unlink()
     names = {i: f"{i:03d}" if flight else str(i) for i in range(count)}
@@ -503,7 +460,7 @@ def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj",
             from distributed import Client
 
             client = stack.enter_context(Client(dask))
-            client.run(sys.path.append, str(HERE))  # where the workers find this file
+            client.run(sys.path.extend, [str(HERE), str(HERE.parent)])  # where the workers find this file and xwing_utils
             stack.enter_context(joblib.parallel_config("dask", wait_for_workers_timeout=60))
         results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
         for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):

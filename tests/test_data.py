@@ -593,7 +593,7 @@ def test_committed_clip_is_the_flight(root):
 
 
 def test_flight_leaves_the_frame_partly_once_and_completely_once(camera):
-    mesh = render.load_obj(render.HERE / "xwing.obj")
+    mesh = xu.load_mesh(render.HERE / "xwing.obj")
     vertices = np.concatenate([v[np.unique(f)] for v, f, _ in mesh.values()])
     inside = xu.in_frame(xu.keypoints_of(render.flight_poses(), *camera, points=vertices)).mean(1)
     truncated = np.flatnonzero(inside < 1)

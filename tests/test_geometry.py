@@ -4,7 +4,6 @@ import cv2
 import make_xwing
 import numpy as np
 import pytest
-import render
 import trimesh
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
@@ -259,7 +258,7 @@ def test_bounding_box_of_the_mesh_is_the_eight_corners(root):
 
 
 def test_mesh_is_mirror_symmetric_material_by_material(root):
-    for name, (vertices, faces, _) in render.load_obj(root / "data" / "xwing.obj").items():
+    for name, (vertices, faces, _) in xu.load_mesh(root / "data" / "xwing.obj").items():
         centres = vertices[np.unique(faces)]
         distance, _ = KDTree(centres).query(centres * [-1, 1, 1])
         assert distance.max() < 1e-5, name
