@@ -329,6 +329,43 @@ def facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
     return (np.einsum("nki,nki->nk", position, direction) < 0) | (np.abs(normals).sum(-1) == 0)
 
 
+def mesh_triangles(mesh):
+    """All triangles of a mesh from `load_mesh`, material by material: (T, 3, 3) corners in model units."""
+    return np.concatenate([vertices[faces] for vertices, faces, _ in mesh.values()])
+
+
+def triangle_map(triangles, pose, K, width, height, near=1e-3):
+    """Which triangle shows at the centre of each pixel: (height, width) int32, -1 where none does.
+
+    triangles is (T, 3, 3) in model units; those that reach nearer than `near` to the camera's plane are left out.
+    Source: the painter's algorithm, Newell, Newell and Sancha 1972: drawn from far to near by the distance of their middles, which
+    is wrong only where long triangles cross in depth.
+    """
+    seen = triangles @ pose[:3, :3].T + pose[:3, 3]
+    order = np.argsort(-np.linalg.norm(seen.mean(1), axis=1))
+    order = order[(seen[order, :, 2] > near).all(1)]
+    pixels = seen[order] @ K.T
+    pixels = np.round((pixels[..., :2] / pixels[..., 2:] - 0.5) * 16).clip(-(2**24), 2**24).astype(np.int32)  # OpenCV's whole pixels are centres
+    canvas = np.full((height, width), -1, np.int32)
+    for index, corners in zip(order.tolist(), pixels):
+        cv2.fillConvexPoly(canvas, corners, index, shift=4)
+    return canvas
+
+
+def mesh_depth(triangles, pose, K, width, height):
+    """Depth along the camera's axis of the nearest surface at each pixel's centre: (height, width) model units, inf where there is none."""
+    shown = triangle_map(triangles, pose, K, width, height)
+    row, column = np.nonzero(shown >= 0)
+    rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(K).T  # (P, 3), z = 1
+    seen = (triangles @ pose[:3, :3].T + pose[:3, 3])[shown[row, column]]
+    normals = np.cross(seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = (normals * seen[:, 0]).sum(1) / (normals * rays).sum(1)
+    depth = np.full(shown.shape, np.inf)
+    depth[row, column] = np.fmax(np.fmin(z, seen[..., 2].max(1)), seen[..., 2].min(1))  # seen edge-on, a plane's depth is anything
+    return depth
+
+
 # ============================================================ heatmaps
 
 
@@ -571,43 +608,35 @@ def augment(image, keypoints, transform):
     return result["image"], np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2) + 0.5
 
 
-def relight(image, matrix, model_view_matrix, projection_matrix, mesh, rng):
+def relight(image, pose, K, mesh, rng):
     """The frame with its ship in other paint and light, before another background: domain randomisation without a renderer.
 
     Each triangle of the mesh multiplies the pixels that it covers by a random paint of its material and a random light (diffuse, one
-    direction, from the front side); triangles are drawn from far to near at twice the size. The ship's own light and details stay.
+    direction, from the front side), at twice the size for smooth edges. The ship's own light and details stay.
 
     Args:
         image: (H, W, 3) uint8.
-        matrix, model_view_matrix, projection_matrix: (4, 4) each, the frame's truth.
+        pose, K: the frame's truth.
         mesh: from `load_mesh`.
         rng: numpy Generator.
     Returns:
         (H, W, 3) uint8.
-    Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks; the painter's algorithm for what hides what.
+    Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks.
     """
     height, width = image.shape[:2]
-    eye = np.asarray(model_view_matrix) @ matrix
-    triangles = np.concatenate([vertices[faces] for vertices, faces, _ in mesh.values()]) @ eye[:3, :3].T + eye[:3, 3]  # (T, 3, 3)
-    if (triangles[..., 2] > -1e-3).any():
-        return image  # part of the ship is beside or behind the camera
-    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    triangles = mesh_triangles(mesh)
+    shown = triangle_map(triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) @ pose[:3, :3].T
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-    middle = triangles.mean(1)
-    normals *= -np.sign((normals * middle).sum(1, keepdims=True))  # towards the camera
+    normals *= -np.sign((normals * (triangles.mean(1) @ pose[:3, :3].T + pose[:3, 3])).sum(1, keepdims=True))  # towards the camera
     sun = rng.normal(size=3)
     light = rng.uniform(0.25, 1.1) + rng.uniform(0, 1.3) * np.clip(normals @ sun / np.linalg.norm(sun), 0, None)
     paint = np.exp(rng.normal(0, 0.3, (len(mesh), 1)) + rng.normal(0, rng.uniform(0, 0.3), (len(mesh), 3)))
-    paint = np.repeat(paint, [len(faces) for _, faces, _ in mesh.values()], axis=0)
-    colours = np.column_stack([np.clip(64 * paint * light[:, None], 0, 255), np.full(len(light), 255)])
-    clip = triangles @ np.asarray(projection_matrix)[:3, :3].T  # no shear between x and y in a camera file
-    pixels = (clip[..., :2] / -triangles[..., 2:] * [1, -1] + 1) * [width, height]  # of a picture of twice the size
-    canvas, pixels, colours = np.zeros((2 * height, 2 * width, 4), np.uint8), np.round((pixels - 0.5) * 16).astype(np.int32), colours.tolist()
-    for i in np.argsort(middle[:, 2]).tolist():
-        cv2.fillConvexPoly(canvas, pixels[i], colours[i], shift=4)
-    canvas = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
-    cover = canvas[..., 3:] / 255
-    ship = image * canvas[..., :3] / 64 / np.maximum(cover, 1 / 255)
+    gain = np.repeat(paint, [len(faces) for _, faces, _ in mesh.values()], axis=0) * light[:, None]
+    gain = np.concatenate([np.column_stack([gain, np.ones(len(gain))]), np.zeros((1, 4))]).astype(np.float32)  # the last is for -1: no ship
+    gain = cv2.resize(gain[shown], (width, height), interpolation=cv2.INTER_AREA)
+    cover = gain[..., 3:]
+    ship = image * gain[..., :3] / np.maximum(cover, 1e-3)
     threshold = rng.uniform(0, 0.5)  # how much of the ship's edge, which holds some of the old background, is cut away
     cover = np.clip((cover - threshold) / (1 - threshold), 0, 1)
     return np.clip(cover * ship + (1 - cover) * _background(height, width, rng), 0, 255).astype(np.uint8)
@@ -742,7 +771,8 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
     dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})
     look = None
     if mesh is not None and augmented:
-        look = relit, lambda image, i, rng: relight(image, matrices[i], model_view_matrix, projection_matrix, mesh, rng)
+        K = camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE)
+        look = relit, lambda image, i, rng: relight(image, pose_in_camera(model_view_matrix, matrices[i]), K, mesh, rng)
     return dataset(paths, keypoints, shown, mirror_permutation(points), look, batch_size, steps, size, crop, augmented,
                    augmented if shuffle is None else shuffle, seed, workers=workers, max_queue_size=8)
 

@@ -639,3 +639,13 @@ def test_a_folder_of_foreign_pictures_without_matrices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give another folder"):
         render.render_set(tmp_path, 1, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["0.jpg"]
+
+
+def test_a_share_of_the_frames_is_relit_and_the_labels_stay(sample, camera):
+    mesh = xu.load_mesh(render.HERE / "xwing.obj")
+    plain, never, always = (dataset_of(sample, camera, shuffle=False, seed=5, **arguments)
+                            for arguments in ({}, {"mesh": mesh, "relit": 0}, {"mesh": mesh, "relit": 1}))
+    unchanged = dataset_of(sample, camera, augmented=False, mesh=mesh, relit=1)
+    np.testing.assert_array_equal(unchanged[0][0], dataset_of(sample, camera, augmented=False)[0][0])
+    assert (always[0][0] != never[0][0]).mean() > 0.5
+    assert plain[0][1].shape == always[0][1].shape

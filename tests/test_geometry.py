@@ -1,9 +1,12 @@
 """Constants, projection, poses and the mirror, against OpenCV, the format's formula and cases worked out by hand."""
 
+from pathlib import Path
+
 import cv2
 import make_xwing
 import numpy as np
 import pytest
+import render
 import trimesh
 from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
@@ -275,3 +278,57 @@ def test_the_committed_mesh_is_what_the_script_writes(root, tmp_path):
     make_xwing.write(tmp_path)
     for name in ("xwing.obj", "xwing.mtl"):
         assert (tmp_path / name).read_text() == (root / "data" / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def ship():
+    root = Path(xu.__file__).parent
+    matrices = xu.load_dataset(root / "data" / "sample")[1][:8]
+    model_view, projection = xu.load_camera(root / "data" / "sample")
+    poses = [xu.pose_in_camera(model_view, matrix) for matrix in matrices]
+    return xu.load_mesh(root / "data" / "xwing.obj"), poses, xu.camera_matrix(projection, 256, 256)
+
+
+def test_depth_of_the_mesh_agrees_with_ray_casting(ship):
+    mesh, poses, K = ship
+    triangles = xu.mesh_triangles(mesh)
+    depth = xu.mesh_depth(triangles, poses[0], K, 256, 256)
+    row, column = np.nonzero(np.isfinite(depth))
+    chosen = np.random.default_rng(0).choice(len(row), 200, replace=False)
+    rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))])[chosen] @ np.linalg.inv(K).T
+    first, second, third = np.moveaxis(triangles @ poses[0][:3, :3].T + poses[0][:3, 3], 1, 0)
+    nearest = np.full(200, np.inf)
+    for i, ray in enumerate(rays):  # Cramer's rule: first + u (second - first) + v (third - first) = z ray
+        columns = np.stack([second - first, third - first, np.broadcast_to(-ray, first.shape)], -1)
+        columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
+        u, v, z = np.linalg.solve(columns, -first[..., None])[..., 0].T
+        hit = (u >= 0) & (v >= 0) & (u + v <= 1) & (z > 0.1)
+        nearest[i] = z[hit].min(initial=np.inf)
+    error = np.abs(nearest - depth[row, column][chosen])
+    inside = np.isfinite(nearest)  # the outermost pixels are drawn although their centre is just outside
+    assert inside.mean() > 0.8 and (error[inside] < 0.002).mean() > 0.9 and np.median(error[inside]) < 1e-4
+
+
+def test_triangle_map_covers_what_the_renderer_draws(ship):
+    mesh, poses, K = ship
+    camera = np.diag([1.0, -1, -1, 1]) @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]])
+    for pose in poses[:3]:
+        shown = xu.triangle_map(xu.mesh_triangles(mesh), pose, K * [[8], [8], [1]], 2048, 2048)
+        cover = (shown >= 0).reshape(256, 8, 256, 8).mean((1, 3))
+        look = render.random_look(np.random.default_rng(0), list(mesh))
+        truth = render.renderer().ship(np.linalg.inv(camera) @ pose, look, samples=64)[..., 3]
+        assert np.abs(cover - truth).sum() < 0.06 * truth.sum()
+
+
+def test_relight_keeps_the_ship_and_replaces_the_rest(ship):
+    mesh, poses, K = ship
+    image = np.full((256, 256, 3), 128, np.uint8)
+    for k, pose in enumerate(poses[:4]):
+        first, again, other = (xu.relight(image, pose, K, mesh, np.random.default_rng(seed)) for seed in (k, k, k + 100))
+        assert first.shape == image.shape and first.dtype == np.uint8
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).mean() > 0.5
+    black = xu.relight(image * 0, poses[0], K, mesh, np.random.default_rng(3))  # a black ship stays black under any light
+    depth = xu.mesh_depth(xu.mesh_triangles(mesh), poses[0], K, 256, 256)
+    inner = cv2.erode(np.isfinite(depth).astype(np.uint8), np.ones((5, 5))) > 0
+    assert inner.sum() > 300 and (black[inner] == 0).mean() > 0.97 and black[~np.isfinite(depth)].mean() > 5
