@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 from PIL import Image
 from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
 # ============================================================ constants
@@ -332,6 +333,14 @@ def facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
 def mesh_triangles(mesh):
     """All triangles of a mesh from `load_mesh`, material by material: (T, 3, 3) corners in model units."""
     return np.concatenate([vertices[faces] for vertices, faces, _ in mesh.values()])
+
+
+def occluder(mesh, share=0.9):
+    """The largest triangles of a mesh, (T, 3, 3), that make up this share of its surface: enough to hide what lies behind, three times faster."""
+    triangles = mesh_triangles(mesh)
+    area = np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1)
+    order = np.argsort(-area)
+    return triangles[order[: np.searchsorted(area[order].cumsum(), share * area.sum()) + 1]]
 
 
 def triangle_map(triangles, pose, K, width, height, near=1e-3):
@@ -1302,6 +1311,7 @@ MAX_DEVIATIONS = 3.0  # a point further from its projection than so many of its 
 MIN_AGREEING = 0.7  # share of the points in use that must agree with a pose
 CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
 MIN_MARGIN = 1.0  # a second pose must fit worse by at least that much, in units of log-likelihood
+PRIOR = 6.0  # what a turn against the expected pose costs at most, in units of log-likelihood
 MAX_MISFIT = 1.25  # largest root of chi square per degree of freedom of the agreeing points
 
 
@@ -1331,7 +1341,7 @@ def solve_pose(keypoints, K, confidence=None, points=BOUNDING_BOX):
     return estimate.pose if estimate.accepted else None
 
 
-def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING_BOX):
+def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING_BOX, prior=None):
     """Estimate the pose of the ship from its keypoints, and how far to trust it.
 
     SQPnP and, from 6 points on, RANSAC propose poses from the hull's points and from all; each is also turned by half a roll and mirrored in
@@ -1344,6 +1354,8 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
         confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are not used.
         deviation: (K,) pixels, standard deviation of each point along x and y, see `point_deviation`; None is 1 pixel of a 256 px frame for all.
         points: (K, 3) model points of the keypoints; the 8 corners, or all of `KEYPOINTS`, whose rows from the 9th on are the hull's.
+        prior: (4, 4) or None, where the ship should be, from the frames before. It settles which of several poses is meant (one turned against
+            it by 30 degrees or more costs up to PRIOR), and has no say in the refinement.
     Returns:
         PoseEstimate. It is accepted unless there are fewer than 4 points, or fewer than 4 or MIN_AGREEING of them agree, or they fit worse
         than MAX_MISFIT, or a second pose comes within MIN_MARGIN.
@@ -1363,10 +1375,10 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
     usable = np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE)
     if usable.sum() < 4:
         return PoseEstimate(None, reason=f"{usable.sum()} points are found, 4 are needed")
-    problem = _Problem(points[usable], keypoints[usable], deviation[usable], K)
+    problem = _Problem(points[usable], keypoints[usable], deviation[usable], K, prior)
     hull = np.flatnonzero(usable) >= 8
     proposals = problem.propose(hull) if hull.sum() >= 6 else []
-    proposals += problem.propose(np.ones_like(hull))
+    proposals += problem.propose(np.ones_like(hull)) + ([] if prior is None else [prior])
     ranked = sorted(((problem.cost(pose), i, pose) for i, pose in enumerate(proposals)), key=lambda p: p[:2])
     refined = []
     for _, _, pose in _distinct(ranked, 10)[:3]:
@@ -1398,8 +1410,8 @@ def _distinct(ranked, degrees):
 class _Problem:
     """One frame's points: proposes, scores, refines and judges poses."""
 
-    def __init__(self, points, keypoints, deviation, K):
-        self.points, self.keypoints, self.deviation, self.K = points, keypoints, deviation, K
+    def __init__(self, points, keypoints, deviation, K, prior=None):
+        self.points, self.keypoints, self.deviation, self.K, self.prior = points, keypoints, deviation, K, prior
 
     def propose(self, chosen):
         """Poses from a subset (bool) of the points, and what they may be mistaken for."""
@@ -1413,8 +1425,9 @@ class _Problem:
         return reprojection_errors(pose, self.keypoints, self.K, self.points) / self.deviation
 
     def cost(self, pose):
-        """Negative log-likelihood of the points under Cauchy errors, but for a constant."""
-        return float(np.log1p(np.minimum(self.distances(pose), 1e6) ** 2 / CAUCHY**2).sum() * CAUCHY**2 / 2)
+        """Negative log-likelihood of the points under Cauchy errors, but for a constant; more for a pose that is turned against the prior."""
+        turned = 0.0 if self.prior is None else PRIOR * min(rotation_error(pose, self.prior) / 30, 1.0) ** 2
+        return float(np.log1p(np.minimum(self.distances(pose), 1e6) ** 2 / CAUCHY**2).sum() * CAUCHY**2 / 2) + turned
 
     def refine(self, pose, robust=False, chosen=slice(None)):
         """The nearest pose with the least cost (`robust`) or the least sum of squares; None if that lies behind the camera."""
@@ -1515,7 +1528,7 @@ def solve_frame(keypoints, K, confidence=None, deviation=None):
     return estimate.pose if estimate.accepted else None
 
 
-def estimate_frame(keypoints, K, confidence=None, deviation=None):
+def estimate_frame(keypoints, K, confidence=None, deviation=None, prior=None):
     """`estimate_pose` from all that the network found: the first C of `KEYPOINTS`, keypoints (C, 2), confidence and deviation (C,).
 
     Where six or more points of the hull are found, the corners do not count: they float in empty space and are found three times less precisely.
@@ -1523,10 +1536,11 @@ def estimate_frame(keypoints, K, confidence=None, deviation=None):
     keypoints = np.asarray(keypoints)
     confidence = np.ones(len(keypoints)) if confidence is None else np.array(confidence, float)
     if (confidence[8:] >= MIN_CONFIDENCE).sum() >= 6:
-        estimate = estimate_pose(keypoints, K, np.where(np.arange(len(keypoints)) < 8, 0.0, confidence), deviation, KEYPOINTS[: len(keypoints)])
+        hull = np.where(np.arange(len(keypoints)) < 8, 0.0, confidence)
+        estimate = estimate_pose(keypoints, K, hull, deviation, KEYPOINTS[: len(keypoints)], prior)
         if estimate.accepted:
             return estimate
-    return estimate_pose(keypoints, K, confidence, deviation, KEYPOINTS[: len(keypoints)])
+    return estimate_pose(keypoints, K, confidence, deviation, KEYPOINTS[: len(keypoints)], prior)
 
 
 def detect_frames(model, paths, batch_size=16, progress=True):
@@ -1571,6 +1585,189 @@ def _read_or_warn(path, size):
     except (ValueError, FileNotFoundError) as error:
         warnings.warn(f"no pose for this frame: {error}", stacklevel=3)
         return None
+
+
+# ============================================================ tracking in time
+
+GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a measured pose may differ from the predicted one
+GAP = 0.5  # seconds without a measurement that are bridged
+START = 3.0  # margin over a second pose with which a track may start, in units of log-likelihood
+AGILITY = 3.0, 0.7  # spectral density of the acceleration: rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
+MEASURED = 1.5  # factor on the claimed standard deviation of a measured pose: its errors last for several frames
+
+
+@dataclasses.dataclass
+class TrackedPose:
+    """One frame of a track."""
+
+    status: str  # "tracked": measured in this frame; "predicted": from the frames around it; "lost": no pose
+    pose: np.ndarray | None = None  # (4, 4) model -> OpenCV camera
+    covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation (model units)
+    velocity: np.ndarray | None = None  # (6,) rotation in camera axes, radians a second, then translation, model units a second
+    reprojection: float = np.nan  # pixels, of the measured pose
+    reason: str = ""  # why it was not measured
+
+
+class _Motion:
+    """A pose with its velocity: a point of SE(3) and its tangent, and the covariance (12, 12) of both."""
+
+    def __init__(self, rotation, translation, velocity, covariance):
+        self.rotation, self.translation, self.velocity, self.covariance = rotation, translation, velocity, covariance
+
+    @property
+    def pose(self):
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = self.rotation.as_matrix(), self.translation
+        return pose
+
+    def minus(self, other):
+        """(12,) the step from another motion to this one."""
+        turn = (self.rotation * other.rotation.inv()).as_rotvec()
+        return np.concatenate([turn, self.translation - other.translation, self.velocity - other.velocity])
+
+    def plus(self, step, covariance):
+        return _Motion(Rotation.from_rotvec(step[:3]) * self.rotation, self.translation + step[3:6], self.velocity + step[6:], covariance)
+
+    def after(self, seconds):
+        """The motion a while later at constant velocity, and the transition matrix (12, 12) of small errors."""
+        turn = Rotation.from_rotvec(self.velocity[:3] * seconds)
+        transition = np.eye(12)
+        transition[:3, :3] = turn.as_matrix()
+        transition[:6, 6:] = np.eye(6) * seconds
+        density = np.repeat(np.square(AGILITY), 3)
+        noise = np.kron([[seconds**3 / 3, seconds**2 / 2], [seconds**2 / 2, seconds]], np.diag(density))
+        return _Motion(turn * self.rotation, self.translation + self.velocity[3:] * seconds, self.velocity,
+                       transition @ self.covariance @ transition.T + noise), transition
+
+    def updated(self, pose, covariance):
+        """The motion once a pose has been measured, and the squared Mahalanobis distance between the two."""
+        step = np.concatenate([(Rotation.from_matrix(pose[:3, :3]) * self.rotation.inv()).as_rotvec(), pose[:3, 3] - self.translation])
+        spread = self.covariance[:6, :6] + covariance
+        gain = np.linalg.solve(spread, self.covariance[:6]).T
+        kept = np.eye(12) - np.pad(gain, ((0, 0), (0, 6)))
+        return self.plus(gain @ step, kept @ self.covariance @ kept.T + gain @ covariance @ gain.T), float(step @ np.linalg.solve(spread, step))
+
+
+class Tracker:
+    """Follows one ship through a clip, frame by frame, with what is known up to then.
+
+        tracker = Tracker(K, fps=30)
+        for keypoints, confidence, deviation in frames:
+            tracked = tracker.update(keypoints, confidence, deviation)  # a TrackedPose
+
+    A Kalman filter on SE(3) with constant velocity. The predicted pose helps to choose among the poses that a frame allows; a measured pose
+    further off than GATE is not believed. Gaps of up to GAP seconds are bridged by the prediction; then the ship is lost, until a frame
+    shows it clearly (START).
+
+    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation, 2001 (white-noise acceleration, gating);
+    Sola, Deray, Atchuthan, A micro Lie theory for state estimation in robotics, 2018 (errors as rotation vectors).
+    """
+
+    def __init__(self, K, fps=30.0, keep=False):
+        """`fps`: frames a second; `keep`: remember every frame for `smooth` (about 3 kB each). ValueError: a wrong K, or fps not positive."""
+        if not fps > 0:
+            raise ValueError(f"fps: expected a positive number of frames a second, got {fps}")
+        self.K, self.seconds, self.frames = _check_camera_matrix(K), 1 / fps, [] if keep else None
+        self.motion, self.unseen = None, 0.0
+
+    def update(self, keypoints, confidence, deviation=None):
+        """Take the next frame's keypoints (C, 2), confidence (C,) and deviation (C,), see `detect_frames`, and return its `TrackedPose`."""
+        predicted, transition = (None, None) if self.motion is None else self.motion.after(self.seconds)
+        estimate = estimate_frame(keypoints, self.K, confidence, deviation, None if predicted is None else predicted.pose)
+        motion, reason = self._correct(predicted, estimate)
+        if motion is not None:
+            self.unseen, tracked = 0.0, TrackedPose("tracked", reprojection=estimate.reprojection)
+        else:
+            self.unseen += self.seconds
+            motion = predicted if self.unseen <= GAP + 1e-9 and predicted is not None and predicted.translation[2] > 0 else None
+            tracked = TrackedPose("lost" if motion is None else "predicted", reason=reason)
+        self.motion = motion
+        if self.frames is not None:
+            self.frames.append((tracked, predicted, transition, motion))
+        return _describe(tracked, motion)
+
+    def _correct(self, predicted, estimate):
+        """The motion with this frame's estimate, or None and the reason."""
+        if not estimate.accepted:
+            return None, estimate.reason
+        covariance = estimate.covariance * MEASURED**2
+        if predicted is None:
+            if estimate.margin < START:
+                return None, "not clear enough to start from"
+            start = np.zeros((12, 12))
+            start[:6, :6], start[6:, 6:] = covariance, np.diag([1.5**2] * 3 + [0.5**2] * 3)
+            return _Motion(Rotation.from_matrix(estimate.pose[:3, :3]), estimate.pose[:3, 3], np.zeros(6), start), ""
+        motion, distance = predicted.updated(estimate.pose, covariance)
+        return (motion, "") if distance <= GATE else (None, "too far from where it should be")
+
+
+def _describe(tracked, motion):
+    if motion is None:
+        return tracked
+    return dataclasses.replace(tracked, pose=motion.pose, covariance=motion.covariance[:6, :6], velocity=motion.velocity)
+
+
+def smooth(tracker):
+    """The whole track, each frame with what is known from before and after it: a list of `TrackedPose`, for a `Tracker(keep=True)`.
+
+    Frames that were predicted after the ship was last seen stay as they are. Source: Rauch, Tung, Striebel, AIAA Journal 3(8), 1965.
+    """
+    if tracker.frames is None:
+        raise ValueError("the tracker has not kept its frames; make it with Tracker(K, fps, keep=True)")
+    smoothed, later = [], None
+    for (tracked, _, _, motion), following in zip(reversed(tracker.frames), [None, *reversed(tracker.frames)]):
+        if motion is not None and later is not None and following[1] is not None:
+            gain = np.linalg.solve(following[1].covariance, following[2] @ motion.covariance).T
+            change = gain @ later.minus(following[1])
+            motion = motion.plus(change, motion.covariance + gain @ (later.covariance - following[1].covariance) @ gain.T)
+        later = motion
+        smoothed.append(_describe(tracked, motion))
+    return smoothed[::-1]
+
+
+def track_clip(keypoints, confidence, deviation, K, fps=30.0):
+    """Track a finished clip, every frame with what is known from both sides: `smooth` forwards, and backwards where that way is lost.
+
+    Args:
+        keypoints, confidence, deviation: (N, C, 2), (N, C), (N, C), see `detect_frames` and `point_deviation`.
+        K, fps: see `Tracker`.
+    Returns:
+        list of N `TrackedPose`. Gaps of up to GAP seconds between tracked frames are "predicted"; longer ones, and what comes before the
+        first or after the last tracked frame, are "lost" and have no pose.
+    """
+    frames, ways = list(zip(keypoints, confidence, deviation)), []
+    for way in (frames, frames[::-1]):
+        tracker = Tracker(K, fps, keep=True)
+        for frame in way:
+            tracker.update(*frame)
+        ways.append(smooth(tracker))
+    backwards = [t if t.pose is None else dataclasses.replace(t, velocity=-t.velocity) for t in reversed(ways[1])]
+    track = [b if b.status == "tracked" != f.status or f.pose is None else f for f, b in zip(ways[0], backwards)]
+    tracked = np.array([t.status == "tracked" for t in track])
+    for start, end in _runs(~tracked):
+        if start == 0 or end == len(track) or end - start > GAP * fps:
+            track[start:end] = [TrackedPose("lost", reason=t.reason) for t in track[start:end]]
+    return track
+
+
+def _runs(flags):
+    """(start, end) of each stretch of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(flags, int), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
+
+
+def jitter(poses, truth, fps=30.0):
+    """RMS of the acceleration error: rotation in degrees/s^2 and translation in model units/s^2, over frames whose two neighbours have poses.
+
+    poses: N (4, 4) or None; truth: (N, 4, 4). Both NaN where no three frames in a row have poses.
+    """
+    turn, move = np.full((len(poses), 3), np.nan), np.full((len(poses), 3), np.nan)
+    for i, (pose, true) in enumerate(zip(poses, truth)):
+        if pose is not None:
+            turn[i], move[i] = np.degrees(Rotation.from_matrix(pose[:3, :3] @ true[:3, :3].T).as_rotvec()), pose[:3, 3] - true[:3, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return tuple(float(np.sqrt(np.nanmean((np.diff(error, 2, axis=0) ** 2).sum(1)))) * fps**2 for error in (turn, move))
 
 
 # ============================================================ errors (estimate before truth)
@@ -1806,42 +2003,64 @@ def draw_axes(image, pose, K, length=0.15):
     return image
 
 
-def bolts_in_flight(time, rate=5.0, speed=2.0, length=0.16, reach=3.0):
-    """Where the bolts of the four cannons are.
+class Lasers:
+    """The four cannons through a shot: two fire at a time, in turn, and every bolt keeps the course on which it was fired.
 
-    Args:
-        time: seconds; the pairs of cannons fire in turn, `rate` volleys a second, at `speed` model units a second.
-    Returns:
-        list of (cannon, start, end): distances from the muzzle in model units of the bolt's tail and head.
+        lasers = Lasers(fps=30)
+        for frame, pose in zip(frames, poses):
+            frame = draw_bolts(frame, lasers.step(pose), K)
+
+    The camera stands still, so its frame serves as the world's. A frame without a pose fires nothing; what has been fired flies on.
     """
-    bolts = []
-    for volley in range(max(0, int(np.floor((time - (reach + length) / speed) * rate))), int(np.floor(time * rate)) + 1):
-        head = (time - volley / rate) * speed
-        if 0 < head and head - length < reach:
-            bolts += [(cannon, max(head - length, 0.0), head) for cannon in ((0, 3) if volley % 2 else (1, 2))]
-    return bolts
+
+    def __init__(self, fps=30.0, rate=5.0, speed=2.0, length=0.16, reach=3.0, jitter=0.0, seed=0):
+        """rate: volleys a second; speed: model units a second; length, reach: of a bolt and of its flight, model units; jitter: how much
+        the time between two volleys varies, as a share of it, drawn with `seed`. ValueError where one is not positive (jitter: in [0, 1))."""
+        for name, value in (("fps", fps), ("rate", rate), ("speed", speed), ("length", length), ("reach", reach)):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter: expected a share in [0, 1), got {jitter}")
+        self.seconds, self.rate, self.speed, self.length, self.reach, self.jitter = 1 / fps, rate, speed, length, reach, jitter
+        self.random, self.frame, self.volley, self.due = np.random.default_rng(seed), 0, 0, 0.0
+        self.fired = np.zeros((0, 7))  # second, muzzle, direction of each bolt in flight
+
+    def step(self, pose):
+        """Go on by one frame, in which the ship has that pose (4, 4) or None, and return the bolts (B, 2, 3): tail and head in the camera's frame."""
+        now = self.frame * self.seconds
+        self.frame += 1
+        while self.due <= now + 1e-9:
+            if pose is not None:
+                muzzle, aim = np.moveaxis(LASERS[[0, 3] if self.volley % 2 else [1, 2]] @ pose[:3, :3].T + pose[:3, 3], 1, 0)
+                direction = (aim - muzzle) / np.linalg.norm(aim - muzzle, axis=1, keepdims=True)
+                self.fired = np.concatenate([self.fired, np.column_stack([[self.due] * 2, muzzle, direction])])
+            self.volley += 1
+            self.due += (1 + self.jitter * self.random.uniform(-1, 1)) / self.rate
+        head = (now - self.fired[:, 0]) * self.speed
+        self.fired, head = self.fired[head - self.length < self.reach], head[head - self.length < self.reach]
+        ends = np.stack([np.maximum(head - self.length, 0), head], 1)[head > 0]
+        flying = self.fired[head > 0]
+        return flying[:, None, 1:4] + ends[..., None] * flying[:, None, 4:]
 
 
-def draw_bolts(image, pose, K, time=0.0, radius=0.0032, colour=(255, 60, 40), near=0.05):
+def draw_bolts(image, bolts, K, depth=None, radius=0.0032, colour=(255, 60, 40), near=0.05):
     """Return a copy of the frame with laser bolts in perspective, glowing.
 
     Args:
-        image: (H, W, 3) uint8; pose: (4, 4) or None, which draws nothing; K: (3, 3).
-        time: seconds into the shot.
+        image: (H, W, 3) uint8; K: (3, 3).
+        bolts: (B, 2, 3) tail and head in the camera's frame, model units, see `Lasers`.
+        depth: (H, W) model units or None, of what may hide bolts, see `mesh_depth`.
         radius: of a bolt, in model units; it tapers towards the tail and narrows with the distance.
         near: bolts are cut this close to the camera, in model units.
     """
     image = np.array(image)
-    if pose is None:
-        return image
     core = np.zeros(image.shape[:2], np.uint8)
-    for cannon, start, end in bolts_in_flight(time):
-        muzzle, aim = LASERS[cannon]
-        direction = (aim - muzzle) / np.linalg.norm(aim - muzzle)
-        segment = np.stack([muzzle + start * direction, muzzle + end * direction]) @ pose[:3, :3].T + pose[:3, 3]
+    for segment in np.asarray(bolts, float).reshape(-1, 2, 3):
         segment = _clip_near(segment, near)
         if segment is not None:
-            _fill_bolt(core, segment, radius, K)
+            _fill_bolt(core, segment, radius, K, depth)
+    if not core.any():
+        return image
     light = core.astype(np.float32) / 255
     scale = K[0, 0] / 248.8889
     halo = cv2.GaussianBlur(light, (0, 0), 2.2 * scale) * 1.1 + cv2.GaussianBlur(light, (0, 0), 5.0 * scale) * 0.7
@@ -1861,17 +2080,37 @@ def _clip_near(segment, near):
     return segment
 
 
-def _fill_bolt(canvas, segment, radius, K):
-    """Draw one bolt, tail to head, as a filled quadrilateral of perspective width (at least a third of a pixel)."""
+def _fill_bolt(canvas, segment, radius, K, depth=None):
+    """Draw one bolt, tail to head, as a filled quadrilateral of perspective width (at least a third of a pixel), where nothing hides it."""
     tail, head = (segment / segment[:, 2:]) @ K[:2].T
     widths = np.maximum(K[0, 0] * radius / segment[:, 2] * [0.35, 1.0], 0.33)
-    along = (head - tail) / max(np.linalg.norm(head - tail), 1e-9)
+    length = max(np.linalg.norm(head - tail), 1e-9)
+    along = (head - tail) / length
     across = np.array([-along[1], along[0]])
     outline = [tail + across * widths[0], head + across * widths[1], head + along * widths[1], head - across * widths[1], tail - across * widths[0]]
-    cv2.fillConvexPoly(canvas, np.array([_cv_point(p) for p in outline], np.int32), 255, cv2.LINE_AA, _SHIFT)
+    outline = np.array([_cv_point(p) for p in outline], np.int32)
+    if depth is None:
+        cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, _SHIFT)
+        return
+    left, top, width, height = cv2.boundingRect(outline >> _SHIFT)
+    box = np.s_[max(top - 1, 0) : max(top + height + 2, 0), max(left - 1, 0) : max(left + width + 2, 0)]
+    hidden = depth[box]
+    if not hidden.size:
+        return
+    if np.isfinite(hidden).any():
+        rows, columns = np.mgrid[box]
+        rows, columns = rows[: hidden.shape[0], : hidden.shape[1]], columns[: hidden.shape[0], : hidden.shape[1]]
+        place = np.clip(((columns + 0.5 - tail[0]) * along[0] + (rows + 0.5 - tail[1]) * along[1]) / length, 0, 1)
+        inverse = (1 - place) / segment[0, 2] + place / segment[1, 2]  # 1 / depth is linear in the picture
+        seen = 1 / inverse < hidden + 0.004
+    else:
+        seen = np.ones(hidden.shape, bool)
+    fresh = np.zeros_like(canvas)
+    cv2.fillConvexPoly(fresh, outline, 255, cv2.LINE_AA, _SHIFT)
+    np.maximum(canvas[box], fresh[box] * seen, out=canvas[box])
 
 
-def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
+def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=None, progress=False):
     """Write a clip with laser bolts.
 
     Args:
@@ -1880,6 +2119,8 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
         K: (3, 3) camera matrix.
         path: `.gif` or `.mp4`; replaced only when the whole clip is made.
         fps, source_fps: of the file and of the frames; real time is kept by leaving frames out or showing them twice.
+        lasers: `Lasers` of the source's frame rate, or None for the usual ones.
+        mesh: from `load_mesh`; with it the hull hides the bolts behind it.
     Raises:
         ValueError: no frames, numbers that differ, a rate that is not positive (or over 100 in a GIF), another suffix, a first frame that
         cannot be read.
@@ -1887,6 +2128,7 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
     path, frames = Path(path), list(frames)
     if not frames or len(frames) != len(poses):
         raise ValueError(f"expected as many poses as frames and at least one, got {len(frames)} frames and {len(poses)} poses")
+    poses = [None if pose is None else _check_array(pose, (4, 4), f"pose of frame {i}") for i, pose in enumerate(poses)]
     if path.suffix not in (".gif", ".mp4"):
         raise ValueError(f"{path}: expected a .gif or .mp4 file")
     if not (fps > 0 and source_fps > 0) or (path.suffix == ".gif" and fps > 100):
@@ -1894,7 +2136,7 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
     if path.suffix == ".gif":
         fps = 100 / round(100 / fps)  # a GIF counts in hundredths of a second
     shown = np.arange(0, len(frames) - 1e-9, source_fps / fps).astype(int)
-    pictures = _drawn(frames, poses, K, shown, source_fps, progress)
+    pictures = _drawn(frames, poses, K, shown, lasers or Lasers(source_fps), mesh, progress)
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
     try:
         (_write_gif if path.suffix == ".gif" else _write_mp4)(pictures, part, fps)
@@ -1903,9 +2145,10 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, progress=False):
         part.unlink(missing_ok=True)
 
 
-def _drawn(frames, poses, K, shown, source_fps, progress):
+def _drawn(frames, poses, K, shown, lasers, mesh, progress):
     """Yield the chosen frames with their bolts."""
-    image = None
+    triangles = None if mesh is None else occluder(mesh)
+    image, step = None, -1
     for i in tqdm(shown, desc="drawing", unit="frame", disable=not progress):
         try:
             image = frames[i] if isinstance(frames[i], np.ndarray) else read_image(frames[i])
@@ -1913,7 +2156,11 @@ def _drawn(frames, poses, K, shown, source_fps, progress):
             if image is None:
                 raise
             warnings.warn(f"frame {i} repeats the one before: {error}", stacklevel=2)
-        yield draw_bolts(image, poses[i], K, i / source_fps)
+        while step < i:  # frames that are left out count too
+            step += 1
+            bolts = lasers.step(poses[step])
+        depth = None if triangles is None or poses[i] is None else mesh_depth(triangles, poses[i], K, *image.shape[1::-1])
+        yield draw_bolts(image, bolts, K, depth)
 
 
 def _write_gif(pictures, path, fps):

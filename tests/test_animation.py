@@ -1,5 +1,7 @@
 """Laser bolts, clips, and the tracking of a clip with a broken frame."""
 
+from pathlib import Path
+
 import imageio.v2 as imageio
 import numpy as np
 import psutil
@@ -9,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 
-TIME = 0.47  # seconds into the shot: bolts of several volleys are in flight
+STEP = 14  # frames into the shot: bolts of several volleys are in flight
 
 
 def pose_of(angles, position=(0, 0, 1.0)):
@@ -26,9 +28,22 @@ SHOTS = {  # name -> pose; every bolt in sight in long, flat lines
 }
 
 
-def core(pose, K, time=TIME, size=256):
+def flying(pose, step=STEP, **arguments):
+    """The bolts of a ship that stands still, after so many frames."""
+    lasers = xu.Lasers(30, **arguments)
+    return [lasers.step(pose) for _ in range(step + 1)][-1]
+
+
+def one_bolt(pose, cannon, start, end):
+    """A bolt from `start` to `end` in front of the muzzle of `cannon`, (1, 2, 3)."""
+    muzzle, aim = xu.LASERS[cannon]
+    direction = (aim - muzzle) / np.linalg.norm(aim - muzzle)
+    return ((muzzle + np.array([[start], [end]]) * direction) @ pose[:3, :3].T + pose[:3, 3])[None]
+
+
+def core(bolts, K, size=256, **arguments):
     """Positions (M, 2) and brightness (M,) of the pixels of the bolts, without their glow."""
-    image = xu.draw_bolts(np.zeros((size, size, 3), np.uint8), pose, K, time, colour=(0, 0, 0))[..., 1].astype(float)
+    image = xu.draw_bolts(np.zeros((size, size, 3), np.uint8), bolts, K, colour=(0, 0, 0), **arguments)[..., 1].astype(float)
     rows, columns = np.nonzero(image > 20)
     return np.stack([columns, rows], -1) + 0.5, image[rows, columns]
 
@@ -41,12 +56,6 @@ def distances(points, pose, K, cannon):
     return offset @ [-along[1], along[0]], offset @ along
 
 
-@pytest.fixture
-def one_bolt(monkeypatch):
-    """A function: only one bolt flies, from `start` to `end` in front of the muzzle of `cannon`."""
-    return lambda cannon, start, end: monkeypatch.setattr(xu, "bolts_in_flight", lambda time: [(cannon, start, end)])
-
-
 def frames_of(count, size=32):
     """Frames that all differ."""
     rng = np.random.default_rng(0)
@@ -56,14 +65,46 @@ def frames_of(count, size=32):
 # ------------------------------------------------------------ bolts
 
 
-def test_a_missing_pose_draws_nothing(K):
-    image = frames_of(1, 64)[0]
-    drawn = xu.draw_bolts(image, None, K, TIME)
+def test_a_missing_pose_fires_nothing_and_what_was_fired_flies_on(K):
+    image, lasers = frames_of(1, 64)[0], xu.Lasers(30)
+    assert all(lasers.step(None).shape == (0, 2, 3) for _ in range(10))
+    drawn = xu.draw_bolts(image, np.zeros((0, 2, 3)), K)
     np.testing.assert_array_equal(drawn, image)
     assert not np.shares_memory(drawn, image)
+    before = [lasers.step(ACROSS) for _ in range(5)][-1]
+    after = [lasers.step(None) for _ in range(3)][-1]
+    assert len(before) == len(after) == 2
+    np.testing.assert_allclose(after[:, 1, 0] - before[:, 1, 0], 2.0 * 3 / 30)
 
 
-@pytest.mark.parametrize("draw", [lambda i, K: xu.draw_bolts(i, ACROSS, K, TIME), lambda i, K: xu.draw_axes(i, ACROSS, K),
+def test_bolts_keep_their_course_when_the_ship_turns():
+    lasers = xu.Lasers(30, rate=1.0)
+    first = [lasers.step(ACROSS) for _ in range(10)][-1]
+    course = (first[:, 1] - first[:, 0]) / np.linalg.norm(first[:, 1] - first[:, 0], axis=1, keepdims=True)
+    for turn in range(10, 100, 10):
+        bolts = lasers.step(pose_of((0, turn, 90 + turn), (0.3, 0.1, 1.2)))
+        step = bolts[:, 1] - first[:, 1]
+        np.testing.assert_allclose(np.linalg.norm(np.cross(step, course), axis=1), 0, atol=1e-12)
+        assert ((step * course).sum(1) > 0).all()
+
+
+def test_volleys_vary_with_the_seed_and_only_with_it():
+    def times(**arguments):
+        lasers = xu.Lasers(100, rate=5.0, reach=100.0, **arguments)
+        return np.flatnonzero(np.diff([len(lasers.step(ACROSS)) for _ in range(400)]))
+
+    assert len(times()) == pytest.approx(20, abs=1) and np.ptp(np.diff(times())) <= 2
+    np.testing.assert_array_equal(times(jitter=0.5, seed=1), times(jitter=0.5, seed=1))
+    assert not np.array_equal(times(jitter=0.5, seed=1)[:15], times(jitter=0.5, seed=2)[:15])
+
+
+@pytest.mark.parametrize("arguments", [{"fps": 0}, {"rate": -1}, {"speed": 0}, {"length": float("nan")}, {"reach": 0}, {"jitter": 1}])
+def test_lasers_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected"):
+        xu.Lasers(**arguments)
+
+
+@pytest.mark.parametrize("draw", [lambda i, K: xu.draw_bolts(i, flying(ACROSS), K), lambda i, K: xu.draw_axes(i, ACROSS, K),
                                   lambda i, K: xu.draw_box(i, xu.project_pose(xu.BOUNDING_BOX, ACROSS, K))], ids=["bolts", "axes", "box"])
 def test_drawing_leaves_the_frame_alone(K, draw):
     image = np.full((256, 256, 3), 30, np.uint8)
@@ -74,41 +115,44 @@ def test_drawing_leaves_the_frame_alone(K, draw):
 
 @pytest.mark.parametrize("name", SHOTS)
 @pytest.mark.parametrize("cannon", range(4))
-def test_the_middle_of_a_bolt_is_the_projected_line_of_fire(K, name, cannon, one_bolt):
-    one_bolt(cannon, 0.03, 0.19)
-    points, brightness = core(SHOTS[name], K)
+def test_the_middle_of_a_bolt_is_the_projected_line_of_fire(K, name, cannon):
+    points, brightness = core(one_bolt(SHOTS[name], cannon, 0.03, 0.19), K)
     off, along = distances(points, SHOTS[name], K, cannon)
     assert np.abs(off).max() < 2.5 and abs(np.average(off, weights=brightness)) < 0.2
     assert along.min() > 0 and np.ptp(along) > 10
 
 
-def test_a_bolt_is_as_long_as_it_is(K, one_bolt):
-    one_bolt(2, 0.03, 0.19)
-    _, along = distances(core(ACROSS, K)[0], ACROSS, K, 2)
+def test_a_bolt_is_as_long_as_it_is(K):
+    _, along = distances(core(one_bolt(ACROSS, 2, 0.03, 0.19), K)[0], ACROSS, K, 2)
     depth = (ACROSS @ [*xu.LASERS[2, 0], 1])[2]
     np.testing.assert_allclose([along.min(), along.max()], K[0, 0] / depth * np.array([0.03, 0.19]), atol=2.5)  # its head is rounded
 
 
 def test_all_bolts_lie_on_lines_of_fire(K):
-    points, _ = core(ACROSS, K)
+    points, _ = core(flying(ACROSS), K)
     off, along = np.array([distances(points, ACROSS, K, cannon) for cannon in range(4)]).transpose(1, 0, 2)
     assert len(points) > 100 and ((np.abs(off) < 2.5) & (along > -2)).any(0).all()
 
 
 def test_both_pairs_of_cannons_fire_in_turn():
-    first, second = ({cannon for cannon, _, _ in xu.bolts_in_flight(t, reach=0.1)} for t in (0.05, 0.25))
-    assert len(first) == len(second) == 2 and first | second == {0, 1, 2, 3}
+    first, second = flying(ACROSS, 1, reach=0.01), flying(ACROSS, 7, reach=0.01, length=0.16)
+    assert len(first) == len(second) == 2
+    sides = [{int(np.argmin(np.linalg.norm(np.cross(bolt[1] - muzzles[:, 0], muzzles[:, 1] - muzzles[:, 0]), axis=1))) for bolt in bolts}
+             for bolts in (first, second) for muzzles in [xu.LASERS @ ACROSS[:3, :3].T + ACROSS[:3, 3]]]
+    assert sorted(sides[0] | sides[1]) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("time", [0, 0.001, 0.05, 0.31, 1.7, 9.99])
-def test_bolts_in_flight_are_in_front_of_the_muzzle_and_in_reach(time):
-    for cannon, start, end in xu.bolts_in_flight(time, length=0.16, reach=3.0):
-        assert cannon in range(4) and 0 <= start < end <= start + 0.16 + 1e-9 and start < 3.0
+@pytest.mark.parametrize("step", [0, 1, 5, 9, 51, 299])
+def test_bolts_are_in_front_of_the_muzzle_and_in_reach(step):
+    bolts = flying(np.eye(4), step, length=0.16, reach=3.0)
+    start, end = -0.1 - bolts[..., 1].T  # distances from the muzzle plane y = -0.1, along -y
+    assert (start >= -1e-9).all() and (end > start).all() and (end <= start + 0.16 + 1e-9).all() and (start < 3.0).all()
+    assert len(bolts) == 0 if step == 0 else len(bolts) > 0
 
 
 def test_a_bolt_moves_with_its_speed():
-    (_, start, end), *_ = xu.bolts_in_flight(0.15, rate=5.0, speed=2.0, length=0.16)
-    assert (start, end) == (pytest.approx(0.14), pytest.approx(0.30))
+    bolts = flying(np.eye(4), 3, rate=1.0, speed=2.0, length=0.16)  # fired 0.1 seconds ago
+    np.testing.assert_allclose(-0.1 - bolts[..., 1], [[0.04, 0.20]] * 2, atol=1e-9)
 
 
 HEAD_ON = pose_of((80, 0, 0), (0.05, 0.08, 0.9))  # the bolts fly past the camera
@@ -116,12 +160,12 @@ HEAD_ON = pose_of((80, 0, 0), (0.05, 0.08, 0.9))  # the bolts fly past the camer
 
 @pytest.mark.parametrize("pose", [HEAD_ON, pose_of((90, 0, 0), (0, 0.05, 1.0)), pose_of((100, 10, 0), (0, 0, 0.6))])
 def test_bolts_are_never_behind_the_camera(K, pose, monkeypatch):
-    fill, drawn, seen = xu._fill_bolt, [], 0
-    monkeypatch.setattr(xu, "_fill_bolt", lambda canvas, segment, radius, K: (drawn.append(segment), fill(canvas, segment, radius, K)))
-    for time in np.arange(0.05, 1.5, 0.05):
-        flying, before = xu.bolts_in_flight(time), len(drawn)
-        xu.draw_bolts(np.zeros((256, 256, 3), np.uint8), pose, K, time)
-        seen += len(drawn) - before < len(flying)
+    fill, drawn, seen, lasers = xu._fill_bolt, [], 0, xu.Lasers(20)
+    monkeypatch.setattr(xu, "_fill_bolt", lambda canvas, segment, *rest: (drawn.append(segment), fill(canvas, segment, *rest)))
+    for _ in range(30):
+        bolts, before = lasers.step(pose), len(drawn)
+        xu.draw_bolts(np.zeros((256, 256, 3), np.uint8), bolts, K)
+        seen += len(drawn) - before < len(bolts)
     depth = np.array(drawn)[..., 2]
     assert depth.min() == pytest.approx(0.05)  # cut at the near plane
     assert seen > 5  # some bolts had passed it
@@ -129,17 +173,41 @@ def test_bolts_are_never_behind_the_camera(K, pose, monkeypatch):
 
 def test_bolts_wholly_behind_the_camera_are_not_drawn(K):
     behind = pose_of((0, 0, 0), (0, 0, -1.0))
-    assert not xu.draw_bolts(np.zeros((64, 64, 3), np.uint8), behind, K, TIME).any()
+    assert not xu.draw_bolts(np.zeros((64, 64, 3), np.uint8), flying(behind), K).any()
 
 
 @pytest.mark.parametrize("end", [0.5, 0.75, 0.8, 0.84, 0.87, 0.9, 1.5])
 @pytest.mark.parametrize("cannon", range(4))
-def test_a_bolt_past_the_camera_stays_on_its_line(K, cannon, end, one_bolt):
-    one_bolt(cannon, 0.2, end)
-    points, brightness = core(HEAD_ON, K)
+def test_a_bolt_past_the_camera_stays_on_its_line(K, cannon, end):
+    points, brightness = core(one_bolt(HEAD_ON, cannon, 0.2, end), K)
     off, along = distances(points, HEAD_ON, K, cannon)
     assert len(points) and along.min() > 0
     assert abs(np.average(off, weights=brightness)) < 0.5
+
+
+def test_what_lies_before_a_bolt_hides_it(K):
+    bolt = one_bolt(pose_of((-40, 0, 20)), 1, 0.03, 0.3)  # flies away from the camera
+    near, far = bolt[0, :, 2].min(), bolt[0, :, 2].max()
+    whole = len(core(bolt, K)[0])
+    def seen(z):
+        return len(core(bolt, K, depth=np.full((256, 256), z))[0])
+    assert seen(np.inf) == seen(far + 0.1) == whole > 30
+    assert seen(near - 0.1) == 0
+    assert 0.2 * whole < seen((near + far) / 2) < 0.9 * whole
+
+
+def test_the_hull_hides_the_bolts_behind_it(K):
+    mesh, pose = xu.load_mesh(Path(xu.__file__).parent / "data" / "xwing.obj"), pose_of((0, 90, 10))  # seen from the side
+    triangles = xu.occluder(mesh)
+    depth = xu.mesh_depth(triangles, pose, K, 256, 256)
+    hidden = xu.mesh_depth(xu.mesh_triangles(mesh), pose, K, 256, 256)
+    assert len(triangles) < 0.5 * len(xu.mesh_triangles(mesh)) and np.isfinite(depth).sum() > 0.95 * np.isfinite(hidden).sum()
+    behind = [c for c in range(4) if (pose @ [*xu.LASERS[c, 0], 1])[2] > 1.1]  # the cannons of the far wing
+    assert len(behind) == 2
+    bolts = np.concatenate([one_bolt(pose, c, 0.0, 0.08) for c in behind])  # beside the nose
+    assert len(core(bolts, K, depth=depth)[0]) < 0.5 * len(core(bolts, K)[0])
+    before = np.concatenate([one_bolt(pose, c, 0.0, 0.08) for c in range(4) if c not in behind])
+    assert len(core(before, K, depth=depth)[0]) > 0.95 * len(core(before, K)[0])
 
 
 # ------------------------------------------------------------ clips
@@ -229,7 +297,8 @@ def test_a_broken_first_frame(clip, tmp_path):
 
 @pytest.mark.parametrize("change,message", [
     ({"frames": [], "poses": []}, "0 frames"), ({"poses": [None] * 3}, "30 frames and 3 poses"), ({"fps": 0}, "rates"),
-    ({"fps": -25}, "rates"), ({"fps": float("nan")}, "rates"), ({"source_fps": 0}, "rates"), ({"fps": 200}, "GIF")])
+    ({"fps": -25}, "rates"), ({"fps": float("nan")}, "rates"), ({"source_fps": 0}, "rates"), ({"fps": 200}, "GIF"),
+    ({"poses": [np.eye(3)] * 30}, "pose of frame 0")])
 def test_a_clip_that_cannot_be_made(clip, tmp_path, change, message):
     arguments = {"frames": clip[0], "poses": clip[1], "K": clip[2], "path": tmp_path / "a.gif", **change}
     with pytest.raises(ValueError, match=message):
@@ -245,11 +314,13 @@ def test_a_file_of_another_kind(clip, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(clip, tmp_path, name):
+    class Failing(xu.Lasers):
+        def step(self, pose):
+            return 1 / (20 - self.frame) and super().step(pose)
+
     (tmp_path / name).write_bytes(b"old")
-    poses = list(clip[1])
-    poses[20] = "no pose"
-    with pytest.raises((TypeError, IndexError)) as failure:
-        xu.animate(clip[0], poses, clip[2], tmp_path / name)
+    with pytest.raises(ZeroDivisionError) as failure:
+        xu.animate(*clip, tmp_path / name, lasers=Failing(30))
     assert failure.traceback  # keeps what the frames of the call hold, so that closing is not left to chance
     assert not [child for child in psutil.Process().children() if "ffmpeg" in child.name()]
     assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"old"

@@ -71,7 +71,7 @@ K = xu.camera_matrix(projection, 256, 256)
 corners = xu.keypoints_of(matrices[:1], view, projection)[0]
 xu.decode_heatmaps(xu.gaussian_heatmaps(corners, 256))
 assert xu.solve_pose(corners, K) is not None
-xu.draw_bolts(xu.read_image(paths[0]), xu.pose_in_camera(view, matrices[0]), K)
+xu.draw_bolts(xu.read_image(paths[0]), xu.Lasers().step(xu.pose_in_camera(view, matrices[0])), K)
 print([name for name in {heavy} if name in sys.modules])
 """)
     assert output.strip() == "[]"

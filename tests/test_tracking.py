@@ -1,0 +1,169 @@
+"""The tracker on flights whose truth is known, and against batch least squares."""
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+import xwing_utils as xu
+
+FPS = 30
+NOISE = 1.0  # pixels
+
+
+def flight(count=120, turn=(0.3, 0.8, 0.5), start=(-0.1, 0.05, 1.0), speed=(0.1, -0.05, 0.1)):
+    """(count, 4, 4) poses of a ship at constant velocity: radians and model units a second."""
+    time = np.arange(count)[:, None] / FPS
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    poses[:, :3, :3] = (Rotation.from_rotvec(time * turn) * Rotation.from_euler("xyz", [50, 20, 10], degrees=True)).as_matrix()
+    poses[:, :3, 3] = np.asarray(start) + time * speed
+    return poses
+
+
+def seen(poses, K, seed=0, noise=NOISE):
+    """Keypoints (N, C, 2) with noise, confidence (N, C) and deviation (N, C); points that face away are not found."""
+    rng = np.random.default_rng(seed)
+    points = np.stack([xu.project_pose(xu.KEYPOINTS, p, K) for p in poses])
+    toward = [((xu.NORMALS @ p[:3, :3].T) * (xu.KEYPOINTS @ p[:3, :3].T + p[:3, 3])).sum(1) <= 0 for p in poses]
+    return points + rng.normal(0, noise, points.shape), np.array(toward) * 0.9, np.full(points.shape[:2], noise)
+
+
+def follow(frames, K, **arguments):
+    tracker = xu.Tracker(K, FPS, **arguments)
+    return tracker, [tracker.update(*frame) for frame in zip(*frames)]
+
+
+def rotation_errors(track, truth):
+    return np.array([np.nan if t.pose is None else xu.rotation_error(t.pose, p) for t, p in zip(track, truth)])
+
+
+@pytest.fixture
+def K():
+    return np.array([[248.889, 0, 128], [0, 248.889, 128], [0, 0, 1]])
+
+
+def test_filter_and_smoother_are_steadier_than_single_frames_and_no_worse(K):
+    truth = flight()
+    frames = seen(truth, K)
+    tracker, live = follow(frames, K, keep=True)
+    single = [xu.estimate_frame(k, K, c, d).pose for k, c, d in zip(*frames)]
+    ways = {"single": single, "live": [t.pose for t in live], "smooth": [t.pose for t in xu.smooth(tracker)]}
+    assert all(t.status == "tracked" for t in live)
+    shake = {way: np.array(xu.jitter(poses, truth, FPS)) for way, poses in ways.items()}
+    error = {way: np.median([xu.rotation_error(p, t) for p, t in zip(poses[15:], truth[15:])]) for way, poses in ways.items()}
+    assert (shake["smooth"] < shake["live"] / 2).all() and (shake["live"] < shake["single"] / 2).all()
+    assert (shake["smooth"] < shake["single"] / 10).all()
+    assert error["smooth"] < error["live"] < error["single"]
+
+
+def test_smoothing_a_straight_flight_is_batch_least_squares(K):
+    """Without rotation the model is linear: all positions and velocities solved for at once give the same."""
+    rng = np.random.default_rng(3)
+    tracker = xu.Tracker(K, FPS, keep=True)
+    measured, spread = [], []
+    for position in flight(12, turn=(0, 0, 0))[:, :3, 3]:
+        predicted, transition = (None, None) if tracker.motion is None else tracker.motion.after(tracker.seconds)
+        pose = np.eye(4)
+        pose[:3, 3] = position + rng.normal(0, 0.01, 3)
+        covariance = np.diag(np.concatenate([[1e-4] * 3, rng.uniform(0.5, 2, 3) * 1e-4]))
+        estimate = xu.PoseEstimate(pose, covariance / xu.MEASURED**2, True)
+        tracker.motion, _ = tracker._correct(predicted, estimate)
+        tracker.frames.append((xu.TrackedPose("tracked"), predicted, transition, tracker.motion))
+        measured.append(pose[:3, 3])
+        spread.append(np.diag(covariance)[3:])
+    smoothed = np.array([t.pose[:3, 3] for t in xu.smooth(tracker)])
+    h, count = 1 / FPS, len(measured)
+    noise = np.linalg.cholesky(np.linalg.inv(xu.AGILITY[1] ** 2 * np.array([[h**3 / 3, h**2 / 2], [h**2 / 2, h]]))).T
+    for axis in range(3):
+        rows, right = [np.eye(2 * count)[1] / 0.5], [0.0]  # the first velocity is zero but for 0.5 units a second
+        for i in range(count):
+            rows.append(np.eye(2 * count)[2 * i] / np.sqrt(spread[i][axis]))
+            right.append(measured[i][axis] / np.sqrt(spread[i][axis]))
+        for i in range(count - 1):
+            step = np.zeros((2, 2 * count))
+            step[:, 2 * i : 2 * i + 2], step[:, 2 * i + 2 : 2 * i + 4] = -np.array([[1, h], [0, 1]]), np.eye(2)
+            rows += list(noise @ step)
+            right += [0.0, 0.0]
+        solved = np.linalg.lstsq(np.array(rows), np.array(right), rcond=None)[0]
+        np.testing.assert_allclose(smoothed[:, axis], solved[::2], atol=1e-7)
+
+
+def test_claimed_covariance_is_honest(K):
+    truth = flight(60)
+    distance = []
+    for seed in range(6):
+        tracker, _ = follow(seen(truth, K, seed), K, keep=True)
+        for t, pose in list(zip(xu.smooth(tracker), truth))[10:50:5]:
+            step = np.concatenate([Rotation.from_matrix(pose[:3, :3] @ t.pose[:3, :3].T).as_rotvec(), pose[:3, 3] - t.pose[:3, 3]])
+            distance.append(step @ np.linalg.solve(t.covariance, step))
+    assert 6 / (2 * xu.MEASURED**2) < np.mean(distance) < 6 * 1.5  # 6 if MEASURED were 1; it is cautious
+
+
+def test_a_gap_of_half_a_second_is_bridged(K):
+    truth = flight()
+    keypoints, confidence, deviation = seen(truth, K)
+    confidence[50:65] = 0
+    _, live = follow((keypoints, confidence, deviation), K)
+    assert [t.status for t in live] == ["tracked"] * 50 + ["predicted"] * 15 + ["tracked"] * 55
+    assert np.nanmax(rotation_errors(live, truth)) < 15 and all(t.reason for t in live[50:65])
+    track = xu.track_clip(keypoints, confidence, deviation, K, FPS)
+    assert [t.status for t in track] == [t.status for t in live]
+    assert np.nanmax(rotation_errors(track, truth)) < 4
+
+
+def test_a_longer_gap_and_an_absent_ship_have_no_pose(K):
+    truth = flight()
+    keypoints, confidence, deviation = seen(truth, K)
+    confidence[50:80] = 0
+    confidence[:5] = 0
+    confidence[110:] = 0
+    _, live = follow((keypoints, confidence, deviation), K)
+    assert [t.pose is None for t in live[65:80]] == [True] * 15 and live[70].status == "lost" and live[90].status == "tracked"
+    track = xu.track_clip(keypoints, confidence, deviation, K, FPS)
+    assert [t.status for t in track] == ["lost"] * 5 + ["tracked"] * 45 + ["lost"] * 30 + ["tracked"] * 30 + ["lost"] * 10
+    assert all((t.pose is None) == (t.status == "lost") for t in track)
+    absent = xu.track_clip(keypoints, confidence * 0, deviation, K, FPS)
+    assert all(t.status == "lost" and t.pose is None for t in absent)
+
+
+def test_the_frames_before_settle_a_flip(K):
+    """Frames 40 to 59 show the corners with top and bottom exchanged: alone they give a rolled ship."""
+    truth = flight()
+    keypoints, confidence, deviation = seen(truth, K, noise=0.8)
+    rolled = xu.MIRROR[[6, 7, 4, 5, 2, 3, 0, 1]]  # both left-right and top-bottom
+    keypoints, confidence, deviation = keypoints[:, :8], np.full((120, 8), 0.9), deviation[:, :8]
+    keypoints[40:60:2] = keypoints[40:60:2, rolled]
+    alone = [xu.estimate_frame(k, K, c, d).pose for k, c, d in zip(keypoints, confidence, deviation)]
+    assert sum(xu.rotation_error(p, t) > 90 for p, t in zip(alone, truth)) >= 10
+    _, live = follow((keypoints, confidence, deviation), K)
+    assert np.nanmax(rotation_errors(live, truth)) < 20 and all(t.status == "predicted" for t in live[40:60:2])
+
+
+def test_a_wild_pose_is_not_believed(K):
+    truth = flight()
+    keypoints, confidence, deviation = seen(truth, K)
+    keypoints[70] += 40
+    _, live = follow((keypoints, confidence, deviation), K)
+    assert live[70].status == "predicted" and "too far" in live[70].reason
+    assert np.nanmax(rotation_errors(live, truth)[10:]) < 10
+
+
+def test_memory_does_not_grow_unless_asked(K):
+    tracker, live = follow(seen(flight(20), K), K)
+    assert tracker.frames is None and len(live) == 20
+    with pytest.raises(ValueError, match="keep=True"):
+        xu.smooth(tracker)
+
+
+@pytest.mark.parametrize("fps", [0, -30, float("nan")])
+def test_a_rate_that_is_none(K, fps):
+    with pytest.raises(ValueError, match="fps: expected"):
+        xu.Tracker(K, fps)
+
+
+def test_jitter_is_the_acceleration_error(K):
+    truth = flight(50)
+    assert xu.jitter(truth, truth, FPS) == pytest.approx((0, 0), abs=1e-6)
+    moved = truth.copy()
+    moved[:, 0, 3] += 0.5 * 2.0 * (np.arange(50) / FPS) ** 2  # an acceleration of 2 units/s^2
+    assert xu.jitter(moved, truth, FPS)[1] == pytest.approx(2.0)
+    assert np.isnan(xu.jitter([None] * 50, truth, FPS)).all()
