@@ -21,6 +21,8 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
+import io
 import json
 import os
 import re
@@ -1672,8 +1674,12 @@ class Tracker:
 
     def update(self, keypoints, confidence, deviation=None):
         """Take the next frame's keypoints (C, 2), confidence (C,) and deviation (C,), see `detect_frames`, and return its `TrackedPose`."""
+        expected = None if self.motion is None else self.motion.after(self.seconds)[0].pose
+        return self.take(estimate_frame(keypoints, self.K, confidence, deviation, expected))
+
+    def take(self, estimate):
+        """Take the next frame's `PoseEstimate` and return its `TrackedPose`; `update` for who has made the estimate."""
         predicted, transition = (None, None) if self.motion is None else self.motion.after(self.seconds)
-        estimate = estimate_frame(keypoints, self.K, confidence, deviation, None if predicted is None else predicted.pose)
         motion, reason = self._correct(predicted, estimate)
         if motion is not None:
             self.unseen, tracked = 0.0, TrackedPose("tracked", reprojection=estimate.reprojection)
@@ -1683,13 +1689,13 @@ class Tracker:
             tracked = TrackedPose("lost" if motion is None else "predicted", reason=reason)
         self.motion = motion
         if self.frames is not None:
-            self.frames.append((tracked, predicted, transition, motion))
+            self.frames.append((tracked, predicted, transition, motion, estimate))
         return _describe(tracked, motion)
 
     def _correct(self, predicted, estimate):
         """The motion with this frame's estimate, or None and the reason."""
         if not estimate.accepted:
-            return None, estimate.reason
+            return None, estimate.reason or "too far from where it should be"
         covariance = estimate.covariance * MEASURED**2
         if predicted is None:
             if estimate.margin < START:
@@ -1715,7 +1721,7 @@ def smooth(tracker):
     if tracker.frames is None:
         raise ValueError("the tracker has not kept its frames; make it with Tracker(K, fps, keep=True)")
     smoothed, later = [], None
-    for (tracked, _, _, motion), following in zip(reversed(tracker.frames), [None, *reversed(tracker.frames)]):
+    for (tracked, _, _, motion, _), following in zip(reversed(tracker.frames), [None, *reversed(tracker.frames)]):
         if motion is not None and later is not None and following[1] is not None:
             gain = np.linalg.solve(following[1].covariance, following[2] @ motion.covariance).T
             change = gain @ later.minus(following[1])
@@ -1726,7 +1732,10 @@ def smooth(tracker):
 
 
 def track_clip(keypoints, confidence, deviation, K, fps=30.0):
-    """Track a finished clip, every frame with what is known from both sides: `smooth` forwards, and backwards where that way is lost.
+    """Track a finished clip, every frame with what is known from both sides.
+
+    The clip is tracked forwards and backwards, so that each way can settle what the other finds ambiguous; the poses that either has measured go
+    through the filter once more and are smoothed.
 
     Args:
         keypoints, confidence, deviation: (N, C, 2), (N, C), (N, C), see `detect_frames` and `point_deviation`.
@@ -1740,9 +1749,12 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0):
         tracker = Tracker(K, fps, keep=True)
         for frame in way:
             tracker.update(*frame)
-        ways.append(smooth(tracker))
-    backwards = [t if t.pose is None else dataclasses.replace(t, velocity=-t.velocity) for t in reversed(ways[1])]
-    track = [b if b.status == "tracked" != f.status or f.pose is None else f for f, b in zip(ways[0], backwards)]
+        ways.append([(tracked.status == "tracked", estimate) for tracked, *_, estimate in tracker.frames])
+    tracker = Tracker(K, fps, keep=True)
+    for (measured, estimate), (instead, other) in zip(ways[0], reversed(ways[1])):
+        estimate = other if instead and not measured else estimate
+        tracker.take(dataclasses.replace(estimate, margin=np.inf) if measured or instead else dataclasses.replace(estimate, accepted=False))
+    track = smooth(tracker)
     tracked = np.array([t.status == "tracked" for t in track])
     for start, end in _runs(~tracked):
         if start == 0 or end == len(track) or end - start > GAP * fps:
@@ -1768,6 +1780,250 @@ def jitter(poses, truth, fps=30.0):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return tuple(float(np.sqrt(np.nanmean((np.diff(error, 2, axis=0) ** 2).sum(1)))) * fps**2 for error in (turn, move))
+
+
+# ============================================================ anyone's footage
+
+
+def lens_camera(width, height, focal=35.0, sensor=36.0):
+    """The camera matrix K (3, 3) of a lens: `focal` and `sensor` (along the frame's longer side) in one unit; principal point in the middle.
+
+    From a field of view along the longer side, in degrees: focal = sensor / (2 tan(view / 2)). Raises ValueError where one is not positive.
+    """
+    for name, value in (("width", width), ("height", height), ("focal", focal), ("sensor", sensor)):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    pixels = max(width, height) * focal / sensor
+    return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
+
+
+class Clip:
+    """The frames of a folder of numbered JPEGs, a video file or a GIF, one at a time, never all at once.
+
+        clip = Clip("flight.mp4")
+        for frame, fault in clip:  # (H, W, 3) uint8 RGB and "", or None and what is wrong with this frame
+
+    A frame that cannot be read, or of another size than the first, is passed over with its fault; where a video cannot be read on, it ends with one.
+
+    Attributes: fps (None where the source does not say), width, height in pixels, count (frames; None where unknown).
+    """
+
+    def __init__(self, source, step=1):
+        """`step` takes every so-manieth frame. Raises FileNotFoundError or ValueError where not even a first frame can be read."""
+        self.source, self.step, self.fps, self.count = Path(source), step, None, None
+        if step < 1:
+            raise ValueError(f"step: expected at least 1, got {step}")
+        if not self.source.exists():
+            raise FileNotFoundError(f"{source}: no such folder or file; give a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
+        self.paths = list_frames(self.source) if self.source.is_dir() else None
+        self.size = None
+        first = next((frame for frame, _ in self._frames() if frame is not None), None)
+        if first is None:
+            raise ValueError(f"{source}: holds no frame that can be read; expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
+        self.height, self.width = first.shape[:2]
+        if self.paths is not None:
+            self.count = len(self.paths)
+        if self.count is not None:
+            self.count = -(-self.count // step)
+        if self.fps is not None:
+            self.fps /= step
+
+    def __iter__(self):
+        for i, (frame, fault) in enumerate(self._frames()):
+            if i % self.step == 0:
+                if frame is not None and frame.shape != (self.height, self.width, 3):
+                    frame, fault = None, f"expected {self.width}x{self.height} pixels like the first frame, got {frame.shape[1]}x{frame.shape[0]}"
+                yield frame, fault
+
+    def _frames(self):
+        if self.paths is not None:
+            return self._from_folder()
+        return self._from_gif() if self.source.suffix.lower() == ".gif" else self._from_video()
+
+    def _from_folder(self):
+        for path in self.paths:
+            try:
+                yield read_image(path), ""
+            except (ValueError, FileNotFoundError) as error:
+                yield None, str(error)
+
+    def _from_gif(self):
+        try:
+            with Image.open(self.source) as gif:
+                self.count, total = getattr(gif, "n_frames", 1), 0
+                for i in range(self.count):
+                    gif.seek(i)
+                    total += gif.info.get("duration", 0)
+                    if self.fps is None and gif.info.get("duration"):
+                        self.fps = 1000 / gif.info["duration"]
+                    yield np.array(gif.convert("RGB")), ""
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            yield None, f"{self.source}: cannot be read as a GIF from here on ({error})"
+
+    def _from_video(self):
+        import imageio_ffmpeg
+
+        reader = imageio_ffmpeg.read_frames(str(self.source), pix_fmt="rgb24")
+        try:
+            facts = next(reader)
+            width, height = facts["size"]
+            self.fps = self.fps or facts["fps"] or None
+            self.count = self.count or round(facts["duration"] * facts["fps"]) or None
+            for frame in reader:
+                yield np.frombuffer(frame, np.uint8).reshape(height, width, 3), ""
+        except (OSError, RuntimeError, ValueError, KeyError, StopIteration) as error:
+            why = (str(error).strip().splitlines() or ["no frames"])[-1][:200]
+            yield None, f"{self.source}: cannot be read as a video from here on ({why})"
+        finally:
+            reader.close()
+
+
+def letterbox(image, size):
+    """The frame in the middle of a black square of `size` pixels, with its scale and offset.
+
+    Returns (size, size, 3) uint8; scale; (2,) pixels: a position p of the frame lies at p * scale + offset in the square.
+    """
+    height, width = image.shape[:2]
+    scale = size / max(width, height)
+    if scale == 1 and width == height:
+        return image, 1.0, np.zeros(2)
+    inner = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
+    square = np.zeros((size, size, 3), np.uint8)
+    square[top : top + inner[1], left : left + inner[0]] = cv2.resize(image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return square, scale, np.array([left, top], float)
+
+
+def export_model(path, size=FRAME_SIZE):
+    """Write the network for OpenVINO beside its weights, once for each version of them, and return the path of the `.xml` (and `.bin`) file.
+
+    It lies in `.openvino/` and its name holds a digest of weights and settings; files of older versions are deleted.
+    """
+    path = _weights_path(path)
+    settings = path.with_name(_stem(path) + ".json")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (path, settings) if file.exists())).hexdigest()[:12]
+    exported = path.parent / ".openvino" / f"{_stem(path)}-{size}-{digest}.xml"
+    if not (exported.exists() and exported.with_suffix(".bin").exists()):
+        model = load_model(path, size)
+        exported.parent.mkdir(exist_ok=True)
+        for old in exported.parent.glob(f"{_stem(path)}-{size}-*"):
+            old.unlink(missing_ok=True)
+        part = exported.with_name(f"part-{os.getpid()}-{exported.name}")
+        model.export(str(part), format="openvino", verbose=False)
+        os.replace(part.with_suffix(".bin"), exported.with_suffix(".bin"))
+        os.replace(part, exported)
+    return exported
+
+
+class Detector:
+    """The network for footage: exported to OpenVINO, for frames of any size, with a closer look where the ship should be.
+
+        detector = Detector("weights/xwing.weights.h5")
+        keypoints, confidence, deviation = detector(image)          # the whole frame
+        keypoints, confidence, deviation = detector(image, centre)  # the square of `window` pixels about (x, y), two and a half times faster
+
+    The first use of new weights takes a quarter of a minute, to export them.
+    """
+
+    def __init__(self, path, window=160, precision="f32", threads=0):
+        """window: pixels of the 256 px frame, a multiple of 32, or 0 for whole frames only. precision: "f32", or "bf16", which is twice as fast
+        and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores."""
+        import openvino
+
+        self.size, self.window = FRAME_SIZE, window
+        self.settings = _read_json(_weights_path(path).with_name(_stem(_weights_path(path)) + ".json"))["model"] if path else {}
+        exported, core, self._requests = export_model(path, self.size), openvino.Core(), {}
+        for side in {self.size, window} - {0}:
+            model = core.read_model(exported)
+            model.reshape([1, side, side, 3])
+            options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+            self._requests[side] = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def heatmaps(self, square):
+        """Heatmaps (h, w, C) float32 of a square (S, S, 3) uint8 of one of the two sizes."""
+        return self._requests[len(square)].infer([square[None].astype(np.float32)])[0][0]
+
+    def __call__(self, image, centre=None):
+        """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8."""
+        square, scale, offset = letterbox(image, self.size)
+        if centre is not None and self.window:
+            corner = np.clip(np.round(np.asarray(centre) * scale + offset - self.window / 2), 0, self.size - self.window).astype(int)
+            square, offset = crop(square, corner, self.window), offset - corner
+        maps, stride, sigma = self.heatmaps(square), self.settings["stride"], self.settings["sigma"]
+        keypoints, confidence = decode_heatmaps(maps, sigma / stride)
+        deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride))
+        return (keypoints * stride - offset) / scale, confidence, deviation * stride / scale
+
+
+def follow(clip, detector, tracker, progress=True):
+    """Track a clip while it is read: yields (frame or None, TrackedPose, (keypoints, confidence, deviation)) for each frame. Memory does not grow.
+
+    While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is looked for in the whole frame
+    next time.
+
+    Args:
+        clip: `Clip`, or an iterable of (frame, fault).
+        detector: `Detector`, or what gives keypoints, confidence and deviation for (frame, centre or None).
+        tracker: `Tracker` for the camera matrix of these frames.
+    """
+    nothing = np.full((len(KEYPOINTS), 2), np.nan), np.zeros(len(KEYPOINTS)), np.full(len(KEYPOINTS), np.inf)
+    centre = None
+    for frame, fault in tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress):
+        found = nothing if frame is None else detector(frame, centre)
+        tracked = tracker.update(*found)
+        if fault:
+            tracked = dataclasses.replace(tracked, reason=fault)
+        centre = None
+        if tracked.status == "tracked" and tracker.motion is not None:
+            box = project_pose(BOUNDING_BOX, tracker.motion.after(tracker.seconds)[0].pose, tracker.K)
+            reach = getattr(detector, "window", 0) / FRAME_SIZE * max(frame.shape[:2])
+            if np.isfinite(box).all() and (np.ptp(box, axis=0) < 0.9 * reach).all():
+                centre = (box.min(0) + box.max(0)) / 2
+        yield frame, tracked, found
+
+
+def summary(track):
+    """One line on a track: how many frames are tracked, predicted and lost, and the mean reprojection error in pixels."""
+    counts = {status: sum(t.status == status for t in track) for status in ("tracked", "predicted", "lost")}
+    errors = [t.reprojection for t in track if np.isfinite(t.reprojection)]
+    mean = f"; mean reprojection error {np.mean(errors):.2f} px" if errors else ""
+    return f"{len(track)} frames: " + ", ".join(f"{count} {status}" for status, count in counts.items()) + mean
+
+
+def export_track(path, track, K, fps, width, height):
+    """Write poses to a `.csv` or `.json` file, replaced only when whole.
+
+    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), reprojection (pixels, of tracked frames), translation tx ty tz
+    (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null)
+    where lost. The JSON file holds {"schema": 1, "camera": {K, width, height, fps}, "frames": [...]} with the matrix as four rows.
+
+    Raises ValueError for another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError(f"{path}: expected a .csv or .json file")
+    rows = []
+    for i, t in enumerate(track):
+        error = t.reprojection if np.isfinite(t.reprojection) else None
+        row = {"frame": i, "seconds": round(i / fps, 6), "status": t.status, "reprojection": error}
+        if t.pose is None:
+            row |= {"translation": None, "quaternion": None, "matrix": None}
+        else:
+            quaternion = np.roll(Rotation.from_matrix(t.pose[:3, :3]).as_quat(canonical=True), 1)
+            row |= {"translation": t.pose[:3, 3].tolist(), "quaternion": quaternion.tolist(), "matrix": t.pose.tolist()}
+        rows.append(row | {"reason": t.reason})
+    if path.suffix == ".json":
+        camera = {"K": np.asarray(K).tolist(), "width": width, "height": height, "fps": fps}
+        _write_atomically(path, json.dumps({"schema": 1, "camera": camera, "frames": rows}, indent=1))
+        return
+    numbers = [f"t{a}" for a in "xyz"] + [f"q{a}" for a in "wxyz"] + [f"m{r}{c}" for r in range(4) for c in range(4)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["frame", "seconds", "status", "reprojection", *numbers, "reason"])
+    for row in rows:
+        values = [""] * 23 if row["matrix"] is None else [*row["translation"], *row["quaternion"], *np.ravel(row["matrix"])]
+        writer.writerow([row["frame"], row["seconds"], row["status"], row["reprojection"], *values, row["reason"]])
+    _write_atomically(path, text.getvalue())
 
 
 # ============================================================ errors (estimate before truth)

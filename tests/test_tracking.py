@@ -61,13 +61,10 @@ def test_smoothing_a_straight_flight_is_batch_least_squares(K):
     tracker = xu.Tracker(K, FPS, keep=True)
     measured, spread = [], []
     for position in flight(12, turn=(0, 0, 0))[:, :3, 3]:
-        predicted, transition = (None, None) if tracker.motion is None else tracker.motion.after(tracker.seconds)
         pose = np.eye(4)
         pose[:3, 3] = position + rng.normal(0, 0.01, 3)
         covariance = np.diag(np.concatenate([[1e-4] * 3, rng.uniform(0.5, 2, 3) * 1e-4]))
-        estimate = xu.PoseEstimate(pose, covariance / xu.MEASURED**2, True)
-        tracker.motion, _ = tracker._correct(predicted, estimate)
-        tracker.frames.append((xu.TrackedPose("tracked"), predicted, transition, tracker.motion))
+        tracker.take(xu.PoseEstimate(pose, covariance / xu.MEASURED**2, True))
         measured.append(pose[:3, 3])
         spread.append(np.diag(covariance)[3:])
     smoothed = np.array([t.pose[:3, 3] for t in xu.smooth(tracker)])
