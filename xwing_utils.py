@@ -33,7 +33,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
@@ -1432,20 +1431,41 @@ class _Problem:
         return float(np.log1p(np.minimum(self.distances(pose), 1e6) ** 2 / CAUCHY**2).sum() * CAUCHY**2 / 2) + turned
 
     def refine(self, pose, robust=False, chosen=slice(None)):
-        """The nearest pose with the least cost (`robust`) or the least sum of squares; None if that lies behind the camera."""
-        points, keypoints, deviation = self.points[chosen] @ pose[:3, :3].T, self.keypoints[chosen], np.repeat(self.deviation[chosen], 2)
+        """The nearest pose with the least cost (`robust`) or the least sum of squares, by Levenberg-Marquardt; None if it lies behind the camera."""
+        keypoints, deviation = self.keypoints[chosen], self.deviation[chosen, None]
+        scale = CAUCHY**2 if robust else np.inf
 
-        def residuals(x):  # x turns the pose in camera axes, and moves it
-            return (cv2.projectPoints(points, x[:3], x[3:], self.K, None)[0].reshape(-1, 2) - keypoints).ravel() / deviation
+        def linearise(pose):  # the cost, and the step's normal equations; a step turns the pose in camera axes, and moves it
+            seen, jacobian = cv2.projectPoints(self.points[chosen] @ pose[:3, :3].T, np.zeros(3), pose[:3, 3], self.K, None)
+            residual = (seen[:, 0] - keypoints) / deviation
+            squared = (residual**2).sum(1)
+            weight = np.repeat(1 / (1 + squared / scale), 2)
+            jacobian = jacobian[:, :6] / np.repeat(deviation, 2, axis=0)
+            cost = np.log1p(squared / scale).sum() * scale if robust else squared.sum()
+            return cost, (jacobian.T * weight) @ jacobian, (jacobian.T * weight) @ residual.ravel()
 
-        def jacobian(x):
-            return cv2.projectPoints(points, x[:3], x[3:], self.K, None)[1][:, :6] / deviation[:, None]
-
-        start = np.concatenate([np.zeros(3), pose[:3, 3]])
-        if not np.isfinite(residuals(start)).all():
+        cost, information, gradient = linearise(pose)
+        if not np.isfinite(cost):
             return None
-        found = least_squares(residuals, start, jacobian, x_scale="jac", max_nfev=30, **({"loss": "cauchy", "f_scale": CAUCHY} if robust else {})).x
-        return _pose_ahead(self.points, cv2.Rodrigues(cv2.Rodrigues(found[:3])[0] @ pose[:3, :3])[0], found[3:])
+        damping = 1e-3
+        for _ in range(10 if robust else 30):
+            try:
+                step = -np.linalg.solve(information + damping * np.diag(np.diag(information)), gradient)
+            except np.linalg.LinAlgError:
+                break
+            moved = pose.copy()
+            moved[:3, :3], moved[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
+            new = linearise(moved)
+            if new[0] < cost:  # false for NaN
+                done = cost - new[0] < 1e-5 * cost
+                pose, (cost, information, gradient), damping = moved, new, damping / 10
+                if done:
+                    break
+            elif damping > 1e6:
+                break
+            else:
+                damping *= 10
+        return _pose_ahead(self.points, cv2.Rodrigues(pose[:3, :3])[0], pose[:3, 3])
 
     def covariance(self, pose, chosen):
         """(6, 6) of the turn in camera axes and the translation, from the chosen points; None where they do not fix the pose."""

@@ -141,10 +141,15 @@ def test_random_corners_leave_no_pose(K):
 
 @pytest.mark.parametrize("face", FACES)
 def test_four_corners_in_one_plane_are_enough(poses, K, face):
+    accepted = 0
     for pose in poses[:5]:
         keypoints = np.full((8, 2), np.nan)
         keypoints[list(face)] = corners(pose, K)[list(face)]
-        assert_same_pose(xu.solve_pose(keypoints, K), pose)
+        estimate = xu.estimate_pose(keypoints, K)
+        assert_same_pose(estimate.pose, pose)
+        assert estimate.accepted or "turned by more than 30 degrees" in estimate.reason  # four points in a plane can leave two poses
+        accepted += estimate.accepted
+    assert accepted >= 3
 
 
 @pytest.mark.parametrize("count", range(4))
