@@ -25,8 +25,10 @@ import hashlib
 import io
 import json
 import os
+import queue
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -1379,7 +1381,7 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
     problem = _Problem(points[usable], keypoints[usable], deviation[usable], K, prior)
     hull = np.flatnonzero(usable) >= 8
     proposals = problem.propose(hull) if hull.sum() >= 6 else []
-    proposals += problem.propose(np.ones_like(hull)) + ([] if prior is None else [prior])
+    proposals += problem.propose(np.ones_like(hull)) if hull.sum() < 6 or not hull.all() else []
     ranked = sorted(((problem.cost(pose), i, pose) for i, pose in enumerate(proposals)), key=lambda p: p[:2])
     refined = []
     for _, _, pose in _distinct(ranked, 10)[:3]:
@@ -1418,7 +1420,8 @@ class _Problem:
         """Poses from a subset (bool) of the points, and what they may be mistaken for."""
         points, keypoints = self.points[chosen], self.keypoints[chosen]
         limit = MAX_DEVIATIONS * float(np.median(self.deviation[chosen]))
-        solved = [p for p in (sqpnp(points, keypoints, self.K), ransac(points, keypoints, self.K, limit)) if p is not None]
+        wild = self.prior if self.prior is not None else ransac(points, keypoints, self.K, limit)  # the prior is as blind to wild points, and quicker
+        solved = [p for p in (sqpnp(points, keypoints, self.K), wild) if p is not None]
         return [other for pose in solved for other in (pose, pose @ np.diag([-1.0, 1.0, -1.0, 1.0]), _mirrored_in_depth(pose))]
 
     def distances(self, pose):
@@ -1940,20 +1943,20 @@ class Detector:
 
         detector = Detector("weights/xwing.weights.h5")
         keypoints, confidence, deviation = detector(image)          # the whole frame
-        keypoints, confidence, deviation = detector(image, centre)  # the square of `window` pixels about (x, y), two and a half times faster
+        keypoints, confidence, deviation = detector(image, box)     # the square about a box [[left, top], [right, bottom]], 3 to 4 times faster
 
     The first use of new weights takes a quarter of a minute, to export them.
     """
 
-    def __init__(self, path, window=160, precision="f32", threads=0):
-        """window: pixels of the 256 px frame, a multiple of 32, or 0 for whole frames only. precision: "f32", or "bf16", which is twice as fast
-        and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores."""
+    def __init__(self, path, windows=(128, 160), precision="f32", threads=0):
+        """windows: sides of the squares in pixels of the 256 px frame, multiples of 32; () looks at whole frames only.
+        precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores."""
         import openvino
 
-        self.size, self.window = FRAME_SIZE, window
-        self.settings = _read_json(_weights_path(path).with_name(_stem(_weights_path(path)) + ".json"))["model"] if path else {}
+        self.size, self.windows, path = FRAME_SIZE, sorted(windows), _weights_path(path)
+        self.settings = _read_json(path.with_name(_stem(path) + ".json"))["model"]
         exported, core, self._requests = export_model(path, self.size), openvino.Core(), {}
-        for side in {self.size, window} - {0}:
+        for side in {self.size, *self.windows}:
             model = core.read_model(exported)
             model.reshape([1, side, side, 3])
             options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
@@ -1963,12 +1966,18 @@ class Detector:
         """Heatmaps (h, w, C) float32 of a square (S, S, 3) uint8 of one of the two sizes."""
         return self._requests[len(square)].infer([square[None].astype(np.float32)])[0][0]
 
-    def __call__(self, image, centre=None):
-        """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8."""
+    def __call__(self, image, box=None):
+        """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8.
+
+        With the ship's expected box (2, 2) only the smallest square that holds it and a tenth more is looked at, where there is one.
+        """
         square, scale, offset = letterbox(image, self.size)
-        if centre is not None and self.window:
-            corner = np.clip(np.round(np.asarray(centre) * scale + offset - self.window / 2), 0, self.size - self.window).astype(int)
-            square, offset = crop(square, corner, self.window), offset - corner
+        if box is not None:
+            box = np.asarray(box) * scale + offset
+            window = next((side for side in self.windows if side >= 1.1 * np.ptp(box, axis=0).max()), None)
+            if window:
+                corner = np.clip(np.round(box.mean(0) - window / 2), 0, self.size - window).astype(int)
+                square, offset = crop(square, corner, window), offset - corner
         maps, stride, sigma = self.heatmaps(square), self.settings["stride"], self.settings["sigma"]
         keypoints, confidence = decode_heatmaps(maps, sigma / stride)
         deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride))
@@ -1983,22 +1992,20 @@ def follow(clip, detector, tracker, progress=True):
 
     Args:
         clip: `Clip`, or an iterable of (frame, fault).
-        detector: `Detector`, or what gives keypoints, confidence and deviation for (frame, centre or None).
+        detector: `Detector`, or what gives keypoints, confidence and deviation for (frame, box or None).
         tracker: `Tracker` for the camera matrix of these frames.
     """
     nothing = np.full((len(KEYPOINTS), 2), np.nan), np.zeros(len(KEYPOINTS)), np.full(len(KEYPOINTS), np.inf)
-    centre = None
+    box = None
     for frame, fault in tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress):
-        found = nothing if frame is None else detector(frame, centre)
+        found = nothing if frame is None else detector(frame, box)
         tracked = tracker.update(*found)
         if fault:
             tracked = dataclasses.replace(tracked, reason=fault)
-        centre = None
-        if tracked.status == "tracked" and tracker.motion is not None:
-            box = project_pose(BOUNDING_BOX, tracker.motion.after(tracker.seconds)[0].pose, tracker.K)
-            reach = getattr(detector, "window", 0) / FRAME_SIZE * max(frame.shape[:2])
-            if np.isfinite(box).all() and (np.ptp(box, axis=0) < 0.9 * reach).all():
-                centre = (box.min(0) + box.max(0)) / 2
+        box = None
+        if tracked.status == "tracked":
+            corners = project_pose(BOUNDING_BOX, tracker.motion.after(tracker.seconds)[0].pose, tracker.K)
+            box = np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
         yield frame, tracked, found
 
 
@@ -2337,11 +2344,15 @@ def draw_bolts(image, bolts, K, depth=None, radius=0.0032, colour=(255, 60, 40),
             _fill_bolt(core, segment, radius, K, depth)
     if not core.any():
         return image
-    light = core.astype(np.float32) / 255
     scale = K[0, 0] / 248.8889
+    left, top, width, height = cv2.boundingRect(core)
+    reach = int(np.ceil(20 * scale))  # of the glow; beyond it nothing changes
+    part = np.s_[max(top - reach, 0) : top + height + reach, max(left - reach, 0) : left + width + reach]
+    light = core[part].astype(np.float32) / 255
     halo = cv2.GaussianBlur(light, (0, 0), 2.2 * scale) * 1.1 + cv2.GaussianBlur(light, (0, 0), 5.0 * scale) * 0.7
     glow = halo[..., None] * np.array(colour, np.float32) + light[..., None] * np.array([255, 215, 190], np.float32)
-    return np.clip(image + glow, 0, 255).astype(np.uint8)
+    image[part] = np.clip(image[part] + glow, 0, 255).astype(np.uint8)
+    return image
 
 
 def _clip_near(segment, near):
@@ -2461,11 +2472,100 @@ def _clip_palette(pixels):
 
 
 def _write_mp4(pictures, path, fps):
-    import imageio.v2 as imageio
+    """H.264 by ffmpeg, picture by picture; odd sizes get a black line, which H.264 cannot do without."""
+    import imageio_ffmpeg
 
-    writer = imageio.get_writer(path, fps=fps, codec="libx264", quality=8, macro_block_size=2)
+    writer = None
     try:
         for picture in pictures:
-            writer.append_data(picture)
+            height, width = (side + side % 2 for side in picture.shape[:2])
+            if writer is None:
+                writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=2,
+                                                     output_params=["-preset", "veryfast"], ffmpeg_log_level="error")
+                writer.send(None)
+            even = np.zeros((height, width, 3), np.uint8)
+            even[: picture.shape[0], : picture.shape[1]] = picture
+            writer.send(even)
     finally:
-        writer.close()  # also after an error: ffmpeg would write on
+        if writer is not None:
+            writer.close()  # also after an error: ffmpeg would write on
+
+
+def _ahead(items, size=8):
+    """Yield the items of an iterable that a thread of its own works off, at most `size` ahead; its errors arrive here."""
+    pipe, end, stop = queue.Queue(size), object(), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return pipe.put(item, timeout=0.1)
+
+    def work():
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:  # noqa: BLE001 (it is raised again by the thread that reads)
+            put((end, error))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while True:
+            item, error = pipe.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        worker.join()
+
+
+def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progress=True):
+    """Track a clip and write it with its bolts as it is read, in one pass with constant memory: for long or live footage.
+
+    Reading, tracking, and drawing with writing run in threads side by side. Each pose rests on the frames up to its own; see `track_clip`
+    and `animate` for steadier poses in two passes.
+
+    Args:
+        clip, detector, tracker: see `follow`.
+        path: `.mp4`, replaced only when whole, also when reading stopped early.
+        fps: frames a second of clip and film.
+        lasers, mesh: see `animate`.
+    Returns:
+        list of `TrackedPose`, as far as the clip could be read.
+    """
+    path, track = Path(path), []
+    if path.suffix != ".mp4":
+        raise ValueError(f"{path}: expected an .mp4 file")
+    lasers, triangles = lasers or Lasers(fps), None if mesh is None else occluder(mesh)
+
+    def tracked():
+        for frame, state, _ in follow(_ahead(clip), detector, tracker, progress):
+            track.append(dataclasses.replace(state, covariance=None, velocity=None))
+            yield frame, state.pose
+
+    def drawn():
+        last = None
+        for frame, pose in _ahead(tracked()):
+            bolts = lasers.step(pose)
+            if frame is None and last is None:
+                continue
+            last = last if frame is None else frame
+            depth = None if triangles is None or pose is None or not len(bolts) else mesh_depth(triangles, pose, tracker.K, *last.shape[1::-1])
+            yield draw_bolts(last, bolts, tracker.K, depth)
+
+    part, threads = path.with_name(f"part-{os.getpid()}-{path.name}"), cv2.getNumThreads()
+    cv2.setNumThreads(1)  # the stages are the threads; pictures are too small to be shared out
+    try:
+        _write_mp4(drawn(), part, fps)
+        if part.exists():
+            os.replace(part, path)
+    finally:
+        cv2.setNumThreads(threads)
+        part.unlink(missing_ok=True)
+    return track
