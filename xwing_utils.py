@@ -93,7 +93,7 @@ def _read_json(path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; every set needs it (see the README, Data)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits, 100,000 brackets
         raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
 
 
@@ -101,7 +101,7 @@ def _as_matrix(value, name):
     """(4, 4) float64 with finite entries, or a ValueError that starts with `name`."""
     try:
         matrix = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected a 4x4 matrix of numbers, got {str(value)[:80]}") from None
     if matrix.shape != (4, 4):
         raise ValueError(f"{name}: expected a 4x4 matrix, got shape {matrix.shape}")
@@ -1891,9 +1891,13 @@ class Clip:
             facts = next(reader)
             width, height = facts["size"]
             self.fps = self.fps or facts["fps"] or None
-            self.count = self.count or round(facts["duration"] * facts["fps"]) or None
+            total, read = round(facts["duration"] * facts["fps"]), 0
+            self.count = self.count or total or None
             for frame in reader:
+                read += 1
                 yield np.frombuffer(frame, np.uint8).reshape(height, width, 3), ""
+            if read < 0.95 * total - 1:
+                yield None, f"{self.source}: breaks off after {read} of about {total} frames"
         except (OSError, RuntimeError, ValueError, KeyError, StopIteration) as error:
             why = (str(error).strip().splitlines() or ["no frames"])[-1][:200]
             yield None, f"{self.source}: cannot be read as a video from here on ({why})"
@@ -2286,6 +2290,43 @@ def draw_axes(image, pose, K, length=0.15):
     return image
 
 
+def corner_covariance(pose, covariance, K, points=BOUNDING_BOX):
+    """(N, 2, 2) square pixels: how far a pose's covariance (6, 6) moves the projections of model points (N, 3), to first order."""
+    jacobian = cv2.projectPoints(np.asarray(points) @ pose[:3, :3].T, np.zeros(3), pose[:3, 3], K, None)[1][:, :6].reshape(-1, 2, 6)
+    return jacobian @ covariance @ np.swapaxes(jacobian, 1, 2)
+
+
+def draw_tracked(image, tracked, K, box=True, axes=True, ellipses=True, path=0.5):
+    """Return a copy of the frame with what a `TrackedPose` says; each overlay can be left out.
+
+    box: green where tracked, yellow where predicted; axes: see `draw_axes`; ellipses: the corners' two standard deviations; path: where the
+    ship's middle will be for so many seconds at its present velocity.
+    """
+    image = np.array(image)
+    if tracked.pose is None:
+        return image
+    corners = project_pose(BOUNDING_BOX, tracked.pose, K)
+    colour = (90, 255, 90) if tracked.status == "tracked" else (255, 220, 60)
+    if box:
+        image = draw_box(image, corners, colour)
+    if ellipses and tracked.covariance is not None:
+        for corner, spread in zip(corners, corner_covariance(tracked.pose, tracked.covariance, K)):
+            values, vectors = np.linalg.eigh(spread)
+            size = 2 * np.sqrt(np.maximum(values, 0))
+            if np.isfinite(corner).all() and size.max() < image.shape[1]:
+                angle = float(np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])))
+                axes_px = tuple(int(round(s * 2**_SHIFT)) for s in size[::-1])
+                cv2.ellipse(image, _cv_point(corner), axes_px, angle, 0, 360, (120, 200, 255), 1, cv2.LINE_AA, _SHIFT)
+    if axes:
+        image = draw_axes(image, tracked.pose, K)
+    if path and tracked.velocity is not None:
+        ahead = tracked.pose[:3, 3] + np.linspace(0, path, 9)[:, None] * tracked.velocity[3:]
+        points = [_cv_point(p) for p in (ahead[ahead[:, 2] > 0.05] / ahead[ahead[:, 2] > 0.05, 2:]) @ K[:2].T]
+        for start, end in zip(points, points[1:]):
+            cv2.line(image, start, end, (255, 160, 255), 1, cv2.LINE_AA, _SHIFT)
+    return image
+
+
 class Lasers:
     """The four cannons through a shot: two fire at a time, in turn, and every bolt keeps the course on which it was fired.
 
@@ -2412,18 +2453,32 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
         ValueError: no frames, numbers that differ, a rate that is not positive (or over 100 in a GIF), another suffix, a first frame that
         cannot be read.
     """
-    path, frames = Path(path), list(frames)
+    frames = list(frames)
     if not frames or len(frames) != len(poses):
         raise ValueError(f"expected as many poses as frames and at least one, got {len(frames)} frames and {len(poses)} poses")
     poses = [None if pose is None else _check_array(pose, (4, 4), f"pose of frame {i}") for i, pose in enumerate(poses)]
+    if not source_fps > 0:
+        raise ValueError(f"expected positive rates, got source_fps {source_fps}")
+    write_clip(lambda shown: _drawn(frames, poses, K, shown, lasers or Lasers(source_fps), mesh, progress), len(frames), path, fps, source_fps)
+
+
+def write_clip(draw, count, path, fps=25, source_fps=30):
+    """Write pictures as a `.gif` with one palette or an `.mp4`, replaced only when whole.
+
+    Args:
+        draw: a function of the numbers of the frames that are shown, in order; yields a picture (H, W, 3) uint8 for each.
+        count: frames of the source; some are left out or shown twice where the rates (frames a second) differ.
+    Raises:
+        ValueError: a rate that is not positive (or over 100 in a GIF), another suffix.
+    """
+    path = Path(path)
     if path.suffix not in (".gif", ".mp4"):
         raise ValueError(f"{path}: expected a .gif or .mp4 file")
     if not (fps > 0 and source_fps > 0) or (path.suffix == ".gif" and fps > 100):
         raise ValueError(f"expected positive rates, and at most 100 frames a second in a GIF, got fps {fps} and source_fps {source_fps}")
     if path.suffix == ".gif":
         fps = 100 / round(100 / fps)  # a GIF counts in hundredths of a second
-    shown = np.arange(0, len(frames) - 1e-9, source_fps / fps).astype(int)
-    pictures = _drawn(frames, poses, K, shown, lasers or Lasers(source_fps), mesh, progress)
+    pictures = draw(np.arange(0, count - 1e-9, source_fps / fps).astype(int))
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
     try:
         (_write_gif if path.suffix == ".gif" else _write_mp4)(pictures, part, fps)

@@ -210,6 +210,35 @@ def test_the_hull_hides_the_bolts_behind_it(K):
     assert len(core(before, K, depth=depth)[0]) > 0.95 * len(core(before, K)[0])
 
 
+# ------------------------------------------------------------ overlays
+
+
+def test_ellipses_are_those_of_many_draws(K):
+    rng, pose = np.random.default_rng(0), pose_of((40, 10, 20))
+    spread = rng.normal(size=(6, 6)) * 0.004
+    covariance = spread @ spread.T
+    drawn = []
+    for step in rng.multivariate_normal(np.zeros(6), covariance, 4000):
+        moved = pose.copy()
+        moved[:3, :3], moved[:3, 3] = Rotation.from_rotvec(step[:3]).as_matrix() @ pose[:3, :3], pose[:3, 3] + step[3:]
+        drawn.append(xu.project_pose(xu.BOUNDING_BOX, moved, K))
+    claimed = xu.corner_covariance(pose, covariance, K)
+    for k in range(8):
+        np.testing.assert_allclose(claimed[k], np.cov(np.array(drawn)[:, k].T), rtol=0.15, atol=0.05 * np.trace(claimed[k]))
+
+
+def test_each_overlay_can_be_left_out(K):
+    image = np.zeros((256, 256, 3), np.uint8)
+    tracked = xu.TrackedPose("tracked", ACROSS, np.eye(6) * 1e-4, np.array([0, 0, 0, 0.3, 0.3, 0]))
+    off = {"box": False, "axes": False, "ellipses": False, "path": 0}
+    assert not xu.draw_tracked(image, tracked, K, **off).any() and not image.any()
+    alone = {name: xu.draw_tracked(image, tracked, K, **(off | {name: 0.5 if name == "path" else True})).any(-1) for name in off}
+    assert all(drawn.sum() > 10 for drawn in alone.values())
+    everything = xu.draw_tracked(image, tracked, K).any(-1)
+    assert (everything == np.any(list(alone.values()), axis=0)).mean() > 0.999
+    assert not xu.draw_tracked(image, xu.TrackedPose("lost"), K).any()
+
+
 # ------------------------------------------------------------ clips
 
 

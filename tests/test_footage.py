@@ -1,0 +1,386 @@
+"""Clips of any kind and size, the exported network, films, poses in files, and input that is bad."""
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import imageio.v2 as imageio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+import xwing_utils as xu
+
+ROOT = Path(xu.__file__).parent
+WEIGHTS = ROOT / "weights" / "xwing.weights.h5"
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return xu.Detector(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def flight():
+    """30 frames of the clip, from second 2 on, where the ship is well in sight."""
+    return [xu.read_image(path) for path in xu.list_frames(ROOT / "data" / "frames")[60:90]]
+
+
+@pytest.fixture(scope="module")
+def flight_K():
+    return xu.lens_camera(256, 256)
+
+
+def folder_of(path, frames):
+    path.mkdir(parents=True, exist_ok=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{i}.jpg", quality=95)
+    return path
+
+
+def film_of(path, frames, fps=30):
+    writer = imageio_ffmpeg.write_frames(str(path), frames[0].shape[1::-1], fps=fps, macro_block_size=2, ffmpeg_log_level="error")
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    return path
+
+
+# ------------------------------------------------------------ camera and letterbox
+
+
+def test_the_usual_lens_is_that_of_the_data():
+    np.testing.assert_allclose(xu.lens_camera(256, 256), xu.camera_matrix(xu.load_camera(ROOT / "data" / "frames")[1], 256, 256), atol=1e-3)
+    K = xu.lens_camera(1080, 1920, focal=50)
+    np.testing.assert_allclose(K, [[1920 * 50 / 36, 0, 540], [0, 1920 * 50 / 36, 960], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("change", [{"width": 0}, {"focal": -1}, {"sensor": float("nan")}])
+def test_a_lens_that_cannot_be(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
+        xu.lens_camera(**{"width": 256, "height": 256, **change})
+
+
+@pytest.mark.parametrize("width,height", [(256, 256), (640, 360), (360, 640), (3840, 2160), (100, 37), (1, 1)])
+def test_a_letterbox_keeps_proportions_and_positions(width, height):
+    image = np.zeros((height, width, 3), np.uint8)
+    row, column = height * 2 // 3, width // 3
+    image[max(row - height // 20, 0) : row + height // 20 + 1, max(column - width // 20, 0) : column + width // 20 + 1] = 255
+    square, scale, offset = xu.letterbox(image, 256)
+    assert square.shape == (256, 256, 3) and scale == 256 / max(width, height)
+    rows, columns = np.nonzero(square[..., 0] > 127)
+    found = np.array([columns.mean(), rows.mean()]) + 0.5
+    np.testing.assert_allclose((found - offset) / scale, [column + 0.5, row + 0.5], atol=1.5 / scale)
+
+
+# ------------------------------------------------------------ the exported network
+
+
+def test_the_exported_network_finds_what_the_keras_model_finds(detector, flight):
+    model = xu.load_model(WEIGHTS, 256)
+    keypoints, confidence = xu.predict_keypoints(model, np.stack(flight[:8]), channels=xu.CHANNELS)
+    for i, frame in enumerate(flight[:8]):
+        found, sure, deviation = detector(frame)
+        np.testing.assert_allclose(sure, confidence[i], atol=1e-3)
+        good = confidence[i] >= xu.MIN_CONFIDENCE
+        assert good.sum() > 8 and np.isfinite(deviation[good]).all()
+        assert np.linalg.norm(found - keypoints[i], axis=1)[good].max() < 0.1  # pixels
+
+
+def test_a_close_look_finds_what_the_whole_frame_shows(detector, flight):
+    off = []
+    for frame in flight[::5]:
+        whole, sure, _ = detector(frame)
+        good = (sure > 0.5) & (np.arange(len(sure)) >= 8)
+        box = np.stack([whole[good].min(0) - 8, whole[good].max(0) + 8])
+        close, again, _ = detector(frame, box)
+        off.append(np.linalg.norm(close - whole, axis=1)[good & (again > 0.5)])
+    assert np.median(np.concatenate(off)) < 0.5 and len(np.concatenate(off)) > 40
+
+
+@pytest.mark.parametrize("shape,scale", [((1024, 1024), 4), ((2160, 3840), 15), ((640, 360), 360 / 256)], ids=["large", "4K", "portrait"])
+def test_frames_of_any_size_give_the_same_pose(detector, flight, flight_K, shape, scale):
+    """The frame is enlarged and set into a wider or taller one; with K from the true size the pose is what it was."""
+    height, width = shape
+    square = min(shape) if scale != 15 else 3840
+    truth = xu.solve_frame(*[part for part in (detector(flight[0])[0], flight_K, *detector(flight[0])[1:])])
+    large = np.asarray(Image.fromarray(flight[0]).resize((square, square), Image.BICUBIC))
+    image = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - square) // 2, (width - square) // 2
+    image[max(top, 0) : max(top, 0) + min(square, height), left : left + square] = large[max(-top, 0) : max(-top, 0) + height]
+    K = flight_K * [[square / 256]] * 1.0
+    K = np.array([[K[0, 0], 0, width / 2], [0, K[0, 0], height / 2], [0, 0, 1]])
+    keypoints, confidence, deviation = detector(image)
+    pose = xu.solve_frame(keypoints, K, confidence, deviation)
+    assert truth is not None and pose is not None
+    limit = 12 if shape == (640, 360) else 5  # in the portrait frame the ship is shrunk to 144 of its 256 pixels
+    assert xu.rotation_error(pose, truth) < limit and xu.translation_error(pose, truth) < 0.1
+
+
+# ------------------------------------------------------------ clips
+
+
+@pytest.mark.parametrize("kind", ["folder", "mp4", "gif"])
+def test_every_kind_of_clip(flight, tmp_path, kind):
+    frames = flight[:10]
+    if kind == "folder":
+        source = folder_of(tmp_path / "frames", frames)
+    elif kind == "mp4":
+        source = film_of(tmp_path / "a.mp4", frames, 24)
+    else:
+        source = tmp_path / "a.gif"
+        imageio.mimsave(source, frames, duration=50, loop=0)
+    clip = xu.Clip(source)
+    read = list(clip)
+    assert len(read) == clip.count == 10 and (clip.width, clip.height) == (256, 256)
+    assert clip.fps == {"folder": None, "mp4": 24, "gif": 20}[kind]
+    assert all(fault == "" and np.abs(frame.astype(int) - true).mean() < 8 for (frame, fault), true in zip(read, frames))
+    assert len(list(clip)) == 10  # can be read again
+    assert len(list(xu.Clip(source, step=3))) == xu.Clip(source, step=3).count == 4
+
+
+def test_a_clip_of_one_frame(flight, tmp_path):
+    assert len(list(xu.Clip(film_of(tmp_path / "a.mp4", flight[:1])))) == 1
+    assert len(list(xu.Clip(folder_of(tmp_path / "one", flight[:1])))) == 1
+
+
+def test_a_broken_frame_and_a_change_of_size_are_named_and_passed_over(flight, tmp_path):
+    folder = folder_of(tmp_path, flight[:6])
+    (folder / "2.jpg").write_bytes(b"broken")
+    for i in (4, 5):
+        Image.fromarray(flight[i][:128]).save(folder / f"{i}.jpg")
+    read = list(xu.Clip(folder))
+    assert [frame is None for frame, _ in read] == [False, False, True, False, True, True]
+    assert "2.jpg" in read[2][1] and "expected 256x256" in read[4][1] and "256x128" in read[5][1]
+
+
+@pytest.mark.parametrize("name,content,error", [
+    ("nothing", None, FileNotFoundError), ("a.mp4", b"", ValueError), ("a.mp4", b"no video at all" * 100, ValueError),
+    ("a.gif", b"GIF89a", ValueError), ("a.txt", b"hello", ValueError)])
+def test_what_is_no_clip(tmp_path, name, content, error):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=f"{name}: .*expected a folder|{name}: no such"):
+        xu.Clip(tmp_path / name)
+
+
+def test_a_video_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp_path):
+    whole = film_of(tmp_path / "whole.mkv", flight * 4)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    *good, (last, fault) = xu.Clip(tmp_path / "cut.mkv")
+    assert 5 < len(good) < 115 and all(frame is not None for frame, _ in good)
+    assert last is None and "cut.mkv: breaks off after" in fault
+
+
+@pytest.mark.parametrize("size", [4, 40, 400])
+def test_a_video_with_damage_in_the_middle_never_stops_without_a_word(flight, tmp_path, size):
+    data = bytearray(film_of(tmp_path / "whole.mkv", flight * 2).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + size] = np.random.default_rng(0).integers(0, 255, size, np.uint8).tobytes()
+    (tmp_path / "hurt.mkv").write_bytes(data)
+    read = list(xu.Clip(tmp_path / "hurt.mkv"))
+    good = [frame for frame, _ in read if frame is not None]
+    assert len(good) > 20 and (len(good) >= 56 or "breaks off" in read[-1][1])
+
+
+# ------------------------------------------------------------ tracking footage
+
+
+def statuses(frames, detector, K):
+    return [tracked for _, tracked, _ in xu.follow(((frame, "") for frame in frames), detector, xu.Tracker(K), progress=False)]
+
+
+def blank(kind):
+    rng = np.random.default_rng(0)
+    return {"black": lambda: np.zeros((256, 256, 3), np.uint8), "white": lambda: np.full((256, 256, 3), 255, np.uint8),
+            "noise": lambda: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8),
+            "stars": lambda: np.where(rng.random((256, 256, 1)) > 0.998, 255, 5).astype(np.uint8).repeat(3, 2)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["black", "white", "noise", "stars"])
+def test_frames_without_a_ship_have_no_pose(detector, flight_K, kind):
+    make = blank(kind)
+    track = statuses([make() for _ in range(8)], detector, flight_K)
+    assert [t.status for t in track] == ["lost"] * 8 and all(t.pose is None and t.reason for t in track)
+
+
+def test_a_ship_is_followed_and_let_go(detector, flight, flight_K):
+    make = blank("black")
+    track = statuses([*flight, *[make() for _ in range(25)]], detector, flight_K)
+    assert sum(t.status == "tracked" for t in track[:30]) >= 25
+    assert {t.status for t in track[45:]} == {"lost"} and track[31].status == "predicted"
+
+
+def test_two_ships_never_crash_and_every_frame_has_a_status(detector, flight, flight_K):
+    double = [np.maximum(frame, frame[:, ::-1]) for frame in flight[:12]]
+    track = statuses(double, detector, flight_K)
+    assert len(track) == 12 and all(t.status in ("tracked", "predicted", "lost") for t in track)
+    assert all(t.reason for t in track if t.status != "tracked")
+
+
+def test_a_film_is_made_in_one_pass_and_broken_frames_do_not_stop_it(detector, flight, flight_K, tmp_path):
+    folder = folder_of(tmp_path / "frames", flight[:12])
+    (folder / "5.jpg").write_bytes(b"broken")
+    mesh = xu.load_mesh(ROOT / "data" / "xwing.obj")
+    track = xu.film(xu.Clip(folder), detector, xu.Tracker(flight_K), tmp_path / "a.mp4", mesh=mesh, progress=False)
+    assert len(track) == 12 and track[5].status == "predicted" and "5.jpg" in track[5].reason
+    with imageio.get_reader(tmp_path / "a.mp4") as video:
+        assert video.count_frames() == 12 and video.get_data(0).shape == (256, 256, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "frames"]
+
+
+def test_a_failure_of_the_network_leaves_no_film_and_no_thread(flight, flight_K, tmp_path):
+    def failing(frame, box):
+        raise RuntimeError("the network failed")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="the network failed"):
+        xu.film(((frame, "") for frame in flight), failing, xu.Tracker(flight_K), tmp_path / "a.mp4", progress=False)
+    assert not list(tmp_path.iterdir()) and threading.active_count() == before
+    with pytest.raises(ValueError, match="expected an .mp4"):
+        xu.film([], failing, xu.Tracker(flight_K), tmp_path / "a.gif")
+
+
+def test_reading_ahead_stays_a_few_items_ahead_and_can_be_left():
+    taken = []
+
+    def items():
+        for i in range(1000):
+            taken.append(i)
+            yield i
+
+    ahead = xu._ahead(items(), 4)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    ahead.close()
+    assert len(taken) < 12
+
+
+def test_memory_of_a_film_does_not_grow(tmp_path):
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, xwing_utils as xu
+K, found = xu.lens_camera(256, 256), (np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))
+for count in (100, 1500):
+    frames = ((np.zeros((256, 256, 3), np.uint8), "") for _ in range(count))
+    xu.film(frames, lambda *_: found, xu.Tracker(K), {str(tmp_path / "a.mp4")!r}, progress=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    short, long = map(float, printed.split())
+    assert long - short < 40  # MB; 1,400 frames would be 275
+
+
+# ------------------------------------------------------------ poses in files
+
+
+@pytest.fixture
+def track():
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = Rotation.from_rotvec([0.3, -1.2, 2.0]).as_matrix(), [0.1, -0.2, 1.3]
+    predicted = xu.TrackedPose("predicted", pose, reason="a, b")
+    return [xu.TrackedPose("tracked", pose, reprojection=0.7), predicted, xu.TrackedPose("lost", reason="no ship")]
+
+
+def test_poses_come_back_from_csv(track, tmp_path):
+    xu.export_track(tmp_path / "a.csv", track, xu.lens_camera(256, 256), 30, 256, 256)
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["status"] for row in rows] == ["tracked", "predicted", "lost"] and rows[1]["reason"] == "a, b"
+    assert float(rows[1]["seconds"]) == pytest.approx(1 / 30, abs=1e-6) and float(rows[0]["reprojection"]) == 0.7 and rows[1]["reprojection"] == ""
+    np.testing.assert_allclose([[float(rows[0][f"m{r}{c}"]) for c in range(4)] for r in range(4)], track[0].pose)
+    w, x, y, z = (float(rows[0][f"q{a}"]) for a in "wxyz")
+    np.testing.assert_allclose(Rotation.from_quat([x, y, z, w]).as_matrix(), track[0].pose[:3, :3], atol=1e-12)
+    assert [float(rows[0][f"t{a}"]) for a in "xyz"] == track[0].pose[:3, 3].tolist()
+    assert all(rows[2][key] == "" for key in ("tx", "qw", "m00", "m33"))
+
+
+def test_poses_come_back_from_json(track, tmp_path):
+    K = xu.lens_camera(640, 360)
+    xu.export_track(tmp_path / "a.json", track, K, 25, 640, 360)
+    info = json.loads((tmp_path / "a.json").read_text())
+    assert info["schema"] == 1 and info["camera"] == {"K": K.tolist(), "width": 640, "height": 360, "fps": 25}
+    np.testing.assert_array_equal(info["frames"][1]["matrix"], track[1].pose)
+    assert info["frames"][2]["matrix"] is None and info["frames"][2]["reason"] == "no ship"
+
+
+def test_a_file_of_another_kind_is_refused(track, tmp_path):
+    with pytest.raises(ValueError, match="expected a .csv or .json"):
+        xu.export_track(tmp_path / "a.txt", track, np.eye(3), 30, 1, 1)
+
+
+def test_the_summary_counts(track):
+    assert xu.summary(track) == "3 frames: 1 tracked, 1 predicted, 1 lost; mean reprojection error 0.70 px"
+    assert xu.summary(track[2:]) == "1 frames: 0 tracked, 0 predicted, 1 lost"
+
+
+# ------------------------------------------------------------ fuzz: one clear error, never another
+
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEYS = st.sampled_from(["model_view_matrix", "projection_matrix", "x"])
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                      lambda v: st.lists(v, max_size=4) | st.dictionaries(KEYS, v, max_size=3), max_leaves=20)
+NUMBERS = st.floats() | st.integers() | st.sampled_from([0, 1, -1, 10**400])
+MATRICES = st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=4, max_size=4) | VALUES
+
+
+def only_clear_errors(read, path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return read(path)
+    except (ValueError, FileNotFoundError) as error:
+        assert path.name in str(error) and len(str(error)) < 1000
+        return None
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(["model_view_matrix", "projection_matrix"]), MATRICES) | VALUES)
+def test_fuzzed_camera_files(tmp_path, content):
+    path = tmp_path / "camera_info.json"
+    path.write_text(json.dumps(content))
+    only_clear_errors(xu.load_camera, path)
+
+
+@FUZZ
+@given(MATRICES)
+def test_fuzzed_matrices(tmp_path, content):
+    for name in ("0.jpg", "0_mat.json"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "0_mat.json").write_text(json.dumps(content))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, matrices = xu.load_dataset(tmp_path)
+            assert np.isfinite(matrices).all()
+    except ValueError as error:
+        assert "0_mat.json" in str(error) and len(str(error)) < 1000
+
+
+@FUZZ
+@given(st.binary(max_size=300) | st.just(b"[" * 100_000), st.booleans())
+def test_fuzzed_bytes(tmp_path, content, as_picture):
+    path = tmp_path / ("0.jpg" if as_picture else "camera_info.json")
+    path.write_bytes(content)
+    only_clear_errors(xu.read_image if as_picture else xu.load_camera, path)
+
+
+@FUZZ
+@given(st.data())
+def test_fuzzed_pictures(tmp_path, data):
+    """A real JPEG with bytes changed, cut out or cut off."""
+    whole = bytearray((ROOT / "data" / "frames" / "060.jpg").read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "0.jpg"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    image = only_clear_errors(xu.read_image, path)
+    assert image is None or (image.ndim == 3 and image.dtype == np.uint8)
