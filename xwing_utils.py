@@ -1839,7 +1839,7 @@ class Clip:
         if not self.source.exists():
             raise FileNotFoundError(f"{source}: no such folder or file; give a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
         self.paths = list_frames(self.source) if self.source.is_dir() else None
-        self.size = None
+        self._maps = None
         first = next((frame for frame, _ in self._frames() if frame is not None), None)
         if first is None:
             raise ValueError(f"{source}: holds no frame that can be read; expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
@@ -1856,7 +1856,16 @@ class Clip:
             if i % self.step == 0:
                 if frame is not None and frame.shape != (self.height, self.width, 3):
                     frame, fault = None, f"expected {self.width}x{self.height} pixels like the first frame, got {frame.shape[1]}x{frame.shape[0]}"
+                if frame is not None and self._maps is not None:
+                    frame = cv2.remap(frame, *self._maps, cv2.INTER_LINEAR)
                 yield frame, fault
+
+    def undistort(self, K, coefficients):
+        """From now on frames come as a lens without distortion and with the same K would show them: OpenCV's 4, 5, 8, 12 or 14 coefficients."""
+        coefficients = np.asarray(coefficients, float)
+        if coefficients.ndim != 1 or len(coefficients) not in (4, 5, 8, 12, 14) or not np.isfinite(coefficients).all():
+            raise ValueError(f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], 4, 5, 8, 12 or 14 numbers, got {coefficients.tolist()}")
+        self._maps = cv2.initUndistortRectifyMap(_check_camera_matrix(K), coefficients, None, K, (self.width, self.height), cv2.CV_16SC2)
 
     def _frames(self):
         if self.paths is not None:
@@ -2327,6 +2336,15 @@ def draw_tracked(image, tracked, K, box=True, axes=True, ellipses=True, path=0.5
     return image
 
 
+def draw_heatmaps(heatmaps, size):
+    """One picture (size, size, 3) uint8 of all the heatmaps (H, W, K) of a frame, each in a colour of its own, the brightest in front."""
+    heatmaps = np.asarray(heatmaps, np.float32)
+    hues = np.stack([np.arange(heatmaps.shape[-1]) * 180 // heatmaps.shape[-1], *[np.full(heatmaps.shape[-1], 255)] * 2], -1).astype(np.uint8)
+    colours = cv2.cvtColor(hues[None], cv2.COLOR_HSV2RGB)[0]
+    picture = colours[heatmaps.argmax(-1)] * np.clip(heatmaps.max(-1), 0, 1)[..., None]
+    return cv2.resize(picture.astype(np.uint8), (size, size), interpolation=cv2.INTER_LINEAR)
+
+
 class Lasers:
     """The four cannons through a shot: two fire at a time, in turn, and every bolt keeps the course on which it was fired.
 
@@ -2442,8 +2460,8 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
     """Write a clip with laser bolts.
 
     Args:
-        frames: N (H, W, 3) uint8 arrays or paths of pictures. A path that cannot be read repeats the frame before it, with a warning.
-        poses: N (4, 4) or None; a frame without a pose shows no bolts.
+        frames: N (H, W, 3) uint8 arrays or paths of pictures, or a `Clip`. What cannot be read repeats the frame before it, with a warning.
+        poses: N (4, 4) or None; a frame without a pose fires no bolts.
         K: (3, 3) camera matrix.
         path: `.gif` or `.mp4`; replaced only when the whole clip is made.
         fps, source_fps: of the file and of the frames; real time is kept by leaving frames out or showing them twice.
@@ -2453,13 +2471,13 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
         ValueError: no frames, numbers that differ, a rate that is not positive (or over 100 in a GIF), another suffix, a first frame that
         cannot be read.
     """
-    frames = list(frames)
-    if not frames or len(frames) != len(poses):
-        raise ValueError(f"expected as many poses as frames and at least one, got {len(frames)} frames and {len(poses)} poses")
+    frames = frames if isinstance(frames, Clip) else list(frames)
+    if not poses or (isinstance(frames, list) and len(frames) != len(poses)):
+        raise ValueError(f"expected as many poses as frames and at least one, got {len(list(frames))} frames and {len(poses)} poses")
     poses = [None if pose is None else _check_array(pose, (4, 4), f"pose of frame {i}") for i, pose in enumerate(poses)]
     if not source_fps > 0:
         raise ValueError(f"expected positive rates, got source_fps {source_fps}")
-    write_clip(lambda shown: _drawn(frames, poses, K, shown, lasers or Lasers(source_fps), mesh, progress), len(frames), path, fps, source_fps)
+    write_clip(lambda shown: _drawn(frames, poses, K, shown, lasers or Lasers(source_fps), mesh, progress), len(poses), path, fps, source_fps)
 
 
 def write_clip(draw, count, path, fps=25, source_fps=30):
@@ -2490,19 +2508,33 @@ def write_clip(draw, count, path, fps=25, source_fps=30):
 def _drawn(frames, poses, K, shown, lasers, mesh, progress):
     """Yield the chosen frames with their bolts."""
     triangles = None if mesh is None else occluder(mesh)
-    image, step = None, -1
-    for i in tqdm(shown, desc="drawing", unit="frame", disable=not progress):
-        try:
-            image = frames[i] if isinstance(frames[i], np.ndarray) else read_image(frames[i])
-        except (ValueError, FileNotFoundError) as error:
-            if image is None:
-                raise
-            warnings.warn(f"frame {i} repeats the one before: {error}", stacklevel=2)
+    step = -1
+    for i, image in zip(tqdm(shown, desc="drawing", unit="frame", disable=not progress), at_frames(frames, shown)):
         while step < i:  # frames that are left out count too
             step += 1
             bolts = lasers.step(poses[step])
         depth = None if triangles is None or poses[i] is None else mesh_depth(triangles, poses[i], K, *image.shape[1::-1])
         yield draw_bolts(image, bolts, K, depth)
+
+
+def at_frames(frames, shown):
+    """Yield frames (H, W, 3) uint8 by their numbers, which must not fall; see `animate` for what frames can be."""
+    image, last, rest = None, -1, iter(frames)
+    for i in shown:
+        while last < i:
+            last += 1
+            item = next(rest, (None, "the clip is shorter than the poses"))
+            if last < i and not isinstance(item, tuple):
+                continue  # arrays and paths that are not shown need not be read
+            try:
+                if isinstance(item, tuple) and item[0] is None:
+                    raise ValueError(item[1])
+                image = item[0] if isinstance(item, tuple) else item if isinstance(item, np.ndarray) else read_image(item)
+            except (ValueError, FileNotFoundError) as error:
+                if image is None and last == i:
+                    raise
+                warnings.warn(f"frame {last} repeats the one before: {error}", stacklevel=2)
+        yield image
 
 
 def _write_gif(pictures, path, fps):

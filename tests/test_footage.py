@@ -8,6 +8,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import cv2
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
@@ -190,6 +191,22 @@ def test_a_video_with_damage_in_the_middle_never_stops_without_a_word(flight, tm
     read = list(xu.Clip(tmp_path / "hurt.mkv"))
     good = [frame for frame, _ in read if frame is not None]
     assert len(good) > 20 and (len(good) >= 56 or "breaks off" in read[-1][1])
+
+
+def test_a_distorted_clip_is_straightened(flight, tmp_path):
+    """A grid seen through a barrel lens comes out straight."""
+    K, coefficients = xu.lens_camera(256, 256), [-0.3, 0.1, 0, 0]
+    rows, columns = np.mgrid[:256, :256] + 0.5
+    rays = cv2.undistortPoints(np.stack([columns, rows], -1).reshape(-1, 1, 2).astype(np.float64), K, np.array(coefficients)).reshape(256, 256, 2)
+    seen = (127 + 120 * np.sin(40 * rays)).astype(np.uint8)
+    clip = xu.Clip(folder_of(tmp_path, [np.dstack([seen, seen[..., :1]])]))
+    clip.undistort(K, coefficients)
+    (straight, _), = clip
+    expected = 127 + 120 * np.sin(40 * ((np.stack([columns, rows], -1) - 128) / K[0, 0]))
+    inner = np.s_[40:216, 40:216]
+    assert np.abs(straight[..., :2].astype(float) - expected)[inner].mean() < 8 < np.abs(seen.astype(float) - expected)[inner].mean()
+    with pytest.raises(ValueError, match="coefficients: expected OpenCV's"):
+        clip.undistort(K, [0.1])
 
 
 # ------------------------------------------------------------ tracking footage
