@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: animation test lab data train eval notebooks clean
+.PHONY: animation test lab data train eval bench notebooks clean
 
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1
 
@@ -37,8 +37,13 @@ data: $(STAMP)
 train: $(STAMP)
 	$(RUN_NOTEBOOK) --inplace notebooks/train.ipynb
 
+# The panel goes to the terminal, weights/xwing_eval.json and the README.
 eval: $(STAMP)
 	$(RUN_NOTEBOOK) --inplace notebooks/eval.ipynb
+	@$(BIN)/python -c 'import json, xwing_utils as xu; r = json.load(open("weights/xwing_eval.json")); print(xu.results_table(r["figures"], r["intervals_95"]))'
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench.py
 
 # Execute all four notebooks in place and keep their outputs (training in its short mode).
 notebooks: $(STAMP)
