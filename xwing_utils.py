@@ -1821,7 +1821,7 @@ def lens_camera(width, height, focal=35.0, sensor=36.0):
 
 
 class Clip:
-    """The frames of a folder of numbered JPEGs, a video file or a GIF, one at a time, never all at once.
+    """The frames of a folder of numbered JPEGs or PNGs (0.jpg, shot_0017.png), a video file or a GIF, one at a time, never all at once.
 
         clip = Clip("flight.mp4")
         for frame, fault in clip:  # (H, W, 3) uint8 RGB and "", or None and what is wrong with this frame
@@ -1838,7 +1838,7 @@ class Clip:
             raise ValueError(f"step: expected at least 1, got {step}")
         if not self.source.exists():
             raise FileNotFoundError(f"{source}: no such folder or file; give a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
-        self.paths = list_frames(self.source) if self.source.is_dir() else None
+        self.paths = _numbered_pictures(self.source) if self.source.is_dir() else None
         self._maps = None
         first = next((frame for frame, _ in self._frames() if frame is not None), None)
         if first is None:
@@ -1912,6 +1912,12 @@ class Clip:
             yield None, f"{self.source}: cannot be read as a video from here on ({why})"
         finally:
             reader.close()
+
+
+def _numbered_pictures(folder):
+    """The pictures of a folder whose names end in a number, in its order."""
+    found = [(re.search(r"\d+$", path.stem), path) for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return [path for _, _, path in sorted((int(number[0]), path.name, path) for number, path in found if number)]
 
 
 def letterbox(image, size):

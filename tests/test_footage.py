@@ -130,11 +130,17 @@ def test_frames_of_any_size_give_the_same_pose(detector, flight, flight_K, shape
 # ------------------------------------------------------------ clips
 
 
-@pytest.mark.parametrize("kind", ["folder", "mp4", "gif"])
+@pytest.mark.parametrize("kind", ["folder", "pictures", "mp4", "gif"])
 def test_every_kind_of_clip(flight, tmp_path, kind):
     frames = flight[:10]
     if kind == "folder":
         source = folder_of(tmp_path / "frames", frames)
+    elif kind == "pictures":
+        source = tmp_path / "frames"
+        source.mkdir()
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame).save(source / f"shot_{i + 95:d}.png")
+        (source / "notes 1.txt").write_text("not a frame")
     elif kind == "mp4":
         source = film_of(tmp_path / "a.mp4", frames, 24)
     else:
@@ -143,7 +149,7 @@ def test_every_kind_of_clip(flight, tmp_path, kind):
     clip = xu.Clip(source)
     read = list(clip)
     assert len(read) == clip.count == 10 and (clip.width, clip.height) == (256, 256)
-    assert clip.fps == {"folder": None, "mp4": 24, "gif": 20}[kind]
+    assert clip.fps == {"folder": None, "pictures": None, "mp4": 24, "gif": 20}[kind]
     assert all(fault == "" and np.abs(frame.astype(int) - true).mean() < 8 for (frame, fault), true in zip(read, frames))
     assert len(list(clip)) == 10  # can be read again
     assert len(list(xu.Clip(source, step=3))) == xu.Clip(source, step=3).count == 4
@@ -172,6 +178,12 @@ def test_what_is_no_clip(tmp_path, name, content, error):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=f"{name}: .*expected a folder|{name}: no such"):
         xu.Clip(tmp_path / name)
+
+
+def test_a_folder_without_frames(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no number in its name")
+    with pytest.raises(ValueError, match="holds no frame that can be read; expected a folder of frames"):
+        xu.Clip(tmp_path)
 
 
 def test_a_video_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp_path):
