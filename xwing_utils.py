@@ -33,6 +33,7 @@ import warnings
 from pathlib import Path
 
 import cv2
+import joblib
 import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -1330,7 +1331,9 @@ class PoseEstimate:
     misfit: float = np.inf  # root of chi square per degree of freedom: 1 where errors are as large as expected
     agreeing: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     second: np.ndarray | None = None  # (4, 4) the best pose that is turned by more than 30 degrees against this one
+    second_covariance: np.ndarray | None = None  # (6, 6)
     margin: float = np.inf  # how much worse the second fits all points: difference of the robust costs, as of log-likelihoods
+    explained: float = np.nan  # share of the frame's contrast that the ship explains at this pose, once `Aligner.settle` has looked at the pixels
 
     @property
     def rotation_deviation(self):
@@ -1502,8 +1505,10 @@ class _Problem:
         else:
             reason = ""
         errors = (distances * self.deviation)[agreeing]
+        second = others[0][2] if others else None
+        also = np.zeros(0, bool) if second is None else self.distances(second) < MAX_DEVIATIONS
         return PoseEstimate(pose, covariance, not reason, reason, float(np.sqrt((errors**2).mean())) if count else np.inf, misfit, where,
-                            others[0][2] if others else None, margin)
+                            second, self.covariance(second, also) if also.sum() >= 4 else None, margin)
 
 
 def _mirrored_in_depth(pose):
@@ -1612,12 +1617,334 @@ def _read_or_warn(path, size):
         return None
 
 
+# ============================================================ pose from pixels
+
+NOISE = 4.0  # grey levels: no pixel is trusted further than that
+WORKING_SIZE = 110  # pixels: a ship that spans more is aligned on a smaller picture
+INDEPENDENT = 0.06  # share of the pixels whose errors count as independent of each other
+CLEAR = 8.0  # margin from which a pose needs no comparison with others, in units of log-likelihood
+MIN_EXPLAINED = 0.42  # share of a frame's contrast that a rendering must explain, 0 to 1
+FAINT = 30.0  # contrast, in units of log-likelihood, below which there is nothing to explain
+WELL_EXPLAINED = 0.57  # share from which no other poses are looked for
+NEGLIGIBLE = 0.05  # gain in log-likelihood that is not worth another step
+HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship's long axis
+SUPERSAMPLING = 3  # per pixel and direction
+
+
+class Aligner:
+    """Refines poses on the pixels themselves: the mesh is rendered, and its pose moved until rendering and frame agree.
+
+        align = Aligner(load_mesh("data/xwing.obj"))
+        pose, covariance = align(image, pose, K)
+
+    Neither paint nor light need be known: with each step one colour is solved for for every material, and a light that varies smoothly with a
+    surface's direction. What the ship does not cover is taken from the pixels around it. Pixels that cannot be explained (shadows, stars) lose their
+    weight. A coarse picture first brings the pose near, then a finer one makes it exact: errors of several pixels are mended, but the pose must be
+    known roughly (see `estimate_frame`).
+
+    Source: Lucas and Kanade, IJCAI 1981, and Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on brightness); Ramamoorthi and Hanrahan, SIGGRAPH
+        2001 (nine spherical harmonics hold diffuse light); Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are eliminated).
+    """
+
+    def __init__(self, mesh):
+        """mesh: from `load_mesh`."""
+        triangles, counts = mesh_triangles(mesh), [len(faces) for _, faces, _ in mesh.values()]
+        normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+        area = np.linalg.norm(normals, axis=1)
+        solid = area > 1e-12
+        self.triangles, self.normals = triangles[solid], normals[solid] / area[solid, None]
+        self.middles = self.triangles.mean(1)
+        self.material = np.eye(len(mesh))[np.repeat(np.arange(len(mesh)), counts)[solid]]  # (T, M), one 1 a row
+        self.albedo = np.repeat([colour.mean() for *_, colour in mesh.values()], counts)[solid, None]
+        self.stiffness = np.diag(np.concatenate([np.full(len(mesh), 0.1), np.ones(8)]))  # pulls colours and light a little towards 0
+
+    def __call__(self, image, pose, K, covariance=None):
+        """Refine a pose.
+
+        Args:
+            image: (H, W, 3) uint8.
+            pose: (4, 4) model -> OpenCV camera, off by a few pixels at most.
+            K: (3, 3).
+            covariance: (6, 6) of that pose, as in `PoseEstimate`, or None. With it, what the pixels leave open stays as it was.
+        Returns:
+            pose (4, 4) and covariance (6, 6), or None where too little of the ship is in the frame or the pose runs away.
+        """
+        prior = None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
+        for factor in (2, 1):
+            found = self._descend(image, pose, K, factor * self._shrink(pose, K), prior)
+            if found is None:
+                return None
+            pose, information = found
+        return pose, np.linalg.inv(information)
+
+    def settle(self, image, estimate, K):
+        """The estimate of a frame, refined and judged anew on the pixels: a `PoseEstimate`.
+
+        Where the keypoints leave a doubt, or the refined pose explains the frame badly, other poses are tried too, on the coarse level: the
+        estimate's second, what both may be mistaken for, and turns of the best ones. Pixels and keypoints together decide. Accepted if at least
+        MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone gave the same pose), and no pose turned by more than 30
+        degrees comes within MIN_MARGIN.
+        """
+        if estimate.pose is None:
+            return estimate
+        first = self(image, estimate.pose, K, estimate.covariance)
+        found = [] if first is None else [(0.0, *first)]
+        if not (found and estimate.accepted and estimate.margin >= CLEAR and self._rank(image, found, K)[1] >= WELL_EXPLAINED):
+            found += self._search(image, estimate, K)
+        if not found:
+            return dataclasses.replace(estimate, accepted=False, reason=estimate.reason or "too little of the ship is in sight")
+        ranked, explained = self._rank(image, found, K)
+        (cost, index, pose), *others = _distinct(ranked, 30)
+        margin = others[0][0] - cost if others else estimate.margin
+        agreed = estimate.accepted and rotation_error(pose, estimate.pose) < 30  # two witnesses need less each
+        if explained < (MIN_EXPLAINED / 2 if agreed else MIN_EXPLAINED):
+            reason = f"the pose explains only {explained:.0%} of what is seen"
+        elif margin < MIN_MARGIN:
+            reason = "a pose turned by more than 30 degrees fits nearly as well"
+        else:
+            reason = ""
+        second = (others[0][2], found[others[0][1]][2]) if others else (estimate.second, estimate.second_covariance)
+        return dataclasses.replace(estimate, pose=pose, covariance=found[index][2], accepted=not reason, reason=reason, margin=margin,
+                                   explained=explained, second=second[0], second_covariance=second[1])
+
+    def _search(self, image, estimate, K):
+        """Refined poses that the frame may show besides the estimate's: a list of (cost by the keypoints, pose, covariance)."""
+        margin = min(max(estimate.margin, 0.0), CLEAR)
+        shrink, found = 2 * self._shrink(estimate.pose, K), []
+
+        def attempt(pose, cost):
+            rough = self._descend(image, pose, K, shrink, None)
+            if rough is not None:
+                found.append((cost, rough[0], None))
+
+        for pose in (estimate.pose, *([] if estimate.second is None else [estimate.second])):
+            for other in (pose, pose @ HALF_ROLL, _mirrored_in_depth(pose), _mirrored_in_depth(pose @ HALF_ROLL)):
+                attempt(other, 0.0 if other is estimate.pose else margin)
+        if not found:
+            return []
+        for _, index, best in _distinct(self._rank(image, found, K, shrink)[0], 30)[:2]:
+            for turn in np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)]):
+                turned = best.copy()
+                turned[:3, :3] = cv2.Rodrigues(turn)[0] @ best[:3, :3]
+                attempt(turned, found[index][0])
+        refined = []
+        for _, index, pose in _distinct(self._rank(image, found, K, shrink)[0], 3)[:4]:
+            fine = self._descend(image, pose, K, shrink // 2, None)
+            if fine is not None:
+                refined.append((found[index][0], fine[0], np.linalg.inv(fine[1])))
+        return refined
+
+    def _rank(self, image, found, K, shrink=None):
+        """Some (cost by the keypoints, pose, covariance) as (cost, index, pose), best first, and the share of the contrast that the best explains."""
+        costs, none = self.misfits(image, [pose for _, pose, _ in found], K, shrink)
+        costs = costs + [cost for cost, *_ in found]
+        order = np.argsort(costs, kind="stable")
+        return [(float(costs[i]), int(i), found[i][1]) for i in order], float(none - costs[order[0]]) / max(none, FAINT)
+
+    def misfits(self, image, poses, K, shrink=None):
+        """How badly the frame is explained by each of some poses, (len(poses),), and by a smooth sky alone, a number: costs over the same pixels.
+
+        They are negative log-likelihoods but for a constant, so that their differences compare poses. `shrink` is by how much the frame is shrunk,
+        None for what the ship's size asks for.
+        """
+        pixels = np.concatenate([project_pose(self.middles, pose, K) for pose in poses])
+        view = _View(image, K, pixels, shrink or max(self._shrink(pose, K) for pose in poses))
+        if view.image is None:
+            return np.zeros(len(poses)), 0.0
+        rendered = [self._render(pose, view) for pose in poses]
+        ship = cv2.dilate(np.max([r.cover for r in rendered], axis=0), np.ones((5, 5))) > 0.01
+        residuals = [(view.image - self._paint(view, r)[0])[ship] for r in rendered]
+        row, column = (2 * part / max(ship.shape) - 1 for part in np.nonzero(ship))
+        smooth = np.column_stack([row**i * column**j for i in range(4) for j in range(4 - i)])  # a sky that changes gently
+        residuals.append(view.image[ship] - smooth @ np.linalg.lstsq(smooth, view.image[ship], rcond=None)[0])
+        costs = np.array([_robust_cost(residual, 2 * NOISE) for residual in residuals])
+        return costs[:-1], float(costs[-1])
+
+    def _shrink(self, pose, K):
+        span = np.ptp(project_pose(BOUNDING_BOX, pose, K), axis=0).max()
+        return max(1, int(np.ceil(span / WORKING_SIZE))) if np.isfinite(span) else 1
+
+    def _descend(self, image, pose, K, shrink, prior, rounds=8):
+        """Levenberg-Marquardt on one level: the pose and its information (6, 6), or None."""
+        damping, whole = 1e-3, None
+        for _ in range(rounds):
+            if whole is None or rotation_error(pose, whole) > 3:  # other triangles come into sight
+                view, whole = _View(image, K, project_pose(self.middles, pose, K), shrink), pose
+                if view.image is None:
+                    return None
+                rendering = self._render(pose, view)
+                if len(rendering.where) < 50:
+                    return None
+                picture, spread = self._paint(view, rendering)
+            information, gradient = self._linearise(pose, view, rendering, picture, spread)
+            if prior is not None:
+                information, gradient = information + prior[1], gradient - prior[1] @ _step_between(pose, prior[0])
+            cost, moved = _robust_cost(view.image - picture, spread, pose, prior), None
+            while damping < 10:
+                step = np.linalg.lstsq(information + damping * np.diag(np.diag(information)), gradient, rcond=1e-9)[0]
+                if gradient @ step < 2 * NEGLIGIBLE:
+                    break
+                if np.abs(step[:3]).max() < 0.5:
+                    trial = pose.copy()
+                    trial[:3, :3], trial[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
+                    if (self.middles @ trial[2, :3] + trial[2, 3] > 1e-3).all():
+                        drawn = self._render(trial, view, rendering)
+                        if len(drawn.where) >= 50:
+                            painted, wider = self._paint(view, drawn)
+                            if _robust_cost(view.image - painted, spread, trial, prior) < cost:
+                                pose, moved, rendering, picture, spread, damping = trial, step, drawn, painted, wider, damping / 10
+                                break
+                damping *= 100
+            if moved is None:
+                break
+        return (pose, information) if np.linalg.cond(information) < 1e12 else None
+
+    def _render(self, pose, view, last=None):
+        """What each pixel shows; with an earlier rendering of nearly the same pose only the triangles that showed there are drawn, much faster."""
+        s, (height, width) = SUPERSAMPLING, view.image.shape[:2]
+        chosen = np.arange(len(self.triangles)) if last is None else last.chosen
+        shown = triangle_map(self.triangles[chosen], pose, view.K * [[s], [s], [1]], width * s, height * s)
+        if last is None:
+            kept, shown = np.unique(shown, return_inverse=True)
+            shown = shown.reshape(height * s, width * s) - (kept[0] < 0)
+            chosen = chosen[kept[kept >= 0]]
+        seen, normals = self.middles[chosen] @ pose[:3, :3].T + pose[:3, 3], self.normals[chosen] @ pose[:3, :3].T
+        normals *= -np.sign((normals * seen).sum(1, keepdims=True))  # towards the camera
+        x, y, z = normals.T
+        light = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
+        basis = np.column_stack([self.material[chosen], self.albedo[chosen] * light, np.ones(len(chosen))])
+        basis = np.concatenate([basis, np.zeros((1, basis.shape[1]))]).astype(np.float32)  # the last row is for -1, no ship
+        blocks = shown.reshape(height, s, width, s).swapaxes(1, 2).reshape(height * width, s * s)
+        where = np.flatnonzero((blocks >= 0).any(1))
+        basis = basis[blocks[where]].mean(1)
+        cover, depth = np.zeros((height, width), np.float32), np.full((height, width), np.inf, np.float32)
+        cover.flat[where] = basis[:, -1]
+        depth.flat[where] = np.append(seen[:, 2], np.inf)[blocks[where]].min(1)
+        return _Rendering(where, basis[:, :-1], cover, cv2.erode(depth, np.ones((3, 3))), chosen)  # at a rim, the nearer side is what moves
+
+    def _paint(self, view, rendering):
+        """Solve for colours and light: the picture (h, w, 3), and the spread of what remains, grey levels."""
+        where, basis = rendering.where, rendering.basis
+        picture = (1 - rendering.cover[..., None]) * _surroundings(view.image, rendering.cover)
+        target = (view.image - picture).reshape(-1, 3)[where]
+        weight = np.ones(len(where), np.float32)
+        for _ in range(3):  # iteratively reweighted least squares
+            weighted = basis.T * weight
+            colours = np.linalg.solve(weighted @ basis + self.stiffness, weighted @ target)
+            errors = np.sqrt(((target - basis @ colours) ** 2).mean(1))
+            spread = max(NOISE, 1.4826 * float(np.median(errors)))
+            weight = (1 / (1 + (errors / (CAUCHY * spread)) ** 2)).astype(np.float32)
+        picture.reshape(-1, 3)[where] += basis @ colours
+        return picture, spread
+
+    def _linearise(self, pose, view, rendering, picture, spread):
+        """Information (6, 6) and gradient (6,) for a step that turns the pose in camera axes, and moves it; colours and light go along with it."""
+        height, width = rendering.cover.shape
+        rim = np.isfinite(rendering.depth)
+        rim.flat[rendering.where] = False
+        pixels = np.concatenate([rendering.where, np.flatnonzero(rim)])
+        basis = np.zeros((len(pixels), rendering.basis.shape[1]), np.float32)
+        basis[: len(rendering.where)] = rendering.basis
+        residual = (view.image - picture).reshape(-1, 3)[pixels]
+        weight = INDEPENDENT / spread**2 / (1 + (residual**2).mean(1) / (CAUCHY * spread) ** 2)
+        slope_y, slope_x = (slope.reshape(-1, 3)[pixels] for slope in np.gradient(picture, axis=(0, 1)))
+        z = rendering.depth.ravel()[pixels]
+        fx, fy = view.K[0, 0] / z, view.K[1, 1] / z
+        x, y = (pixels % width + 0.5 - view.K[0, 2]) / fx, (pixels // width + 0.5 - view.K[1, 2]) / fy
+        point = np.column_stack([x, y, z]) - pose[:3, 3]
+        across, down = np.column_stack([fx, 0 * z, -fx * x / z]), np.column_stack([0 * z, fy, -fy * y / z])  # d pixel / d point
+        flow = [np.column_stack([np.cross(point, d), d])[:, None] for d in (across, down)]  # d pixel / d step
+        jacobian = -(slope_x[..., None] * flow[0] + slope_y[..., None] * flow[1])  # (P, 3, 6) of the residual's explanation
+        weighted = basis.T * weight
+        inner = np.linalg.inv(weighted @ basis + self.stiffness * INDEPENDENT / spread**2)
+        information, gradient = np.zeros((6, 6)), np.zeros(6)
+        for colour in range(3):
+            j, r = jacobian[:, colour], residual[:, colour]
+            mixed = weighted @ j
+            information += (j.T * weight) @ j - mixed.T @ inner @ mixed
+            gradient += (j.T * weight) @ r - mixed.T @ inner @ (weighted @ r)
+        return information, gradient
+
+
+def settle_frames(aligner, frames, estimates, K, progress=True):
+    """`Aligner.settle` for many frames, on all cores.
+
+    Args:
+        aligner: `Aligner`.
+        frames: iterable of (H, W, 3) uint8, read as they are needed; one that is None keeps its estimate.
+        estimates: list of N `PoseEstimate`.
+        K: (3, 3).
+    Returns:
+        list of N `PoseEstimate`.
+    """
+    tasks = (joblib.delayed(_settle)(aligner, frame, estimate, K) for frame, estimate in zip(frames, estimates))
+    settled = joblib.Parallel(n_jobs=-1, return_as="generator")(tasks)
+    return list(tqdm(settled, total=len(estimates), desc="aligning", unit="frame", disable=not progress))
+
+
+def _settle(aligner, frame, estimate, K):
+    cv2.setNumThreads(1)  # the frames are what is shared out
+    return estimate if frame is None else aligner.settle(frame, estimate, K)
+
+
+@dataclasses.dataclass
+class _Rendering:
+    where: np.ndarray  # (P,) the pixels, flat, that the ship covers at least in part
+    basis: np.ndarray  # (P, M + 8) what multiplies the colours and the light's harmonics there
+    cover: np.ndarray  # (h, w) share of each pixel
+    depth: np.ndarray  # (h, w) of the nearest surface in each pixel or beside it
+    chosen: np.ndarray  # (T,) the triangles that were drawn
+
+
+class _View:
+    """The part of a frame about some points, shrunk; its image is None where they lie outside."""
+
+    def __init__(self, image, K, points, shrink, margin=8):
+        size = np.array(image.shape[1::-1])
+        low = np.floor(points.min(0) / shrink - margin).clip(0, size // shrink).astype(int) * shrink
+        high = np.ceil(points.max(0) / shrink + margin).clip(0, size // shrink).astype(int) * shrink
+        self.image = None
+        if np.isfinite(points).all() and (high - low >= 8 * shrink).all():
+            part = image[low[1] : high[1], low[0] : high[0]]
+            self.image = cv2.resize(part, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA).astype(np.float32)
+            self.K = (K - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]) / [[shrink], [shrink], [1]]
+
+
+def _step_between(pose, start):
+    """(6,) the turn in camera axes and the shift that lead from one pose to another."""
+    return np.concatenate([cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0].ravel(), pose[:3, 3] - start[:3, 3]])
+
+
+def _robust_cost(residual, spread, pose=None, prior=None):
+    """Negative log-likelihood of grey levels (h, w, 3), but for a constant, and of a pose."""
+    squared = (residual**2).mean(-1) / (CAUCHY * spread) ** 2
+    cost = 1.5 * INDEPENDENT * CAUCHY**2 * float(np.log1p(squared).sum(dtype=float))
+    if prior is not None:
+        step = _step_between(pose, prior[0])
+        cost += 0.5 * step @ prior[1] @ step
+    return cost
+
+
+def _surroundings(image, cover):
+    """The picture (h, w, 3) float32 without the ship: each pixel from those around it that are not covered."""
+    free = (cv2.dilate(cover, np.ones((5, 5))) < 0.01).astype(np.float32)[..., None]
+    total, weight = np.zeros_like(image), np.full_like(free, 1e-12)
+    layers = np.concatenate([image * free, free], axis=2)
+    for reach in (3, 12, 48):  # what is near counts most
+        blurred = cv2.blur(layers, (2 * reach + 1, 2 * reach + 1), borderType=cv2.BORDER_REFLECT)
+        total, weight = total + blurred[..., :3] / reach**6, weight + blurred[..., 3:] / reach**6
+    return total / weight
+
+
 # ============================================================ tracking in time
 
 GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a measured pose may differ from the predicted one
 GAP = 0.5  # seconds without a measurement that are bridged
 START = 3.0  # margin over a second pose with which a track may start, in units of log-likelihood
 AGILITY = 3.0, 0.7  # spectral density of the acceleration: rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
+SKIP, DOUBT, JUMP = 4.0, 2.0, 12.0  # cost of leaving a frame out of a sequence, of a rejected pose, of a leap; in units of log-likelihood
+DESPAIR = 6.0  # sum of what frames say against a track, at most DOUBT each, at which it is given up
+TURN = 180.0  # degrees a second that cost nothing in a sequence
 MEASURED = 1.5  # factor on the claimed standard deviation of a measured pose: its errors last for several frames
 
 
@@ -1682,9 +2009,10 @@ class Tracker:
 
     A Kalman filter on SE(3) with constant velocity. The predicted pose helps to choose among the poses that a frame allows; a measured pose
     further off than GATE is not believed. Gaps of up to GAP seconds are bridged by the prediction; then the ship is lost, until a frame
-    shows it clearly (START).
+    shows it clearly (START). A track that the frames themselves speak against (a ship that was taken up the wrong way round) is given up.
 
-    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation, 2001 (white-noise acceleration, gating);
+    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation, 2001 (white-noise acceleration, gating); Page,
+    Continuous Inspection Schemes, Biometrika 41, 1954 (giving up: a sum of evidence that is not let below 0);
     Sola, Deray, Atchuthan, A micro Lie theory for state estimation in robotics, 2018 (errors as rotation vectors).
     """
 
@@ -1693,12 +2021,19 @@ class Tracker:
         if not fps > 0:
             raise ValueError(f"fps: expected a positive number of frames a second, got {fps}")
         self.K, self.seconds, self.frames = _check_camera_matrix(K), 1 / fps, [] if keep else None
-        self.motion, self.unseen = None, 0.0
+        self.motion, self.unseen, self.doubt = None, 0.0, 0.0
 
     def update(self, keypoints, confidence, deviation=None):
         """Take the next frame's keypoints (C, 2), confidence (C,) and deviation (C,), see `detect_frames`, and return its `TrackedPose`."""
         expected = None if self.motion is None else self.motion.after(self.seconds)[0].pose
-        return self.take(estimate_frame(keypoints, self.K, confidence, deviation, expected))
+        estimate = estimate_frame(keypoints, self.K, confidence, deviation, expected)
+        if expected is not None and estimate.pose is not None:
+            in_favour = estimate.margin - PRIOR if rotation_error(estimate.pose, expected) < 30 else -estimate.margin  # what the frame alone says
+            self.doubt = max(self.doubt - float(np.clip(in_favour, -DOUBT, DOUBT)), 0.0)
+            if self.doubt > DESPAIR:
+                self.motion, self.doubt = None, 0.0
+                estimate = estimate_frame(keypoints, self.K, confidence, deviation)
+        return self.take(estimate)
 
     def take(self, estimate):
         """Take the next frame's `PoseEstimate` and return its `TrackedPose`; `update` for who has made the estimate."""
@@ -1754,35 +2089,78 @@ def smooth(tracker):
     return smoothed[::-1]
 
 
-def track_clip(keypoints, confidence, deviation, K, fps=30.0):
+def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner=None, progress=True):
     """Track a finished clip, every frame with what is known from both sides.
 
-    The clip is tracked forwards and backwards, so that each way can settle what the other finds ambiguous; the poses that either has measured go
-    through the filter once more and are smoothed.
+    Each frame proposes a pose and a second one (`estimate_frame`, and with the pixels `Aligner.settle`); the sequence that turns least against what
+    the frames say is chosen for the whole clip at once, filtered and smoothed. With the pixels, frames that were left out try again from where
+    the track expects the ship.
 
     Args:
         keypoints, confidence, deviation: (N, C, 2), (N, C), (N, C), see `detect_frames` and `point_deviation`.
         K, fps: see `Tracker`.
+        clip, aligner: `Clip`, or another iterable of N (frame or None, fault) that can be read twice, and `Aligner`; None leaves the pixels out.
     Returns:
         list of N `TrackedPose`. Gaps of up to GAP seconds between tracked frames are "predicted"; longer ones, and what comes before the
         first or after the last tracked frame, are "lost" and have no pose.
+    Source: Viterbi, IEEE Trans. Information Theory 13(2), 1967 (the best sequence).
     """
-    frames, ways = list(zip(keypoints, confidence, deviation)), []
-    for way in (frames, frames[::-1]):
-        tracker = Tracker(K, fps, keep=True)
-        for frame in way:
-            tracker.update(*frame)
-        ways.append([(tracked.status == "tracked", estimate) for tracked, *_, estimate in tracker.frames])
+    estimates = [estimate_frame(k, K, c, d) for k, c, d in zip(keypoints, confidence, deviation)]
+    if aligner is not None:
+        estimates = settle_frames(aligner, (frame for frame, _ in clip), estimates, K, progress)
+    chosen = _best_sequence(estimates, fps)
+    track = _smoothed(chosen, K, fps)
+    left_out = [i for i, t in enumerate(track) if t.status == "predicted"] if aligner is not None else []
+    if left_out:
+        again = settle_frames(aligner, (frame for i, (frame, _) in enumerate(clip) if i in left_out),
+                              [PoseEstimate(track[i].pose, track[i].covariance, True) for i in left_out], K, progress)
+        for i, estimate in zip(left_out, again):
+            if estimate.accepted and rotation_error(estimate.pose, track[i].pose) < 30:
+                chosen[i] = dataclasses.replace(estimate, margin=np.inf)
+        track = _smoothed(chosen, K, fps)
+    return track
+
+
+def _smoothed(estimates, K, fps):
     tracker = Tracker(K, fps, keep=True)
-    for (measured, estimate), (instead, other) in zip(ways[0], reversed(ways[1])):
-        estimate = other if instead and not measured else estimate
-        tracker.take(dataclasses.replace(estimate, margin=np.inf) if measured or instead else dataclasses.replace(estimate, accepted=False))
+    for estimate in estimates:
+        tracker.take(estimate)
     track = smooth(tracker)
     tracked = np.array([t.status == "tracked" for t in track])
     for start, end in _runs(~tracked):
         if start == 0 or end == len(track) or end - start > GAP * fps:
             track[start:end] = [TrackedPose("lost", reason=t.reason) for t in track[start:end]]
     return track
+
+
+def _best_sequence(estimates, fps):
+    """The estimates with each one's pose or second pose, or not accepted where neither suits: what costs and turns least over the clip."""
+    nodes = []  # (frame, estimate, cost)
+    for i, e in enumerate(estimates):
+        if e.pose is not None and e.covariance is not None and (e.accepted or not e.explained < MIN_EXPLAINED):
+            nodes.append((i, dataclasses.replace(e, accepted=True, reason="", margin=np.inf), 0.0 if e.accepted else DOUBT))
+            if e.second is not None and e.second_covariance is not None:
+                second = dataclasses.replace(e, pose=e.second, covariance=e.second_covariance, accepted=True, reason="", margin=np.inf)
+                nodes.append((i, second, max(e.margin, 0.0) + nodes[-1][2]))
+    total, before, reach = [], [], int(GAP * fps + 1e-9) + 1
+    for n, (i, estimate, cost) in enumerate(nodes):
+        ways = [(SKIP * i, -1)]  # the first of all
+        for m in range(n - 1, -1, -1):
+            gap = i - nodes[m][0]
+            if gap > 0:
+                excess = max(rotation_error(estimate.pose, nodes[m][1].pose) - TURN * gap / fps, 0.0) if gap <= reach else np.inf
+                ways.append((total[m] + SKIP * (gap - 1) + min((excess / 10) ** 2 / 2, JUMP), m))
+            if gap > 4 * reach:
+                break
+        best = min(ways)
+        total.append(best[0] + cost), before.append(best[1])
+    result = [dataclasses.replace(e, accepted=False, reason=e.reason or "does not suit the frames around it") for e in estimates]
+    if nodes:
+        n = int(np.argmin([t + SKIP * (len(estimates) - 1 - node[0]) for t, node in zip(total, nodes)]))
+        while n >= 0:
+            result[nodes[n][0]] = nodes[n][1]
+            n = before[n]
+    return result
 
 
 def _runs(flags):

@@ -164,3 +164,38 @@ def test_jitter_is_the_acceleration_error(K):
     moved[:, 0, 3] += 0.5 * 2.0 * (np.arange(50) / FPS) ** 2  # an acceleration of 2 units/s^2
     assert xu.jitter(moved, truth, FPS)[1] == pytest.approx(2.0)
     assert np.isnan(xu.jitter([None] * 50, truth, FPS)).all()
+
+
+def test_a_track_that_began_the_wrong_way_round_is_given_up(K):
+    truth = flight(90)
+    keypoints, confidence, deviation = seen(truth, K)
+    tracker = xu.Tracker(K, FPS)
+    tracker.update(*(part[0] for part in (keypoints, confidence, deviation)))
+    wrong = truth[0] @ xu.HALF_ROLL
+    tracker.motion.rotation = Rotation.from_matrix(wrong[:3, :3])  # as if it had been taken up like this
+    confidence[:, 8:] *= np.random.default_rng(1).random((len(truth), 28)) < 0.25  # points of the hull are rare: flips are possible
+    track = [tracker.update(*frame) for frame in zip(keypoints[1:], confidence[1:], deviation[1:])]
+    errors = rotation_errors(track, truth[1:])
+    assert (errors[-45:] < 30).mean() > 0.95
+
+
+def test_the_best_sequence_takes_the_second_pose_where_the_frames_around_ask_for_it():
+    truth, rng = flight(40), np.random.default_rng(0)
+    covariance = np.diag([1e-4] * 6)
+    estimates = []
+    for i, pose in enumerate(truth):
+        flipped, wrong = pose @ xu.HALF_ROLL, rng.random() < 0.35 or 10 <= i < 14
+        first, second = (flipped, pose) if wrong else (pose, flipped)
+        estimates.append(xu.PoseEstimate(first, covariance, True, second=second, second_covariance=covariance, margin=2.0))
+    estimates[20] = xu.PoseEstimate(None, reason="nothing is found")
+    estimates[30] = xu.PoseEstimate(truth[0] @ xu.HALF_ROLL, covariance, True, margin=50.0)  # sure, alone and wrong
+    chosen = xu._best_sequence(estimates, FPS)
+    assert not chosen[20].accepted and chosen[20].reason == "nothing is found"
+    assert not chosen[30].accepted and "suit" in chosen[30].reason
+    assert all(xu.rotation_error(e.pose, p) < 1 for e, p in zip(chosen, truth) if e.accepted)
+    assert sum(e.accepted for e in chosen) == 38
+
+
+def test_the_best_sequence_of_nothing():
+    assert xu._best_sequence([], FPS) == []
+    assert [e.accepted for e in xu._best_sequence([xu.PoseEstimate(None)] * 3, FPS)] == [False] * 3
