@@ -1677,6 +1677,13 @@ class Aligner:
             pose, information = found
         return pose, np.linalg.inv(information)
 
+    def picture(self, image, pose, K):
+        """The part of a frame about the ship and what the pose explains of it: two pictures (h, w, 3) uint8, or None where the ship is outside."""
+        view = _View(image, K, project_pose(self.middles, pose, K), self._shrink(pose, K))
+        if view.image is None:
+            return None
+        return tuple(part.clip(0, 255).astype(np.uint8) for part in (view.image, self._paint(view, self._render(pose, view))[0]))
+
     def settle(self, image, estimate, K):
         """The estimate of a frame, refined and judged anew on the pixels: a `PoseEstimate`.
 
