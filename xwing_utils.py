@@ -1459,8 +1459,7 @@ class _Problem:
                 step = -np.linalg.solve(information + damping * np.diag(np.diag(information)), gradient)
             except np.linalg.LinAlgError:
                 break
-            moved = pose.copy()
-            moved[:3, :3], moved[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
+            moved = _moved(pose, step)
             new = linearise(moved)
             if new[0] < cost:  # false for NaN
                 done = cost - new[0] < 1e-5 * cost
@@ -1509,6 +1508,18 @@ class _Problem:
         also = np.zeros(0, bool) if second is None else self.distances(second) < MAX_DEVIATIONS
         return PoseEstimate(pose, covariance, not reason, reason, float(np.sqrt((errors**2).mean())) if count else np.inf, misfit, where,
                             second, self.covariance(second, also) if also.sum() >= 4 else None, margin)
+
+
+def _moved(pose, step):
+    """The pose after a step (6,): a turn in camera axes (rotation vector, radians), and a shift."""
+    moved = pose.copy()
+    moved[:3, :3], moved[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
+    return moved
+
+
+def _step_between(pose, start):
+    """The step (6,) that leads from `start` to `pose`, see `_moved`."""
+    return np.concatenate([cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0].ravel(), pose[:3, 3] - start[:3, 3]])
 
 
 def _mirrored_in_depth(pose):
@@ -1670,12 +1681,10 @@ class Aligner:
             pose (4, 4) and covariance (6, 6), or None where too little of the ship is in the frame or the pose runs away.
         """
         prior = None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
-        for factor in (2, 1):
-            found = self._descend(image, pose, K, factor * self._shrink(pose, K), prior)
-            if found is None:
-                return None
-            pose, information = found
-        return pose, np.linalg.inv(information)
+        rough = self._descend(image, pose, K, 2 * self._shrink(pose, K), prior)
+        pose = pose if rough is None else rough[0]  # a small ship is seen on the fine level only
+        fine = self._descend(image, pose, K, self._shrink(pose, K), prior)
+        return None if fine is None else (fine[0], np.linalg.inv(fine[1]))
 
     def picture(self, image, pose, K):
         """The part of a frame about the ship and what the pose explains of it: two pictures (h, w, 3) uint8, or None where the ship is outside."""
@@ -1731,9 +1740,7 @@ class Aligner:
             return []
         for _, index, best in _distinct(self._rank(image, found, K, shrink)[0], 30)[:2]:
             for turn in np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)]):
-                turned = best.copy()
-                turned[:3, :3] = cv2.Rodrigues(turn)[0] @ best[:3, :3]
-                attempt(turned, found[index][0])
+                attempt(_moved(best, np.append(turn, np.zeros(3))), found[index][0])
         refined = []
         for _, index, pose in _distinct(self._rank(image, found, K, shrink)[0], 3)[:4]:
             fine = self._descend(image, pose, K, shrink // 2, None)
@@ -1779,32 +1786,33 @@ class Aligner:
                 view, whole = _View(image, K, project_pose(self.middles, pose, K), shrink), pose
                 if view.image is None:
                     return None
-                rendering = self._render(pose, view)
-                if len(rendering.where) < 50:
+                drawn = self._draw(pose, view)
+                if drawn is None:
                     return None
-                picture, spread = self._paint(view, rendering)
+                _, rendering, picture, spread = drawn
             information, gradient = self._linearise(pose, view, rendering, picture, spread)
             if prior is not None:
                 information, gradient = information + prior[1], gradient - prior[1] @ _step_between(pose, prior[0])
-            cost, moved = _robust_cost(view.image - picture, spread, pose, prior), None
+            cost, moved = _robust_cost(view.image - picture, spread, pose, prior), False
             while damping < 10:
                 step = np.linalg.lstsq(information + damping * np.diag(np.diag(information)), gradient, rcond=1e-9)[0]
                 if gradient @ step < 2 * NEGLIGIBLE:
                     break
-                if np.abs(step[:3]).max() < 0.5:
-                    trial = pose.copy()
-                    trial[:3, :3], trial[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
-                    if (self.middles @ trial[2, :3] + trial[2, 3] > 1e-3).all():
-                        drawn = self._render(trial, view, rendering)
-                        if len(drawn.where) >= 50:
-                            painted, wider = self._paint(view, drawn)
-                            if _robust_cost(view.image - painted, spread, trial, prior) < cost:
-                                pose, moved, rendering, picture, spread, damping = trial, step, drawn, painted, wider, damping / 10
-                                break
+                trial = self._draw(_moved(pose, step), view, rendering) if np.abs(step[:3]).max() < 0.5 else None
+                if trial is not None and _robust_cost(view.image - trial[2], spread, trial[0], prior) < cost:
+                    (pose, rendering, picture, spread), moved, damping = trial, True, damping / 10
+                    break
                 damping *= 100
-            if moved is None:
+            if not moved:
                 break
         return (pose, information) if np.linalg.cond(information) < 1e12 else None
+
+    def _draw(self, pose, view, last=None):
+        """(pose, rendering, picture, spread) of a pose, or None where it shows too little or lies behind the camera."""
+        if not (self.middles @ pose[2, :3] + pose[2, 3] > 1e-3).all():
+            return None
+        rendering = self._render(pose, view, last)
+        return (pose, rendering, *self._paint(view, rendering)) if len(rendering.where) >= 50 else None
 
     def _render(self, pose, view, last=None):
         """What each pixel shows; with an earlier rendering of nearly the same pose only the triangles that showed there are drawn, much faster."""
@@ -1915,11 +1923,6 @@ class _View:
             part = image[low[1] : high[1], low[0] : high[0]]
             self.image = cv2.resize(part, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA).astype(np.float32)
             self.K = (K - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]) / [[shrink], [shrink], [1]]
-
-
-def _step_between(pose, start):
-    """(6,) the turn in camera axes and the shift that lead from one pose to another."""
-    return np.concatenate([cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0].ravel(), pose[:3, 3] - start[:3, 3]])
 
 
 def _robust_cost(residual, spread, pose=None, prior=None):
