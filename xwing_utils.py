@@ -280,6 +280,8 @@ def project_points(image, points, model_view_matrix, projection_matrix, transfor
     clip = points @ matrix.T
     if not (clip[:, 3] > 0).all():
         raise ValueError(f"{(~(clip[:, 3] > 0)).sum()} of {len(points)} points are at or behind the camera (or NaN) and have no projection")
+    if np.ndim(image) < 2:
+        raise ValueError(f"image: expected an array (H, W, ...), got shape {np.shape(image)}; give the frame, or np.empty((height, width))")
     height, width = np.shape(image)[:2]
     ndc = clip[:, :2] / clip[:, 3:]
     return (ndc * [1, -1] + 1) / 2 * [width, height]
@@ -1327,7 +1329,7 @@ class PoseEstimate:
     covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation (model units)
     accepted: bool = False
     reason: str = ""  # why it was not accepted
-    reprojection: float = np.inf  # pixels, root mean square over the agreeing points
+    reprojection: float = np.inf  # pixels, root mean square over the agreeing points; NaN where the pixels chose another pose
     misfit: float = np.inf  # root of chi square per degree of freedom: 1 where errors are as large as expected
     agreeing: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     second: np.ndarray | None = None  # (4, 4) the best pose that is turned by more than 30 degrees against this one
@@ -1589,19 +1591,23 @@ def detect_frames(model, paths, batch_size=16, progress=True):
 
     Args:
         model: from `load_model`.
-        paths: frames in order. One that cannot be read gives a warning and no keypoints, and the clip goes on.
+        paths: frames in order. Those that cannot be read have no keypoints and are named in one warning, and the clip goes on.
     Returns:
         keypoints (N, C, 2) pixels, NaN where none; confidence (N, C); covariance (N, C, 2, 2) square pixels, see `heatmap_covariance`.
     """
     size, count = model.settings["size"] - 2 * model.settings.get("margin", 0), model.settings["keypoints"]
     keypoints, confidence = np.full((len(paths), count, 2), np.nan), np.zeros((len(paths), count))
     covariance = np.full((len(paths), count, 2, 2), np.nan)
+    faults = []
     for start in tqdm(range(0, len(paths), batch_size), desc="tracking", unit="batch", disable=not progress):
-        frames = {i: _read_or_warn(paths[i], size) for i in range(start, min(start + batch_size, len(paths)))}
+        frames = {i: _read_or_none(paths[i], size, faults) for i in range(start, min(start + batch_size, len(paths)))}
         good = [i for i, frame in frames.items() if frame is not None]
         if good:
             images = np.stack([frames[i] for i in good])
             keypoints[good], confidence[good], covariance[good] = predict_keypoints(model, images, batch_size, channels=count, covariance=True)
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        warnings.warn(f"no pose for {len(faults)} of {len(paths)} frames: {'; '.join(faults[:3])}{more}", stacklevel=2)
     return keypoints, confidence, covariance
 
 
@@ -1620,11 +1626,11 @@ def track_frames(model, paths, K, batch_size=16, progress=True):
     return keypoints[:, :8], confidence[:, :8], poses
 
 
-def _read_or_warn(path, size):
+def _read_or_none(path, size, faults):
     try:
         return read_image(path, (size, size))
     except (ValueError, FileNotFoundError) as error:
-        warnings.warn(f"no pose for this frame: {error}", stacklevel=3)
+        faults.append(str(error))
         return None
 
 
@@ -1712,8 +1718,8 @@ class Aligner:
         ranked, explained = self._rank(image, found, K)
         (cost, index, pose), *others = _distinct(ranked, 30)
         margin = others[0][0] - cost if others else estimate.margin
-        agreed = estimate.accepted and rotation_error(pose, estimate.pose) < 30  # two witnesses need less each
-        if explained < (MIN_EXPLAINED / 2 if agreed else MIN_EXPLAINED):
+        same = rotation_error(pose, estimate.pose) < 30
+        if explained < (MIN_EXPLAINED / 2 if same and estimate.accepted else MIN_EXPLAINED):  # two witnesses need less each
             reason = f"the pose explains only {explained:.0%} of what is seen"
         elif margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
@@ -1721,7 +1727,8 @@ class Aligner:
             reason = ""
         second = (others[0][2], found[others[0][1]][2]) if others else (estimate.second, estimate.second_covariance)
         return dataclasses.replace(estimate, pose=pose, covariance=found[index][2], accepted=not reason, reason=reason, margin=margin,
-                                   explained=explained, second=second[0], second_covariance=second[1])
+                                   explained=explained, second=second[0], second_covariance=second[1],
+                                   reprojection=estimate.reprojection if same else np.nan)
 
     def _search(self, image, estimate, K):
         """Refined poses that the frame may show besides the estimate's: a list of (cost by the keypoints, pose, covariance)."""
@@ -2150,7 +2157,7 @@ def _best_sequence(estimates, fps):
         if e.pose is not None and e.covariance is not None and (e.accepted or not e.explained < MIN_EXPLAINED):
             nodes.append((i, dataclasses.replace(e, accepted=True, reason="", margin=np.inf), 0.0 if e.accepted else DOUBT))
             if e.second is not None and e.second_covariance is not None:
-                second = dataclasses.replace(e, pose=e.second, covariance=e.second_covariance, accepted=True, reason="", margin=np.inf)
+                second = dataclasses.replace(nodes[-1][1], pose=e.second, covariance=e.second_covariance, reprojection=np.nan)
                 nodes.append((i, second, max(e.margin, 0.0) + nodes[-1][2]))
     total, before, reach = [], [], int(GAP * fps + 1e-9) + 1
     for n, (i, estimate, cost) in enumerate(nodes):
