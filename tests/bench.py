@@ -89,7 +89,7 @@ def plain(count):
 def stages(count):
     """Milliseconds a frame of each stage on its own, one after another."""
     detector, K, mesh = xu.Detector(WEIGHTS), camera(), xu.load_mesh(ROOT / "data" / "xwing.obj")
-    triangles, tracker, lasers = xu.occluder(mesh), xu.Tracker(K), xu.Lasers()
+    triangles, tracker, lasers, aligner = xu.occluder(mesh), xu.Tracker(K), xu.Lasers(), xu.Aligner(mesh)
     spent, frames, drawn = {}, [], []
 
     def timed(name, work, *arguments):
@@ -109,6 +109,8 @@ def stages(count):
         points, confidence = xu.decode_heatmaps(whole, sigma / stride)
         deviation = xu.point_deviation(xu.heatmap_covariance(whole, points, sigma / stride, 20 / stride))
         tracked = timed("pose and filter", tracker.update, points * stride, confidence, deviation * stride)
+        if tracked.pose is not None:
+            timed("align on the pixels (finished clips only)", aligner, frames[-1], tracked.pose, K, tracked.covariance)
         depth = None if tracked.pose is None else timed("depth of the hull", xu.mesh_depth, triangles, tracked.pose, K, 256, 256)
         drawn.append(timed("draw", xu.draw_bolts, frames[-1], lasers.step(tracked.pose), K, depth))
     with tempfile.TemporaryDirectory() as folder:
