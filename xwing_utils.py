@@ -1,7 +1,8 @@
 """Track a known X-wing: from frames to heatmaps, from heatmaps to corners, from corners to a 6-DoF pose.
 
     model = load_model("weights/xwing.weights.h5")
-    keypoints, confidence, poses = track_frames(model, paths, K)  # (N, 8, 2) pixels, (N, 8), (4, 4) model -> camera or None
+    aligner = Aligner(load_mesh("data/xwing.obj"))
+    keypoints, confidence, poses = track_frames(model, paths, K, aligner=aligner)  # (N, 8, 2) pixels, (N, 8), (4, 4) model -> camera or None
     animate(paths, poses, K, "anim.gif")
 
 Conventions, everywhere in this module:
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import queue
@@ -1611,19 +1613,23 @@ def detect_frames(model, paths, batch_size=16, progress=True):
     return keypoints, confidence, covariance
 
 
-def track_frames(model, paths, K, batch_size=16, progress=True):
-    """Find corners and pose in every frame of a clip, each on its own: `detect_frames`, then `solve_frame`.
+def track_frames(model, paths, K, batch_size=16, progress=True, aligner=None):
+    """Find corners and pose in every frame of a clip, each on its own: `detect_frames`, `estimate_frame`, and with an aligner `Aligner.settle`.
 
     Args:
         model, paths: see `detect_frames`.
         K: (3, 3) camera matrix of the frames.
+        aligner: `Aligner`, or None for poses from the keypoints alone.
     Returns:
         keypoints (N, 8, 2), confidence (N, 8), poses: list of N (4, 4) arrays or None.
     """
     K = _check_camera_matrix(K)
     keypoints, confidence, covariance = detect_frames(model, paths, batch_size, progress)
-    poses = [solve_frame(*frame) for frame in zip(keypoints, [K] * len(paths), confidence, point_deviation(covariance))]
-    return keypoints[:, :8], confidence[:, :8], poses
+    estimates = [estimate_frame(*frame) for frame in zip(keypoints, [K] * len(paths), confidence, point_deviation(covariance))]
+    if aligner is not None:  # what could not be read has no pose to be aligned
+        frames = (None if e.pose is None else read_image(path) for path, e in zip(paths, estimates))
+        estimates = settle_frames(aligner, frames, estimates, K, progress)
+    return keypoints[:, :8], confidence[:, :8], [e.pose if e.accepted else None for e in estimates]
 
 
 def _read_or_none(path, size, faults):
@@ -1893,13 +1899,14 @@ def settle_frames(aligner, frames, estimates, K, progress=True):
 
     Args:
         aligner: `Aligner`.
-        frames: iterable of (H, W, 3) uint8, read as they are needed; one that is None keeps its estimate.
+        frames: iterable of (H, W, 3) uint8, read as they are needed; one that is None or missing keeps its estimate.
         estimates: list of N `PoseEstimate`.
         K: (3, 3).
     Returns:
         list of N `PoseEstimate`.
     """
-    tasks = (joblib.delayed(_settle)(aligner, frame, estimate, K) for frame, estimate in zip(frames, estimates))
+    frames = itertools.chain(frames, itertools.repeat(None))
+    tasks = (joblib.delayed(_settle)(aligner, frame, estimate, K) for estimate, frame in zip(estimates, frames))
     settled = joblib.Parallel(n_jobs=-1, return_as="generator")(tasks)
     return list(tqdm(settled, total=len(estimates), desc="aligning", unit="frame", disable=not progress))
 
@@ -2122,6 +2129,8 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
         first or after the last tracked frame, are "lost" and have no pose.
     Source: Viterbi, IEEE Trans. Information Theory 13(2), 1967 (the best sequence).
     """
+    if (clip is None) != (aligner is None):
+        raise ValueError("clip and aligner: give both, to align poses on the clip's pixels, or neither")
     estimates = [estimate_frame(k, K, c, d) for k, c, d in zip(keypoints, confidence, deviation)]
     if aligner is not None:
         estimates = settle_frames(aligner, (frame for frame, _ in clip), estimates, K, progress)

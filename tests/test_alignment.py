@@ -144,7 +144,9 @@ def test_many_frames_on_all_cores_are_what_one_gives(align, frames, K):
     starts = [estimate(moved(truth, 3, 0.01, i)) for i, truth in enumerate(frames[1][:4])]
     images = [None, *frames[0][1:4]]
     many = xu.settle_frames(align, iter(images), starts, K, progress=False)
-    assert many[0] is starts[0] or np.array_equal(many[0].pose, starts[0].pose)
+    assert np.array_equal(many[0].pose, starts[0].pose)
+    short = xu.settle_frames(align, iter(images[:2]), starts, K, progress=False)  # the clip breaks off
+    assert len(short) == 4 and np.array_equal(short[3].pose, starts[3].pose)
     for settled, image, start in list(zip(many, images, starts))[1:]:
         assert np.allclose(settled.pose, align.settle(image, start, K).pose, atol=1e-6)
 
@@ -179,3 +181,20 @@ def test_a_pose_where_there_is_no_ship_is_refused(align, frames, K):
         settled = align.settle(image, estimate(away, accepted=False), K)
         refused += not settled.accepted or xu.rotation_error(settled.pose, truth) < 5  # or the ship was found after all
     assert refused >= 5
+
+
+def test_frames_on_their_own_with_and_without_an_aligner(align, root, camera, K, tmp_path):
+    paths, matrices = (part[60:64] for part in xu.load_dataset(root / "data" / "frames"))
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(paths[0].read_bytes()[:2000])
+    model = xu.load_model(root / "weights" / "xwing.weights.h5")
+    with pytest.warns(UserWarning, match="no pose for 1 of 5 frames.*broken.jpg"):
+        poses = xu.track_frames(model, [*paths, broken], K, progress=False, aligner=align)[2]
+    assert poses[4] is None
+    errors = [xu.rotation_error(p, xu.pose_in_camera(camera[0], m)) for p, m in zip(poses, matrices) if p is not None]
+    assert len(errors) >= 3 and np.median(errors) < 1.5
+
+
+def test_a_clip_without_an_aligner_is_an_error(K):
+    with pytest.raises(ValueError, match="give both"):
+        xu.track_clip([], [], [], K, clip=[])
