@@ -477,4 +477,4 @@ def test_a_set_without_a_countable_frame_has_no_figures(poses, K):
 
 def test_intervals_stand_in_the_table(figures):
     table = xu.results_table(figures, {"test": {"rotation_deg_median": (0.5, 1.25)}})
-    assert "0.00° (0.50 – 1.25)" in table
+    assert "0.00° (0.50 – 1.25)" in table and "| rotation error, median | ≤ 1° |" in table  # what is wanted stands beside what is reached
