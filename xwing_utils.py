@@ -1024,7 +1024,8 @@ def load_model(path, size=None, margin=0):
                          "restore weights/ with git checkout weights") from None
     if points is not None and not (np.shape(points) == KEYPOINTS[: len(points)].shape and np.allclose(points, KEYPOINTS[: len(points)])):
         raise ValueError(f"{path}: trained on {len(points)} model points that are not those of KEYPOINTS; train again")
-    model.settings["margin"] = margin
+    if margin:
+        model.settings["margin"] = margin
     return model
 
 

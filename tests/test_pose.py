@@ -371,7 +371,7 @@ def test_results_go_between_the_readme_s_markers(figures, tmp_path):
     xu.write_results(tmp_path, figures, readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| corner error in the heatmaps, median | 0.00 px |" in text
+    assert "| corner error in the heatmaps, median | ≤ 0.5 px | 0.00 px |" in text
     assert json.loads((tmp_path / "weights" / "xwing_eval.json").read_text())["figures"]["test"]["frames"] == 50
 
 
