@@ -319,9 +319,14 @@ def project_pose(points, pose, K):
 
 
 def keypoints_of(matrices, model_view_matrix, projection_matrix, width=FRAME_SIZE, height=FRAME_SIZE, points=BOUNDING_BOX):
-    """Project model points (K, 3) under every model matrix (N, 4, 4); returns (N, K, 2) pixels."""
-    frame, points = np.empty((height, width)), to_homogeneous(points)
-    return np.array([project_points(frame, points, model_view_matrix, projection_matrix, m) for m in matrices])
+    """Project model points (K, 3) under every model matrix (N, 4, 4); returns (N, K, 2) pixels. The errors of `project_points` name the matrix."""
+    frame, points, found = np.empty((height, width)), to_homogeneous(points), np.empty((len(matrices), len(points), 2))
+    for i, matrix in enumerate(matrices):
+        try:
+            found[i] = project_points(frame, points, model_view_matrix, projection_matrix, matrix)
+        except ValueError as error:
+            raise ValueError(f"matrix {i} of {len(matrices)}: {error}") from None
+    return found
 
 
 def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
@@ -1231,8 +1236,19 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
                 save_model(self.model, folder / "best.weights.h5", training={**(facts or {}), "best_epoch": epoch + 1},
                            validation={**report, "namings": names})
 
+    class Plateau(keras.callbacks.ReduceLROnPlateau):
+        """Goes on counting the epochs without progress where an interrupted run stopped."""
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if self.best is None and (folder / "log.csv").exists():
+                with (folder / "log.csv").open() as file:
+                    for row in csv.DictReader(file):
+                        error = float(row["val_corner_px"])
+                        better = self.best is None or error < self.best - self.min_delta
+                        self.best, self.wait = (error, 0) if better else (self.best, (self.wait + 1) % self.patience)
+
     return [CornerReport(),
-            *([keras.callbacks.ReduceLROnPlateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
+            *([Plateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
             keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True),
             keras.callbacks.BackupAndRestore(str(folder / "backup"), double_checkpoint=True, delete_checkpoint=False)]
 
@@ -1322,6 +1338,7 @@ CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
 MIN_MARGIN = 1.0  # a second pose must fit worse by at least that much, in units of log-likelihood
 PRIOR = 6.0  # what a turn against the expected pose costs at most, in units of log-likelihood
 MAX_MISFIT = 1.25  # largest root of chi square per degree of freedom of the agreeing points
+HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship's long axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1430,7 +1447,7 @@ class _Problem:
         limit = MAX_DEVIATIONS * float(np.median(self.deviation[chosen]))
         wild = self.prior if self.prior is not None else ransac(points, keypoints, self.K, limit)  # the prior is as blind to wild points, and quicker
         solved = [p for p in (sqpnp(points, keypoints, self.K), wild) if p is not None]
-        return [other for pose in solved for other in (pose, pose @ np.diag([-1.0, 1.0, -1.0, 1.0]), _mirrored_in_depth(pose))]
+        return [other for pose in solved for other in _mistakable(pose)[:3]]
 
     def distances(self, pose):
         """(K,) reprojection errors in standard deviations."""
@@ -1533,6 +1550,11 @@ def _mirrored_in_depth(pose):
     other = pose.copy()
     other[:3, :3] = (np.eye(3) - 2 * np.outer(view, view)) @ pose[:3, :3] @ np.diag([1.0, 1.0, -1.0])
     return other
+
+
+def _mistakable(pose):
+    """The poses that a flat ship's pose is easily taken for: itself, half a roll, its mirror image in depth, and both."""
+    return [pose, pose @ HALF_ROLL, _mirrored_in_depth(pose), _mirrored_in_depth(pose @ HALF_ROLL)]
 
 
 def sqpnp(points, keypoints, K):
@@ -1650,8 +1672,8 @@ CLEAR = 8.0  # margin from which a pose needs no comparison with others, in unit
 MIN_EXPLAINED = 0.42  # share of a frame's contrast that a rendering must explain, 0 to 1
 FAINT = 30.0  # contrast, in units of log-likelihood, below which there is nothing to explain
 WELL_EXPLAINED = 0.57  # share from which no other poses are looked for
+ROUNDS = 8, 25  # steps on the coarse and on the fine level, at most
 NEGLIGIBLE = 0.05  # gain in log-likelihood that is not worth another step
-HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship's long axis
 SUPERSAMPLING = 3  # per pixel and direction
 
 
@@ -1696,7 +1718,7 @@ class Aligner:
         prior = None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
         rough = self._descend(image, pose, K, 2 * self._shrink(pose, K), prior)
         pose = pose if rough is None else rough[0]  # a small ship is seen on the fine level only
-        fine = self._descend(image, pose, K, self._shrink(pose, K), prior)
+        fine = self._descend(image, pose, K, self._shrink(pose, K), prior, ROUNDS[1])
         return None if fine is None else (fine[0], np.linalg.inv(fine[1]))
 
     def picture(self, image, pose, K):
@@ -1710,19 +1732,25 @@ class Aligner:
         """The estimate of a frame, refined and judged anew on the pixels: a `PoseEstimate`.
 
         Where the keypoints leave a doubt, or the refined pose explains the frame badly, other poses are tried too, on the coarse level: the
-        estimate's second, what both may be mistaken for, and turns of the best ones. Pixels and keypoints together decide. Accepted if at least
-        MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone gave the same pose), and no pose turned by more than 30
-        degrees comes within MIN_MARGIN.
+        estimate's second, what both may be mistaken for, and turns of the best ones. What the best of all may be mistaken for is always looked at.
+        Pixels and keypoints together decide. Accepted if at least MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone
+        gave the same pose), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
         """
         if estimate.pose is None:
             return estimate
+
+        def price(pose):  # what the keypoints say against a pose, in units of log-likelihood
+            return 0.0 if rotation_error(pose, estimate.pose) < 30 else min(max(estimate.margin, 0.0), CLEAR)
+
         first = self(image, estimate.pose, K, estimate.covariance)
-        found = [] if first is None else [(0.0, *first)]
-        if not (found and estimate.accepted and estimate.margin >= CLEAR and self._rank(image, found, K)[1] >= WELL_EXPLAINED):
-            found += self._search(image, estimate, K)
+        found = [] if first is None else [first]
+        sure = found and estimate.accepted and estimate.margin >= CLEAR
+        if not (sure and self._rank(image, found, K, price)[1] >= WELL_EXPLAINED):
+            found += self._search(image, estimate, K, price)
         if not found:
             return dataclasses.replace(estimate, accepted=False, reason=estimate.reason or "too little of the ship is in sight")
-        ranked, explained = self._rank(image, found, K)
+        found += self._mistaken(image, found, K, price)
+        ranked, explained = self._rank(image, found, K, price)
         (cost, index, pose), *others = _distinct(ranked, 30)
         margin = others[0][0] - cost if others else estimate.margin
         same = rotation_error(pose, estimate.pose) < 30
@@ -1732,42 +1760,46 @@ class Aligner:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
         else:
             reason = ""
-        second = (others[0][2], found[others[0][1]][2]) if others else (estimate.second, estimate.second_covariance)
-        return dataclasses.replace(estimate, pose=pose, covariance=found[index][2], accepted=not reason, reason=reason, margin=margin,
+        second = found[others[0][1]] if others else (estimate.second, estimate.second_covariance)
+        return dataclasses.replace(estimate, pose=pose, covariance=found[index][1], accepted=not reason, reason=reason, margin=margin,
                                    explained=explained, second=second[0], second_covariance=second[1],
                                    reprojection=estimate.reprojection if same else np.nan)
 
-    def _search(self, image, estimate, K):
-        """Refined poses that the frame may show besides the estimate's: a list of (cost by the keypoints, pose, covariance)."""
-        margin = min(max(estimate.margin, 0.0), CLEAR)
-        shrink, found = 2 * self._shrink(estimate.pose, K), []
+    def _search(self, image, estimate, K, price):
+        """Refined poses that the frame may show besides the estimate's: a list of (pose, covariance)."""
+        shrink = 2 * self._shrink(estimate.pose, K)
+        starts = [pose for pose in (estimate.pose, estimate.second) if pose is not None]
+        found, turned = self._refined(image, [other for pose in starts for other in _mistakable(pose)], K, shrink), []
+        for _ in range(2 if found else 0):
+            best = [pose for *_, pose in _distinct(self._rank(image, found, K, price, shrink)[0], 30)[:2]]
+            fresh = [pose for pose in best if all(rotation_error(pose, other) > 3 for other in turned)]
+            turned += fresh
+            steps = np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)])
+            found += self._refined(image, [_moved(pose, np.append(step, np.zeros(3))) for pose in fresh for step in steps], K, shrink)
+        near = _distinct(self._rank(image, found, K, price, shrink)[0], 3)[:4] if found else []
+        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, ROUNDS[1])
 
-        def attempt(pose, cost):
-            rough = self._descend(image, pose, K, shrink, None)
-            if rough is not None:
-                found.append((cost, rough[0], None))
+    def _mistaken(self, image, found, K, price):
+        """What the best of those found may be mistaken for and the coarse level does not rule out, refined: a list of (pose, covariance)."""
+        best = self._rank(image, found, K, price)[0][0][2]
+        shrink = self._shrink(best, K)
+        others = [*self._refined(image, _mistakable(best)[1:], K, 2 * shrink), (best, None)]
+        ranked = _distinct(self._rank(image, others, K, price)[0], 3)
+        limit = next(cost for cost, index, _ in ranked if index == len(others) - 1) + CLEAR
+        return self._refined(image, [pose for cost, index, pose in ranked if cost < limit and index < len(others) - 1], K, shrink, ROUNDS[1])
 
-        for pose in (estimate.pose, *([] if estimate.second is None else [estimate.second])):
-            for other in (pose, pose @ HALF_ROLL, _mirrored_in_depth(pose), _mirrored_in_depth(pose @ HALF_ROLL)):
-                attempt(other, 0.0 if other is estimate.pose else margin)
-        if not found:
-            return []
-        for _, index, best in _distinct(self._rank(image, found, K, shrink)[0], 30)[:2]:
-            for turn in np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)]):
-                attempt(_moved(best, np.append(turn, np.zeros(3))), found[index][0])
-        refined = []
-        for _, index, pose in _distinct(self._rank(image, found, K, shrink)[0], 3)[:4]:
-            fine = self._descend(image, pose, K, shrink // 2, None)
-            if fine is not None:
-                refined.append((found[index][0], fine[0], np.linalg.inv(fine[1])))
-        return refined
+    def _refined(self, image, poses, K, shrink, rounds=ROUNDS[0]):
+        """Those of some poses that can be refined on one level: a list of (pose, covariance)."""
+        ends = [self._descend(image, pose, K, shrink, rounds=rounds) for pose in poses]
+        return [(end[0], np.linalg.inv(end[1])) for end in ends if end is not None]
 
-    def _rank(self, image, found, K, shrink=None):
-        """Some (cost by the keypoints, pose, covariance) as (cost, index, pose), best first, and the share of the contrast that the best explains."""
-        costs, none = self.misfits(image, [pose for _, pose, _ in found], K, shrink)
-        costs = costs + [cost for cost, *_ in found]
+    def _rank(self, image, found, K, price, shrink=None):
+        """Some (pose, covariance) as (cost, index, pose), best first, and the share of the contrast that the best explains."""
+        poses = [pose for pose, _ in found]
+        costs, none = self.misfits(image, poses, K, shrink)
+        costs = costs + [price(pose) for pose in poses]
         order = np.argsort(costs, kind="stable")
-        return [(float(costs[i]), int(i), found[i][1]) for i in order], float(none - costs[order[0]]) / max(none, FAINT)
+        return [(float(costs[i]), int(i), poses[i]) for i in order], float(none - costs[order[0]]) / max(none, FAINT)
 
     def misfits(self, image, poses, K, shrink=None):
         """How badly the frame is explained by each of some poses, (len(poses),), and by a smooth sky alone, a number: costs over the same pixels.
@@ -1792,7 +1824,7 @@ class Aligner:
         span = np.ptp(project_pose(BOUNDING_BOX, pose, K), axis=0).max()
         return max(1, int(np.ceil(span / WORKING_SIZE))) if np.isfinite(span) else 1
 
-    def _descend(self, image, pose, K, shrink, prior, rounds=8):
+    def _descend(self, image, pose, K, shrink, prior=None, rounds=ROUNDS[0]):
         """Levenberg-Marquardt on one level: the pose and its information (6, 6), or None."""
         damping, whole = 1e-3, None
         for _ in range(rounds):
@@ -2368,51 +2400,67 @@ class Detector:
         detector = Detector("weights/xwing.weights.h5")
         keypoints, confidence, deviation = detector(image)          # the whole frame
         keypoints, confidence, deviation = detector(image, box)     # the square about a box [[left, top], [right, bottom]], 3 to 4 times faster
+        found = Detector("weights/xwing.weights.h5", batch=4).look(images, boxes)    # several frames at once
 
     The first use of new weights takes a quarter of a minute, to export them.
     """
 
-    def __init__(self, path, windows=(128, 160), precision="f32", threads=0):
+    def __init__(self, path, windows=(128, 160), precision="f32", threads=0, batch=1):
         """windows: sides of the squares in pixels of the 256 px frame, multiples of 32; () looks at whole frames only.
-        precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores."""
+        precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores.
+        batch: how many frames are looked at together; more are faster, but a live picture waits for the last of them."""
         import openvino
 
-        self.size, self.windows, path = FRAME_SIZE, sorted(windows), _weights_path(path)
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1 frame, got {batch}")
+        self.size, self.windows, self.batch, path = FRAME_SIZE, sorted(windows), batch, _weights_path(path)
         self.settings = _read_json(path.with_name(_stem(path) + ".json"))["model"]
         exported, core, self._requests = export_model(path, self.size), openvino.Core(), {}
         for side in {self.size, *self.windows}:
             model = core.read_model(exported)
-            model.reshape([1, side, side, 3])
-            options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+            model.reshape([batch, side, side, 3])
+            options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+            options["ENABLE_CPU_PINNING"] = False  # two processes would be pinned to the same core
+            options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
             self._requests[side] = core.compile_model(model, "CPU", options).create_infer_request()
 
-    def heatmaps(self, square):
-        """Heatmaps (h, w, C) float32 of a square (S, S, 3) uint8 of one of the two sizes."""
-        return self._requests[len(square)].infer([square[None].astype(np.float32)])[0][0]
+    def heatmaps(self, squares):
+        """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`, of the frame's or a window's size."""
+        full = np.zeros((self.batch, *squares.shape[1:]), np.float32)
+        full[: len(squares)] = squares
+        return self._requests[squares.shape[1]].infer([full])[0][: len(squares)]
 
     def __call__(self, image, box=None):
         """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8.
 
         With the ship's expected box (2, 2) only the smallest square that holds it and a tenth more is looked at, where there is one.
         """
-        square, scale, offset = letterbox(image, self.size)
-        if box is not None:
-            box = np.asarray(box) * scale + offset
-            window = next((side for side in self.windows if side >= 1.1 * np.ptp(box, axis=0).max()), None)
-            if window:
-                corner = np.clip(np.round(box.mean(0) - window / 2), 0, self.size - window).astype(int)
-                square, offset = crop(square, corner, window), offset - corner
-        maps, stride, sigma = self.heatmaps(square), self.settings["stride"], self.settings["sigma"]
+        return self.look([image], [box])[0]
+
+    def look(self, images, boxes):
+        """What each of several frames shows, with a box or None for each: a list, see `__call__`. The largest ship sets the square for all."""
+        if len(images) > self.batch:
+            return [*self.look(images[: self.batch], boxes[: self.batch]), *self.look(images[self.batch :], boxes[self.batch :])]
+        squares, scales, offsets = zip(*(letterbox(image, self.size) for image in images))
+        boxes = [None if box is None else np.asarray(box) * scale + offset for box, scale, offset in zip(boxes, scales, offsets)]
+        need = max(np.inf if box is None else 1.1 * np.ptp(box, axis=0).max() for box in boxes)
+        window = next((side for side in self.windows if side >= need), None)
+        if window:
+            corners = [np.clip(np.round(box.mean(0) - window / 2), 0, self.size - window).astype(int) for box in boxes]
+            squares = [crop(square, corner, window) for square, corner in zip(squares, corners)]
+            offsets = [offset - corner for offset, corner in zip(offsets, corners)]
+        maps, stride, sigma = self.heatmaps(np.stack(squares)), self.settings["stride"], self.settings["sigma"]
         keypoints, confidence = decode_heatmaps(maps, sigma / stride)
         deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride))
-        return (keypoints * stride - offset) / scale, confidence, deviation * stride / scale
+        return [((points * stride - offset) / scale, sure, spread * stride / scale)
+                for points, sure, spread, scale, offset in zip(keypoints, confidence, deviation, scales, offsets)]
 
 
 def follow(clip, detector, tracker, progress=True):
     """Track a clip while it is read: yields (frame or None, TrackedPose, (keypoints, confidence, deviation)) for each frame. Memory does not grow.
 
     While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is looked for in the whole frame
-    next time.
+    next time. A detector for several frames at once gets so many, and says of all where the ship is before they are tracked.
 
     Args:
         clip: `Clip`, or an iterable of (frame, fault).
@@ -2420,17 +2468,23 @@ def follow(clip, detector, tracker, progress=True):
         tracker: `Tracker` for the camera matrix of these frames.
     """
     nothing = np.full((len(KEYPOINTS), 2), np.nan), np.zeros(len(KEYPOINTS)), np.full(len(KEYPOINTS), np.inf)
-    box = None
-    for frame, fault in tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress):
-        found = nothing if frame is None else detector(frame, box)
-        tracked = tracker.update(*found)
-        if fault:
-            tracked = dataclasses.replace(tracked, reason=fault)
-        box = None
-        if tracked.status == "tracked":
-            corners = project_pose(BOUNDING_BOX, tracker.motion.after(tracker.seconds)[0].pose, tracker.K)
-            box = np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
-        yield frame, tracked, found
+    look = getattr(detector, "look", lambda images, boxes: [detector(image, box) for image, box in zip(images, boxes)])
+    frames = iter(tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress))
+    status = "lost"
+    while group := list(itertools.islice(frames, getattr(detector, "batch", 1))):
+        boxes = [_expected_box(tracker, 1 + i) if status == "tracked" else None for i in range(len(group))]
+        good = [i for i, (frame, _) in enumerate(group) if frame is not None]
+        seen = dict(zip(good, look([group[i][0] for i in good], [boxes[i] for i in good]))) if good else {}
+        for i, (frame, fault) in enumerate(group):
+            tracked = tracker.update(*seen.get(i, nothing))
+            status = tracked.status
+            yield frame, dataclasses.replace(tracked, reason=fault) if fault else tracked, seen.get(i, nothing)
+
+
+def _expected_box(tracker, ahead):
+    """The box (2, 2), top left and bottom right, in which a tracker expects the ship so many frames later, or None."""
+    corners = project_pose(BOUNDING_BOX, tracker.motion.after(ahead * tracker.seconds)[0].pose, tracker.K)
+    return np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
 
 
 def summary(track):
@@ -3043,9 +3097,10 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
     lasers, triangles = lasers or Lasers(fps), None if mesh is None else occluder(mesh)
 
     def tracked():
-        for frame, state, _ in follow(_ahead(clip), detector, tracker, progress):
-            track.append(dataclasses.replace(state, covariance=None, velocity=None))
-            yield frame, state.pose
+        with contextlib.closing(_ahead(clip)) as frames:
+            for frame, state, _ in follow(frames, detector, tracker, progress):
+                track.append(dataclasses.replace(state, covariance=None, velocity=None))
+                yield frame, state.pose
 
     def drawn():
         last = None

@@ -42,8 +42,8 @@ def camera():
     return xu.camera_matrix(xu.load_camera(FRAMES)[1], xu.FRAME_SIZE, xu.FRAME_SIZE)
 
 
-def streaming(count, precision="f32"):
-    detector, mesh = xu.Detector(WEIGHTS, precision=precision), xu.load_mesh(ROOT / "data" / "xwing.obj")
+def streaming(count, precision="f32", batch=1):
+    detector, mesh = xu.Detector(WEIGHTS, precision=precision, batch=batch), xu.load_mesh(ROOT / "data" / "xwing.obj")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         track = xu.film(repeated(count), detector, xu.Tracker(camera()), Path(folder) / "a.mp4", mesh=mesh, progress=False)
@@ -102,9 +102,9 @@ def stages(count):
     tracked = None
     for path in paths:
         frames.append(timed("read the JPEG", xu.read_image, path))
-        whole = timed("network, whole frame", detector.heatmaps, frames[-1])
+        whole = timed("network, whole frame", detector.heatmaps, frames[-1][None])[0]
         square = xu.crop(frames[-1], (64, 64), detector.windows[0])
-        close = timed("network, close look", detector.heatmaps, square)
+        close = timed("network, close look", detector.heatmaps, square[None])[0]
         timed("corners, close look", lambda m: xu.heatmap_covariance(m, xu.decode_heatmaps(m, sigma / stride)[0], sigma / stride, 20 / stride), close)
         points, confidence = xu.decode_heatmaps(whole, sigma / stride)
         deviation = xu.point_deviation(xu.heatmap_covariance(whole, points, sigma / stride, 20 / stride))
@@ -118,7 +118,8 @@ def stages(count):
     return spent
 
 
-RUNS = {"streaming": streaming, "streaming-bf16": lambda count: streaming(count, "bf16"), "plain": plain, "stages": stages}
+RUNS = {"streaming": streaming, "batches of 4": lambda count: streaming(count, batch=4), "streaming, bf16": lambda count: streaming(count, "bf16"),
+        "batches of 4, bf16": lambda count: streaming(count, "bf16", 4), "plain": plain, "stages": stages}
 
 
 def main():
@@ -144,8 +145,9 @@ def main():
         print(f"| {stage} | {ms:.1f} |", flush=True)
     print("\n| end to end | frames | frames a second | with a pose | peak memory, MB |\n|---|---|---|---|---|")
     speed = {}
-    for name, count in (("streaming", arguments.count), ("streaming", arguments.long), ("streaming-bf16", arguments.count),
-                        ("plain", min(arguments.count, 60))):
+    short, long = arguments.count, arguments.long
+    for name, count in (("streaming", short), ("streaming", long), ("batches of 4", short), ("batches of 4", long), ("streaming, bf16", short),
+                        ("batches of 4, bf16", short), ("plain", min(short, 60))):
         done = run(name, count)
         speed.setdefault(name, count / done["result"]["seconds"])
         rate, tracked, peak = count / done["result"]["seconds"], done["result"]["tracked"], done["peak_mb"]

@@ -109,6 +109,15 @@ def test_a_flipped_estimate_is_put_right(align, frames, K, other):
     assert right >= 4
 
 
+@pytest.mark.parametrize("margin", [20.0, 2.0])
+def test_a_half_roll_that_the_keypoints_are_sure_of_is_put_right(align, frames, K, margin):
+    right = 0
+    for image, truth in zip(*(part[:6] for part in frames)):
+        settled = align.settle(image, estimate(truth @ xu.HALF_ROLL, margin), K)
+        right += settled.accepted and xu.rotation_error(settled.pose, truth) < 3
+    assert right >= 5
+
+
 @pytest.mark.parametrize("content", ["black", "white", "noise"])
 def test_no_ship_no_pose(align, frames, K, content):
     rng = np.random.default_rng(0)

@@ -108,6 +108,28 @@ def test_a_close_look_finds_what_the_whole_frame_shows(detector, flight):
     assert np.median(np.concatenate(off)) < 0.5 and len(np.concatenate(off)) > 40
 
 
+@pytest.mark.parametrize("count,boxed", [(1, True), (3, True), (4, False), (7, True), (5, "one")])
+def test_several_frames_at_once_show_what_each_shows_alone(detector, flight, count, boxed):
+    together = xu.Detector(WEIGHTS, batch=4)
+    boxes = [np.array([[60.0, 60.0], [60.0 + 90, 60.0 + 100]]) + 3 * i if boxed is True or (boxed and i == 1) else None for i in range(count)]
+    found = together.look(flight[:count], boxes)
+    assert len(found) == count
+    for i, (points, sure, deviation) in enumerate(found):
+        near = boxes[i] if boxed is True else None  # one that must be seen whole makes all be seen whole
+        if boxed == "one" and i == 4:
+            near = boxes[4]
+        alone = detector(flight[i], near)
+        np.testing.assert_allclose(sure, alone[1], atol=1e-3)
+        good = alone[1] > xu.MIN_CONFIDENCE
+        np.testing.assert_allclose(points[good], alone[0][good], atol=0.02)
+        np.testing.assert_allclose(deviation[good], alone[2][good], rtol=0.05)
+
+
+def test_a_batch_of_no_frames():
+    with pytest.raises(ValueError, match="batch: expected at least 1 frame, got 0"):
+        xu.Detector(WEIGHTS, batch=0)
+
+
 @pytest.mark.parametrize("shape,scale", [((1024, 1024), 4), ((2160, 3840), 15), ((640, 360), 360 / 256)], ids=["large", "4K", "portrait"])
 def test_frames_of_any_size_give_the_same_pose(detector, flight, flight_K, shape, scale):
     """The frame is enlarged and set into a wider or taller one; with K from the true size the pose is what it was."""
@@ -247,6 +269,18 @@ def test_a_ship_is_followed_and_let_go(detector, flight, flight_K):
     track = statuses([*flight, *[make() for _ in range(25)]], detector, flight_K)
     assert sum(t.status == "tracked" for t in track[:30]) >= 25
     assert {t.status for t in track[45:]} == {"lost"} and track[31].status == "predicted"
+
+
+def test_a_ship_is_followed_in_groups_of_frames(flight, flight_K):
+    """30 frames, one of them broken, in groups of 4: as many poses as frame by frame, and the right ones."""
+    frames = [(frame, "") for frame in flight]
+    frames[9] = None, "9.jpg: broken"
+    alone, together = ([(t, f[0]) for _, t, f in xu.follow(frames, xu.Detector(WEIGHTS, batch=batch), xu.Tracker(flight_K), progress=False)]
+                       for batch in (1, 4))
+    assert len(together) == 30 and together[9][0].reason == "9.jpg: broken" and np.isnan(together[9][1]).all()
+    assert abs(sum(t.status == "tracked" for t, _ in together) - sum(t.status == "tracked" for t, _ in alone)) <= 2
+    angles = [xu.rotation_error(a.pose, b.pose) for (a, _), (b, _) in zip(alone, together) if a.pose is not None and b.pose is not None]
+    assert len(angles) >= 25 and np.median(angles) < 1
 
 
 def test_two_ships_never_crash_and_every_frame_has_a_status(detector, flight, flight_K):

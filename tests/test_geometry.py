@@ -332,3 +332,10 @@ def test_relight_keeps_the_ship_and_replaces_the_rest(ship):
     depth = xu.mesh_depth(xu.mesh_triangles(mesh), poses[0], K, 256, 256)
     inner = cv2.erode(np.isfinite(depth).astype(np.uint8), np.ones((5, 5))) > 0
     assert inner.sum() > 300 and (black[inner] == 0).mean() > 0.97 and black[~np.isfinite(depth)].mean() > 5
+
+
+def test_a_ship_behind_the_camera_is_named_by_its_matrix(sample, camera):
+    matrices = np.array(sample[1][:3])
+    matrices[1] = xu.transformation_from_pose(camera[0], np.eye(4))  # the ship sits in the camera
+    with pytest.raises(ValueError, match=r"matrix 1 of 3: \d of 8 points are at or behind the camera"):
+        xu.keypoints_of(matrices, *camera)

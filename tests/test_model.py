@@ -270,6 +270,13 @@ def test_the_learning_rate_falls_on_a_plateau_and_not_without(train, tmp_path, m
     assert float(train(4, plateau=False).optimizer.learning_rate) == pytest.approx(1e-3)
 
 
+def test_a_resumed_run_goes_on_counting_towards_its_plateau(train, tmp_path, monkeypatch):
+    report = xu.corner_report
+    monkeypatch.setattr(xu, "corner_report", lambda *a: {**report(*a), "corner_px": 50.0})
+    train(2)  # the best epoch, and one without progress
+    assert float(train(3).optimizer.learning_rate) == pytest.approx(0.3e-3)  # the second without progress
+
+
 def test_shipped_weights_bring_their_log_and_facts(train, tmp_path):
     train(2, facts={"steps": 2, "batch": 4})
     xu.ship_weights(tmp_path / "run", tmp_path / "weights")
