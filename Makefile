@@ -45,9 +45,9 @@ eval: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/bench.py
 
-# Execute all four notebooks in place and keep their outputs (training in its short mode).
+# Execute all notebooks but train in place and keep their outputs.
 notebooks: $(STAMP)
 	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache .ruff_cache weights/.openvino

@@ -18,6 +18,7 @@ Conventions, everywhere in this module:
 Nothing here imports TensorFlow or Keras until a model, a loss or a batch is asked for.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -184,7 +185,8 @@ def load_dataset(folder):
 def load_mesh(path):
     """Read an OBJ mesh and its colours: a dict material -> (vertices (V, 3), faces (F, 3), colour (3,)).
 
-    Faces of more than three corners are split into fans; texture and normal indices are ignored.
+    Faces of more than three corners are split into fans; texture and normal indices are ignored. Raises FileNotFoundError, or ValueError for a file
+    without faces.
     """
     path = Path(path)
     if not path.is_file():
@@ -336,7 +338,9 @@ def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
 
 
 def facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
-    """(N, K) bool: which surface points turn their outward normal to the camera; a zero normal always does."""
+    """Which surface points turn their outward normal to the camera: (N, K) bool for model matrices (N, 4, 4) and points and normals (K, 3).
+
+    A zero normal always does. Nothing is said of other parts of the ship in between."""
     poses = np.array([pose_in_camera(model_view_matrix, m) for m in matrices])
     position = np.einsum("nij,kj->nki", poses[:, :3, :3], points) + poses[:, None, :3, 3]
     direction = np.einsum("nij,kj->nki", poses[:, :3, :3], normals)
@@ -351,9 +355,14 @@ def mesh_triangles(mesh):
 def occluder(mesh, share=0.9):
     """The largest triangles of a mesh, (T, 3, 3), that make up this share of its surface: enough to hide what lies behind, three times faster."""
     triangles = mesh_triangles(mesh)
+    return triangles[_largest(triangles, share)]
+
+
+def _largest(triangles, share):
+    """The numbers of the largest triangles that make up this share of the surface."""
     area = np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1)
     order = np.argsort(-area)
-    return triangles[order[: np.searchsorted(area[order].cumsum(), share * area.sum()) + 1]]
+    return order[: np.searchsorted(area[order].cumsum(), share * area.sum()) + 1]
 
 
 def triangle_map(triangles, pose, K, width, height, near=1e-3):
@@ -1349,12 +1358,12 @@ class PoseEstimate:
     covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation (model units)
     accepted: bool = False
     reason: str = ""  # why it was not accepted
-    reprojection: float = np.inf  # pixels, root mean square over the agreeing points; NaN where the pixels chose another pose
+    reprojection: float = np.inf  # pixels, root mean square over the agreeing points, before `settle`; NaN where the pixels chose another pose
     misfit: float = np.inf  # root of chi square per degree of freedom: 1 where errors are as large as expected
     agreeing: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     second: np.ndarray | None = None  # (4, 4) the best pose that is turned by more than 30 degrees against this one
     second_covariance: np.ndarray | None = None  # (6, 6)
-    margin: float = np.inf  # how much worse the second fits all points: difference of the robust costs, as of log-likelihoods
+    margin: float = np.inf  # how much worse the second fits (all points; once settled, pixels too): difference of costs in units of log-likelihood
     explained: float = np.nan  # share of the frame's contrast that the ship explains at this pose, once `Aligner.settle` has looked at the pixels
 
     @property
@@ -1558,7 +1567,10 @@ def _mistakable(pose):
 
 
 def sqpnp(points, keypoints, K):
-    """(4, 4) pose by SQPnP, or None where it fails or puts a point behind the camera."""
+    """(4, 4) pose of (N, 3) points seen at (N, 2) pixels, N >= 3, by SQPnP (Terzakis and Lourakis, ECCV 2020).
+
+    None where it fails or puts a point behind the camera.
+    """
     try:
         found, rotation, translation = cv2.solvePnP(points, keypoints, K, None, flags=cv2.SOLVEPNP_SQPNP)
     except cv2.error:
@@ -1573,7 +1585,10 @@ def _pose_ahead(points, rotation, translation):
 
 
 def ransac(points, keypoints, K, limit):
-    """(4, 4) pose that the most points agree with, or None for fewer than 6 points or where none is found."""
+    """(4, 4) pose with which the most of (N, 3) points seen at (N, 2) pixels agree within `limit` pixels (Fischler and Bolles, CACM 24(6), 1981).
+
+    None for fewer than 6 points, or where none is found.
+    """
     if len(points) < 6:
         return None
     try:
@@ -1668,10 +1683,10 @@ def _read_or_none(path, size, faults):
 NOISE = 4.0  # grey levels: no pixel is trusted further than that
 WORKING_SIZE = 110  # pixels: a ship that spans more is aligned on a smaller picture
 INDEPENDENT = 0.06  # share of the pixels whose errors count as independent of each other
-CLEAR = 8.0  # margin from which a pose needs no comparison with others, in units of log-likelihood
+CLEAR = 8.0  # margin from which a pose is compared only with what it may be mistaken for, in units of log-likelihood; keypoints say no more than that
 MIN_EXPLAINED = 0.42  # share of a frame's contrast that a rendering must explain, 0 to 1
 FAINT = 30.0  # contrast, in units of log-likelihood, below which there is nothing to explain
-WELL_EXPLAINED = 0.57  # share from which no other poses are looked for
+WELL_EXPLAINED = 0.57  # share from which there is no wider search
 ROUNDS = 8, 25  # steps on the coarse and on the fine level, at most
 NEGLIGIBLE = 0.05  # gain in log-likelihood that is not worth another step
 SUPERSAMPLING = 3  # per pixel and direction
@@ -1683,7 +1698,7 @@ class Aligner:
         align = Aligner(load_mesh("data/xwing.obj"))
         pose, covariance = align(image, pose, K)
 
-    Neither paint nor light need be known: with each step one colour is solved for for every material, and a light that varies smoothly with a
+    Neither paint nor light need be known: each step solves for one colour per material, and a light that varies smoothly with a
     surface's direction. What the ship does not cover is taken from the pixels around it. Pixels that cannot be explained (shadows, stars) lose their
     weight. A coarse picture first brings the pose near, then a finer one makes it exact: errors of several pixels are mended, but the pose must be
     known roughly (see `estimate_frame`).
@@ -1699,7 +1714,7 @@ class Aligner:
         area = np.linalg.norm(normals, axis=1)
         solid = area > 1e-12
         self.triangles, self.normals = triangles[solid], normals[solid] / area[solid, None]
-        self.middles = self.triangles.mean(1)
+        self.middles, self.coarse = self.triangles.mean(1), _largest(self.triangles, 0.9)
         self.material = np.eye(len(mesh))[np.repeat(np.arange(len(mesh)), counts)[solid]]  # (T, M), one 1 a row
         self.albedo = np.repeat([colour.mean() for *_, colour in mesh.values()], counts)[solid, None]
         self.stiffness = np.diag(np.concatenate([np.full(len(mesh), 0.1), np.ones(8)]))  # pulls colours and light a little towards 0
@@ -1716,9 +1731,9 @@ class Aligner:
             pose (4, 4) and covariance (6, 6), or None where too little of the ship is in the frame or the pose runs away.
         """
         prior = None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
-        rough = self._descend(image, pose, K, 2 * self._shrink(pose, K), prior)
+        rough = self._descend(image, pose, K, 2 * self._shrink(pose, K), True, prior)
         pose = pose if rough is None else rough[0]  # a small ship is seen on the fine level only
-        fine = self._descend(image, pose, K, self._shrink(pose, K), prior, ROUNDS[1])
+        fine = self._descend(image, pose, K, self._shrink(pose, K), False, prior)
         return None if fine is None else (fine[0], np.linalg.inv(fine[1]))
 
     def picture(self, image, pose, K):
@@ -1735,6 +1750,8 @@ class Aligner:
         estimate's second, what both may be mistaken for, and turns of the best ones. What the best of all may be mistaken for is always looked at.
         Pixels and keypoints together decide. Accepted if at least MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone
         gave the same pose), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
+
+        image is (H, W, 3) uint8 and K (3, 3). An estimate without a pose comes back as it is; `misfit` and `agreeing` stay those of the keypoints.
         """
         if estimate.pose is None:
             return estimate
@@ -1769,28 +1786,28 @@ class Aligner:
         """Refined poses that the frame may show besides the estimate's: a list of (pose, covariance)."""
         shrink = 2 * self._shrink(estimate.pose, K)
         starts = [pose for pose in (estimate.pose, estimate.second) if pose is not None]
-        found, turned = self._refined(image, [other for pose in starts for other in _mistakable(pose)], K, shrink), []
+        found, turned = self._refined(image, [other for pose in starts for other in _mistakable(pose)], K, shrink, True), []
         for _ in range(2 if found else 0):
             best = [pose for *_, pose in _distinct(self._rank(image, found, K, price, shrink)[0], 30)[:2]]
             fresh = [pose for pose in best if all(rotation_error(pose, other) > 3 for other in turned)]
             turned += fresh
             steps = np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)])
-            found += self._refined(image, [_moved(pose, np.append(step, np.zeros(3))) for pose in fresh for step in steps], K, shrink)
+            found += self._refined(image, [_moved(pose, np.append(step, np.zeros(3))) for pose in fresh for step in steps], K, shrink, True)
         near = _distinct(self._rank(image, found, K, price, shrink)[0], 3)[:4] if found else []
-        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, ROUNDS[1])
+        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
 
     def _mistaken(self, image, found, K, price):
         """What the best of those found may be mistaken for and the coarse level does not rule out, refined: a list of (pose, covariance)."""
         best = self._rank(image, found, K, price)[0][0][2]
         shrink = self._shrink(best, K)
-        others = [*self._refined(image, _mistakable(best)[1:], K, 2 * shrink), (best, None)]
+        others = [*self._refined(image, _mistakable(best)[1:], K, 2 * shrink, True), (best, None)]
         ranked = _distinct(self._rank(image, others, K, price)[0], 3)
         limit = next(cost for cost, index, _ in ranked if index == len(others) - 1) + CLEAR
-        return self._refined(image, [pose for cost, index, pose in ranked if cost < limit and index < len(others) - 1], K, shrink, ROUNDS[1])
+        return self._refined(image, [pose for cost, index, pose in ranked if cost < limit and index < len(others) - 1], K, shrink, False)
 
-    def _refined(self, image, poses, K, shrink, rounds=ROUNDS[0]):
+    def _refined(self, image, poses, K, shrink, coarse):
         """Those of some poses that can be refined on one level: a list of (pose, covariance)."""
-        ends = [self._descend(image, pose, K, shrink, rounds=rounds) for pose in poses]
+        ends = [self._descend(image, pose, K, shrink, coarse) for pose in poses]
         return [(end[0], np.linalg.inv(end[1])) for end in ends if end is not None]
 
     def _rank(self, image, found, K, price, shrink=None):
@@ -1805,13 +1822,13 @@ class Aligner:
         """How badly the frame is explained by each of some poses, (len(poses),), and by a smooth sky alone, a number: costs over the same pixels.
 
         They are negative log-likelihoods but for a constant, so that their differences compare poses. `shrink` is by how much the frame is shrunk,
-        None for what the ship's size asks for.
+        None for what the ship's size asks for; with it, the smallest triangles are left out.
         """
         pixels = np.concatenate([project_pose(self.middles, pose, K) for pose in poses])
         view = _View(image, K, pixels, shrink or max(self._shrink(pose, K) for pose in poses))
         if view.image is None:
             return np.zeros(len(poses)), 0.0
-        rendered = [self._render(pose, view) for pose in poses]
+        rendered = [self._render(pose, view, coarse=shrink is not None) for pose in poses]
         ship = cv2.dilate(np.max([r.cover for r in rendered], axis=0), np.ones((5, 5))) > 0.01
         residuals = [(view.image - self._paint(view, r)[0])[ship] for r in rendered]
         row, column = (2 * part / max(ship.shape) - 1 for part in np.nonzero(ship))
@@ -1824,15 +1841,15 @@ class Aligner:
         span = np.ptp(project_pose(BOUNDING_BOX, pose, K), axis=0).max()
         return max(1, int(np.ceil(span / WORKING_SIZE))) if np.isfinite(span) else 1
 
-    def _descend(self, image, pose, K, shrink, prior=None, rounds=ROUNDS[0]):
+    def _descend(self, image, pose, K, shrink, coarse, prior=None):
         """Levenberg-Marquardt on one level: the pose and its information (6, 6), or None."""
         damping, whole = 1e-3, None
-        for _ in range(rounds):
+        for _ in range(ROUNDS[0 if coarse else 1]):
             if whole is None or rotation_error(pose, whole) > 3:  # other triangles come into sight
                 view, whole = _View(image, K, project_pose(self.middles, pose, K), shrink), pose
                 if view.image is None:
                     return None
-                drawn = self._draw(pose, view)
+                drawn = self._draw(pose, view, coarse=coarse)
                 if drawn is None:
                     return None
                 _, rendering, picture, spread = drawn
@@ -1853,17 +1870,17 @@ class Aligner:
                 break
         return (pose, information) if np.linalg.cond(information) < 1e12 else None
 
-    def _draw(self, pose, view, last=None):
+    def _draw(self, pose, view, last=None, coarse=False):
         """(pose, rendering, picture, spread) of a pose, or None where it shows too little or lies behind the camera."""
         if not (self.middles @ pose[2, :3] + pose[2, 3] > 1e-3).all():
             return None
-        rendering = self._render(pose, view, last)
+        rendering = self._render(pose, view, last, coarse)
         return (pose, rendering, *self._paint(view, rendering)) if len(rendering.where) >= 50 else None
 
-    def _render(self, pose, view, last=None):
+    def _render(self, pose, view, last=None, coarse=False):
         """What each pixel shows; with an earlier rendering of nearly the same pose only the triangles that showed there are drawn, much faster."""
         s, (height, width) = SUPERSAMPLING, view.image.shape[:2]
-        chosen = np.arange(len(self.triangles)) if last is None else last.chosen
+        chosen = last.chosen if last is not None else self.coarse if coarse else np.arange(len(self.triangles))
         shown = triangle_map(self.triangles[chosen], pose, view.K * [[s], [s], [1]], width * s, height * s)
         if last is None:
             kept, shown = np.unique(shown, return_inverse=True)
@@ -2002,6 +2019,7 @@ AGILITY = 3.0, 0.7  # spectral density of the acceleration: rotation, rad/s^2 pe
 SKIP, DOUBT, JUMP = 4.0, 2.0, 12.0  # cost of leaving a frame out of a sequence, of a rejected pose, of a leap; in units of log-likelihood
 DESPAIR = 6.0  # sum of what frames say against a track, at most DOUBT each, at which it is given up
 TURN = 180.0  # degrees a second that cost nothing in a sequence
+COASTING = 0.05, 0.01  # standard deviation of a pose that is expected from the frame before: rotation, rad; translation, model units
 MEASURED = 1.5  # factor on the claimed standard deviation of a measured pose: its errors last for several frames
 
 
@@ -2013,7 +2031,7 @@ class TrackedPose:
     pose: np.ndarray | None = None  # (4, 4) model -> OpenCV camera
     covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation (model units)
     velocity: np.ndarray | None = None  # (6,) rotation in camera axes, radians a second, then translation, model units a second
-    reprojection: float = np.nan  # pixels, of the measured pose
+    reprojection: float = np.nan  # pixels, of the pose from the keypoints; NaN where there was none
     reason: str = ""  # why it was not measured
 
 
@@ -2151,12 +2169,16 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
 
     Each frame proposes a pose and a second one (`estimate_frame`, and with the pixels `Aligner.settle`); the sequence that turns least against what
     the frames say is chosen for the whole clip at once, filtered and smoothed. With the pixels, frames that were left out try again from where
-    the track expects the ship.
+    the track expects the ship, and so do those in which it leaves the frame or comes in.
 
     Args:
         keypoints, confidence, deviation: (N, C, 2), (N, C), (N, C), see `detect_frames` and `point_deviation`.
         K, fps: see `Tracker`.
-        clip, aligner: `Clip`, or another iterable of N (frame or None, fault) that can be read twice, and `Aligner`; None leaves the pixels out.
+        clip, aligner: `Clip`, or another iterable of N (frame or None, fault) that can be read again and again, and `Aligner`; None leaves the
+            pixels out.
+        progress: show bars.
+    Raises:
+        ValueError: only one of clip and aligner, or a wrong K.
     Returns:
         list of N `TrackedPose`. Gaps of up to GAP seconds between tracked frames are "predicted"; longer ones, and what comes before the
         first or after the last tracked frame, are "lost" and have no pose.
@@ -2176,8 +2198,41 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
         for i, estimate in zip(left_out, again):
             if estimate.accepted and rotation_error(estimate.pose, track[i].pose) < 30:
                 chosen[i] = dataclasses.replace(estimate, margin=np.inf)
+    if aligner is not None:
+        _extend(chosen, track, aligner, clip, K, fps)
         track = _smoothed(chosen, K, fps)
     return track
+
+
+def _extend(estimates, track, aligner, clip, K, fps):
+    """Follow the ship out of each stretch of a track, forwards and backwards for up to GAP seconds, as long as the pixels confirm it: where it leaves
+    the frame or comes in, keypoints are few. Replaces the estimates of the frames that are won."""
+    before = collections.deque(maxlen=round(GAP * fps))  # frames that were lost, the last ones
+    spread = np.diag(np.square(COASTING).repeat(3))
+
+    def attempt(i, frame, pose, velocity, seconds):
+        if frame is None:
+            return None
+        expected = _Motion(Rotation.from_matrix(pose[:3, :3]), pose[:3, 3], velocity, np.zeros((12, 12))).after(seconds)[0].pose
+        estimate = aligner.settle(frame, PoseEstimate(expected, spread, True), K)
+        if not estimate.accepted or estimate.explained < MIN_EXPLAINED or rotation_error(estimate.pose, expected) > 15:
+            return None
+        estimates[i] = dataclasses.replace(estimate, margin=np.inf)
+        return estimate.pose
+
+    pose, velocity, start = None, None, 0
+    for i, (tracked, (frame, _)) in enumerate(zip(track, clip)):
+        if tracked.pose is None:
+            before.append((i, frame))
+            if pose is not None and i - start <= GAP * fps:
+                pose = attempt(i, frame, pose, velocity, 1 / fps)
+                if pose is not None:
+                    before.pop()
+            continue
+        pose, velocity, start, back = tracked.pose, tracked.velocity, i, tracked.pose
+        while before and back is not None:
+            back = attempt(*before.pop(), back, velocity, -1 / fps)
+        before.clear()
 
 
 def _smoothed(estimates, K, fps):
@@ -2407,7 +2462,8 @@ class Detector:
 
     def __init__(self, path, windows=(128, 160), precision="f32", threads=0, batch=1):
         """windows: sides of the squares in pixels of the 256 px frame, multiples of 32; () looks at whole frames only.
-        precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel. threads: 0 takes all cores.
+        precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel (one in a hundred by more than
+        a pixel). threads: 0 takes all cores.
         batch: how many frames are looked at together; more are faster, but a live picture waits for the last of them."""
         import openvino
 
@@ -2425,7 +2481,7 @@ class Detector:
             self._requests[side] = core.compile_model(model, "CPU", options).create_infer_request()
 
     def heatmaps(self, squares):
-        """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`, of the frame's or a window's size."""
+        """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`; S is 256 or the side of a window."""
         full = np.zeros((self.batch, *squares.shape[1:]), np.float32)
         full[: len(squares)] = squares
         return self._requests[squares.shape[1]].infer([full])[0][: len(squares)]
@@ -2438,7 +2494,11 @@ class Detector:
         return self.look([image], [box])[0]
 
     def look(self, images, boxes):
-        """What each of several frames shows, with a box or None for each: a list, see `__call__`. The largest ship sets the square for all."""
+        """What each of several frames shows: a list of what `__call__` returns.
+
+        images are n (H, W, 3) uint8, boxes n (2, 2) pixels or None. In each group of `batch` the largest box sets the square for all, and one
+        None makes all be seen whole.
+        """
         if len(images) > self.batch:
             return [*self.look(images[: self.batch], boxes[: self.batch]), *self.look(images[self.batch :], boxes[self.batch :])]
         squares, scales, offsets = zip(*(letterbox(image, self.size) for image in images))
@@ -2460,11 +2520,13 @@ def follow(clip, detector, tracker, progress=True):
     """Track a clip while it is read: yields (frame or None, TrackedPose, (keypoints, confidence, deviation)) for each frame. Memory does not grow.
 
     While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is looked for in the whole frame
-    next time. A detector for several frames at once gets so many, and says of all where the ship is before they are tracked.
+    next time.
+    With `Detector(batch=n)` n frames are read and looked at together, where the last tracked one lets expect the ship, and then tracked: poses come
+    up to n - 1 frames late.
 
     Args:
         clip: `Clip`, or an iterable of (frame, fault).
-        detector: `Detector`, or what gives keypoints, confidence and deviation for (frame, box or None).
+        detector: `Detector`, or a function that gives keypoints, confidence and deviation for (frame, box or None).
         tracker: `Tracker` for the camera matrix of these frames.
     """
     nothing = np.full((len(KEYPOINTS), 2), np.nan), np.zeros(len(KEYPOINTS)), np.full(len(KEYPOINTS), np.inf)
@@ -2498,9 +2560,10 @@ def summary(track):
 def export_track(path, track, K, fps, width, height):
     """Write poses to a `.csv` or `.json` file, replaced only when whole.
 
-    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), reprojection (pixels, of tracked frames), translation tx ty tz
-    (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null)
-    where lost. The JSON file holds {"schema": 1, "camera": {K, width, height, fps}, "frames": [...]} with the matrix as four rows.
+    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), reprojection (pixels, of the pose from the keypoints, where
+    there is one), translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by rows, reason. Pose: model -> camera, x
+    right, y down, z forward; empty (null) where lost. The JSON file holds {"schema": 1, "camera": {K, width, height, fps}, "frames": [...]} with the
+    matrix as four rows.
 
     Raises ValueError for another suffix.
     """
@@ -2695,7 +2758,7 @@ _PANEL = {  # figure -> (name in tables, format, what this project wants to reac
     "box_corner_px_median": ("corner error of the solved box, median", "{:.2f} px", "≤ 0.5 px"),
     "box_corners_within_2px": ("... within 2 px", "{:.1%}", "≥ 95%"),
     "box_corners_within_5px": ("... within 5 px", "{:.1%}", "≥ 99%"),
-    "nmae": ("NMAE (argmax)", "{:.2%}", "≤ 0.5%"),
+    "nmae": ("NMAE (whole pixels)", "{:.2%}", "≤ 0.5%"),
     "poses_found": ("frames with a pose, of those with 4 corners in sight", "{:.1%}", "≥ 99%"),
     "rotation_deg_median": ("rotation error, median", "{:.2f}°", "≤ 1°"),
     "rotation_deg_95": ("rotation error, 95th percentile", "{:.1f}°", "≤ 6°"),
@@ -2724,8 +2787,8 @@ def results_table(figures, intervals=None):
 
 def write_results(folder, figures, readme=None, intervals=None):
     """Write `weights/xwing_eval.json` under `folder` and, if given, the table between the README's two result markers."""
-    rounded = {name: {k: round(v, 6) if isinstance(v, float) else v for k, v in f.items()} for name, f in figures.items()}
-    bounds = {name: {k: [round(v, 6) for v in pair] for k, pair in f.items()} for name, f in (intervals or {}).items()}
+    rounded = {name: {k: round(v, 9) if isinstance(v, float) else v for k, v in f.items()} for name, f in figures.items()}
+    bounds = {name: {k: [round(v, 9) for v in pair] for k, pair in f.items()} for name, f in (intervals or {}).items()}
     _write_atomically(Path(folder) / "weights" / "xwing_eval.json", json.dumps({"figures": rounded, "intervals_95": bounds}, indent=1) + "\n")
     if readme is not None:
         text = Path(readme).read_text()
@@ -3089,7 +3152,9 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
         fps: frames a second of clip and film.
         lasers, mesh: see `animate`.
     Returns:
-        list of `TrackedPose`, as far as the clip could be read.
+        list of `TrackedPose` without covariance and velocity, as far as the clip could be read.
+    Raises:
+        ValueError: another suffix than `.mp4`; and what the clip's reading raises.
     """
     path, track = Path(path), []
     if path.suffix != ".mp4":

@@ -1,7 +1,8 @@
 """How fast the tracker is, stage by stage and end to end: `make bench`.
 
-Every run is a process of its own on two cores, so that its peak memory is its own. The plain way that it is compared with does the same work with the
-tools that come first to hand: Keras `predict` frame by frame, whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures.
+Every run is a process of its own on two cores, so that its peak memory is its own. The plain way that it is compared with does the same job with the
+tools that come first to hand: Keras `predict` frame by frame, whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures, a GIF; it neither
+filters nor hides bolts.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def stages(count):
         deviation = xu.point_deviation(xu.heatmap_covariance(whole, points, sigma / stride, 20 / stride))
         tracked = timed("pose and filter", tracker.update, points * stride, confidence, deviation * stride)
         if tracked.pose is not None:
-            timed("align on the pixels (finished clips only)", aligner, frames[-1], tracked.pose, K, tracked.covariance)
+            timed("align one pose on the pixels (finished clips only)", aligner, frames[-1], tracked.pose, K, tracked.covariance)
         depth = None if tracked.pose is None else timed("depth of the hull", xu.mesh_depth, triangles, tracked.pose, K, 256, 256)
         drawn.append(timed("draw", xu.draw_bolts, frames[-1], lasers.step(tracked.pose), K, depth))
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +144,7 @@ def main():
     print(f"on {len(cores)} cores\n\n| stage, one after another | ms a frame |\n|---|---|")
     for stage, ms in run("stages", min(arguments.count, 200))["result"].items():
         print(f"| {stage} | {ms:.1f} |", flush=True)
-    print("\n| end to end | frames | frames a second | with a pose | peak memory, MB |\n|---|---|---|---|---|")
+    print("\n| end to end | frames | frames a second | measured | peak memory, MB |\n|---|---|---|---|---|")
     speed = {}
     short, long = arguments.count, arguments.long
     for name, count in (("streaming", short), ("streaming", long), ("batches of 4", short), ("batches of 4", long), ("streaming, bf16", short),
