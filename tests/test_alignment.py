@@ -207,3 +207,21 @@ def test_frames_on_their_own_with_and_without_an_aligner(align, root, camera, K,
 def test_a_clip_without_an_aligner_is_an_error(K):
     with pytest.raises(ValueError, match="give both"):
         xu.track_clip([], [], [], K, clip=[])
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_ship_that_comes_in_or_leaves_is_followed_where_keypoints_fail(align, root, camera, K, backwards):
+    """Frames 236 to 247 of the clip: the ship comes into sight; in the first 6 no keypoints are found, and the first two are black."""
+    paths, matrices = (part[236:248] for part in xu.load_dataset(root / "data" / "frames"))
+    truth = np.array([xu.pose_in_camera(camera[0], m) for m in matrices])
+    points = np.stack([xu.project_pose(xu.KEYPOINTS, p, K) for p in truth]) + np.random.default_rng(0).normal(0, 1, (12, 36, 2))
+    sure = xu.facing(matrices, camera[0]) * xu.in_frame(points) * 0.9
+    points[:6], sure[:6] = np.nan, 0
+    clip = [(xu.read_image(p) * (i > 1), "") for i, p in enumerate(paths)]
+    found = points, sure, np.full(sure.shape, 1.5)
+    if backwards:
+        found, clip, truth = [part[::-1] for part in found], clip[::-1], truth[::-1]
+    track = xu.track_clip(*found, K, clip=clip, aligner=align, progress=False)
+    track, truth = (track[::-1], truth[::-1]) if backwards else (track, truth)
+    assert [t.status for t in track] == ["lost"] * 2 + ["tracked"] * 10
+    assert max(xu.rotation_error(t.pose, p) for t, p in zip(track[2:], truth[2:])) < 6
