@@ -30,6 +30,8 @@ import json
 import os
 import queue
 import re
+import struct
+import subprocess
 import sys
 import threading
 import warnings
@@ -1389,7 +1391,8 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
         keypoints: (K, 2) pixels; NaN rows are not used.
         K: (3, 3) camera matrix, pixels.
         confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are not used.
-        deviation: (K,) pixels, standard deviation of each point along x and y, see `point_deviation`; None is 1 pixel of a 256 px frame for all.
+        deviation: (K,) pixels, standard deviation of each point along x and y, see `point_deviation`; points where it is not finite are not used.
+            None is 1 pixel of a 256 px frame for all.
         points: (K, 3) model points of the keypoints; the 8 corners, or all of `KEYPOINTS`, whose rows from the 9th on are the hull's.
         prior: (4, 4) or None, where the ship should be, from the frames before. It settles which of several poses is meant (one turned against
             it by 30 degrees or more costs up to PRIOR), and has no say in the refinement.
@@ -1406,10 +1409,10 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
     keypoints = _check_array(keypoints, (len(points), 2), "keypoints")
     K = _check_camera_matrix(K)
     weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
-    pixel = K[0, 0] / 248.8889  # one pixel of a 256 px frame
+    pixel = 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE  # one pixel of a 256 px frame, where the principal point is in the middle
     deviation = np.full(len(points), pixel) if deviation is None else _check_array(deviation, (len(points),), "deviation")
     deviation = np.maximum(deviation, MIN_DEVIATION * pixel)
-    usable = np.isfinite(keypoints).all(1) & (weight >= MIN_CONFIDENCE)
+    usable = np.isfinite(keypoints).all(1) & np.isfinite(deviation) & (weight >= MIN_CONFIDENCE)
     if usable.sum() < 4:
         return PoseEstimate(None, reason=f"{usable.sum()} points are found, 4 are needed")
     problem = _Problem(points[usable], keypoints[usable], deviation[usable], K, prior)
@@ -1730,7 +1733,7 @@ class Aligner:
         Returns:
             pose (4, 4) and covariance (6, 6), or None where too little of the ship is in the frame or the pose runs away.
         """
-        prior = None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
+        K, prior = np.asarray(K, float), None if covariance is None else (pose, np.linalg.inv(covariance) / 4)
         rough = self._descend(image, pose, K, 2 * self._shrink(pose, K), True, prior)
         pose = pose if rough is None else rough[0]  # a small ship is seen on the fine level only
         fine = self._descend(image, pose, K, self._shrink(pose, K), False, prior)
@@ -1755,6 +1758,7 @@ class Aligner:
         """
         if estimate.pose is None:
             return estimate
+        K = np.asarray(K, float)
 
         def price(pose):  # what the keypoints say against a pose, in units of log-likelihood
             return 0.0 if rotation_error(pose, estimate.pose) < 30 else min(max(estimate.margin, 0.0), CLEAR)
@@ -1957,7 +1961,7 @@ def settle_frames(aligner, frames, estimates, K, progress=True):
     """
     frames = itertools.chain(frames, itertools.repeat(None))
     tasks = (joblib.delayed(_settle)(aligner, frame, estimate, K) for estimate, frame in zip(estimates, frames))
-    settled = joblib.Parallel(n_jobs=-1, return_as="generator")(tasks)
+    settled = joblib.Parallel(n_jobs=-1, return_as="generator", max_nbytes=None)(tasks)  # large frames must not pile up in shared memory
     return list(tqdm(settled, total=len(estimates), desc="aligning", unit="frame", disable=not progress))
 
 
@@ -2093,8 +2097,8 @@ class Tracker:
 
     def __init__(self, K, fps=30.0, keep=False):
         """`fps`: frames a second; `keep`: remember every frame for `smooth` (about 3 kB each). ValueError: a wrong K, or fps not positive."""
-        if not fps > 0:
-            raise ValueError(f"fps: expected a positive number of frames a second, got {fps}")
+        if fps is None or not fps > 0:
+            raise ValueError(f"fps: expected a positive number of frames a second, got {fps}; a folder of frames does not say: give the camera's")
         self.K, self.seconds, self.frames = _check_camera_matrix(K), 1 / fps, [] if keep else None
         self.motion, self.unseen, self.doubt = None, 0.0, 0.0
 
@@ -2120,7 +2124,7 @@ class Tracker:
             self.unseen += self.seconds
             motion = predicted if self.unseen <= GAP + 1e-9 and predicted is not None and predicted.translation[2] > 0 else None
             tracked = TrackedPose("lost" if motion is None else "predicted", reason=reason)
-        self.motion = motion
+        self.motion, self.doubt = motion, 0.0 if motion is None else self.doubt
         if self.frames is not None:
             self.frames.append((tracked, predicted, transition, motion, estimate))
         return _describe(tracked, motion)
@@ -2178,7 +2182,7 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
             pixels out.
         progress: show bars.
     Raises:
-        ValueError: only one of clip and aligner, or a wrong K.
+        ValueError: only one of clip and aligner, a wrong K, or fps not positive.
     Returns:
         list of N `TrackedPose`. Gaps of up to GAP seconds between tracked frames are "predicted"; longer ones, and what comes before the
         first or after the last tracked frame, are "lost" and have no pose.
@@ -2186,6 +2190,7 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
     """
     if (clip is None) != (aligner is None):
         raise ValueError("clip and aligner: give both, to align poses on the clip's pixels, or neither")
+    K = Tracker(K, fps).K  # what is wrong with them is said before the work
     estimates = [estimate_frame(k, K, c, d) for k, c, d in zip(keypoints, confidence, deviation)]
     if aligner is not None:
         estimates = settle_frames(aligner, (frame for frame, _ in clip), estimates, K, progress)
@@ -2194,9 +2199,9 @@ def track_clip(keypoints, confidence, deviation, K, fps=30.0, clip=None, aligner
     left_out = [i for i, t in enumerate(track) if t.status == "predicted"] if aligner is not None else []
     if left_out:
         again = settle_frames(aligner, (frame for i, (frame, _) in enumerate(clip) if i in left_out),
-                              [PoseEstimate(track[i].pose, track[i].covariance, True) for i in left_out], K, progress)
+                              [PoseEstimate(track[i].pose, track[i].covariance, True, reprojection=np.nan) for i in left_out], K, progress)
         for i, estimate in zip(left_out, again):
-            if estimate.accepted and rotation_error(estimate.pose, track[i].pose) < 30:
+            if estimate.accepted and np.isfinite(estimate.explained) and rotation_error(estimate.pose, track[i].pose) < 30:
                 chosen[i] = dataclasses.replace(estimate, margin=np.inf)
     if aligner is not None:
         _extend(chosen, track, aligner, clip, K, fps)
@@ -2214,7 +2219,7 @@ def _extend(estimates, track, aligner, clip, K, fps):
         if frame is None:
             return None
         expected = _Motion(Rotation.from_matrix(pose[:3, :3]), pose[:3, 3], velocity, np.zeros((12, 12))).after(seconds)[0].pose
-        estimate = aligner.settle(frame, PoseEstimate(expected, spread, True), K)
+        estimate = aligner.settle(frame, PoseEstimate(expected, spread, True, reprojection=np.nan), K)
         if not estimate.accepted or estimate.explained < MIN_EXPLAINED or rotation_error(estimate.pose, expected) > 15:
             return None
         estimates[i] = dataclasses.replace(estimate, margin=np.inf)
@@ -2240,8 +2245,7 @@ def _smoothed(estimates, K, fps):
     for estimate in estimates:
         tracker.take(estimate)
     track = smooth(tracker)
-    tracked = np.array([t.status == "tracked" for t in track])
-    for start, end in _runs(~tracked):
+    for start, end in _runs([t.status != "tracked" for t in track]):
         if start == 0 or end == len(track) or end - start > GAP * fps:
             track[start:end] = [TrackedPose("lost", reason=t.reason) for t in track[start:end]]
     return track
@@ -2264,7 +2268,7 @@ def _best_sequence(estimates, fps):
             if gap > 0:
                 excess = max(rotation_error(estimate.pose, nodes[m][1].pose) - TURN * gap / fps, 0.0) if gap <= reach else np.inf
                 ways.append((total[m] + SKIP * (gap - 1) + min((excess / 10) ** 2 / 2, JUMP), m))
-            if gap > 4 * reach:
+            if gap > 4 * reach and m and nodes[m - 1][0] != nodes[m][0]:  # not between the two poses of a frame
                 break
         best = min(ways)
         total.append(best[0] + cost), before.append(best[1])
@@ -2332,7 +2336,10 @@ class Clip:
             raise FileNotFoundError(f"{source}: no such folder or file; give a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
         self.paths = _numbered_pictures(self.source) if self.source.is_dir() else None
         self._maps = None
-        first = next((frame for frame, _ in self._frames() if frame is not None), None)
+        frames = self._frames()
+        first = next((frame for frame, _ in frames if frame is not None), None)
+        if first is not None and self.source.suffix.lower() == ".gif":
+            collections.deque(frames, maxlen=0)  # a GIF tells its length and its rate only frame by frame
         if first is None:
             raise ValueError(f"{source}: holds no frame that can be read; expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF")
         self.height, self.width = first.shape[:2]
@@ -2344,7 +2351,17 @@ class Clip:
             self.fps /= step
 
     def __iter__(self):
-        for i, (frame, fault) in enumerate(self._frames()):
+        fault = yield from self._chosen(self._frames())
+        if fault:
+            yield None, fault
+
+    def _chosen(self, frames):
+        """Every so-manieth frame, checked and straightened; returns what `frames` returns."""
+        for i in itertools.count():
+            try:
+                frame, fault = next(frames)
+            except StopIteration as end:
+                return end.value
             if i % self.step == 0:
                 if frame is not None and frame.shape != (self.height, self.width, 3):
                     frame, fault = None, f"expected {self.width}x{self.height} pixels like the first frame, got {frame.shape[1]}x{frame.shape[0]}"
@@ -2357,9 +2374,11 @@ class Clip:
         coefficients = np.asarray(coefficients, float)
         if coefficients.ndim != 1 or len(coefficients) not in (4, 5, 8, 12, 14) or not np.isfinite(coefficients).all():
             raise ValueError(f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], 4, 5, 8, 12 or 14 numbers, got {coefficients.tolist()}")
-        self._maps = cv2.initUndistortRectifyMap(_check_camera_matrix(K), coefficients, None, K, (self.width, self.height), cv2.CV_16SC2)
+        K = _check_camera_matrix(K) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]  # OpenCV's whole numbers are the pixels' centres
+        self._maps = cv2.initUndistortRectifyMap(K, coefficients, None, K, (self.width, self.height), cv2.CV_16SC2)
 
     def _frames(self):
+        """Yields every (frame, fault), and returns what ended the clip before its time, if anything did."""
         if self.paths is not None:
             return self._from_folder()
         return self._from_gif() if self.source.suffix.lower() == ".gif" else self._from_video()
@@ -2372,38 +2391,52 @@ class Clip:
                 yield None, str(error)
 
     def _from_gif(self):
+        read, total = 0, 0
         try:
             with Image.open(self.source) as gif:
-                self.count, total = getattr(gif, "n_frames", 1), 0
-                for i in range(self.count):
-                    gif.seek(i)
-                    total += gif.info.get("duration", 0)
-                    if self.fps is None and gif.info.get("duration"):
-                        self.fps = 1000 / gif.info["duration"]
+                while True:
+                    gif.seek(read)
                     yield np.array(gif.convert("RGB")), ""
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            yield None, f"{self.source}: cannot be read as a GIF from here on ({error})"
+                    total += gif.info.get("duration", 0)
+                    read += 1
+        except EOFError:
+            if self.count is None and read:
+                self.count, self.fps = read, 1000 * read / total if total else None
+            with self.source.open("rb") as file:
+                file.seek(max(self.source.stat().st_size - 64, 0))
+                return "" if file.read().rstrip(b"\0\r\n ").endswith(b";") else f"{self.source}: breaks off after {read} frames"
+        except (OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError) as error:
+            return f"{self.source}: cannot be read as a GIF from here on ({error})"
 
     def _from_video(self):
         import imageio_ffmpeg
 
-        reader = imageio_ffmpeg.read_frames(str(self.source), pix_fmt="rgb24")
+        reader = imageio_ffmpeg.read_frames(str(self.source), pix_fmt="rgb24", output_params=["-fps_mode", "passthrough"])  # no frame twice
         try:
             facts = next(reader)
             width, height = facts["size"]
             self.fps = self.fps or facts["fps"] or None
             total, read = round(facts["duration"] * facts["fps"]), 0
-            self.count = self.count or total or None
+            if self.count is None:
+                self.count = imageio_ffmpeg.count_frames_and_secs(str(self.source))[0] or None
             for frame in reader:
                 read += 1
                 yield np.frombuffer(frame, np.uint8).reshape(height, width, 3), ""
-            if read < 0.95 * total - 1:
-                yield None, f"{self.source}: breaks off after {read} of about {total} frames"
+            if read < 0.95 * total - 1 and self._damaged():  # else only the sound is longer
+                return f"{self.source}: breaks off after {read} of about {total} frames"
         except (OSError, RuntimeError, ValueError, KeyError, StopIteration) as error:
             why = (str(error).strip().splitlines() or ["no frames"])[-1][:200]
-            yield None, f"{self.source}: cannot be read as a video from here on ({why})"
+            return f"{self.source}: cannot be read as a video from here on ({why})"
         finally:
             reader.close()
+
+    def _damaged(self):
+        """Whether ffmpeg finds fault with a video's stream of pictures."""
+        import imageio_ffmpeg
+
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(self.source), "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+        return done.returncode != 0 or bool(done.stderr.strip())
 
 
 def _numbered_pictures(folder):
@@ -2418,14 +2451,13 @@ def letterbox(image, size):
     Returns (size, size, 3) uint8; scale; (2,) pixels: a position p of the frame lies at p * scale + offset in the square.
     """
     height, width = image.shape[:2]
-    scale = size / max(width, height)
-    if scale == 1 and width == height:
-        return image, 1.0, np.zeros(2)
-    inner = max(round(width * scale), 1), max(round(height * scale), 1)
-    left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
-    square = np.zeros((size, size, 3), np.uint8)
-    square[top : top + inner[1], left : left + inner[0]] = cv2.resize(image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return square, scale, np.array([left, top], float)
+    side = max(width, height)
+    left, top, scale = (side - width) // 2, (side - height) // 2, size / side
+    if width != height:  # padded before it is resized, so that the scale is the same along both sides
+        image = cv2.copyMakeBorder(image, top, side - height - top, left, side - width - left, cv2.BORDER_CONSTANT)
+    if scale != 1:
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return image, scale, np.array([left, top]) * scale
 
 
 def export_model(path, size=FRAME_SIZE):
@@ -2567,7 +2599,7 @@ def export_track(path, track, K, fps, width, height):
 
     Raises ValueError for another suffix.
     """
-    path = Path(path)
+    path, fps, width, height = Path(path), float(fps), int(width), int(height)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"{path}: expected a .csv or .json file")
     rows = []
@@ -2805,12 +2837,12 @@ _SHIFT = 4  # fractional bits of OpenCV's drawing functions
 
 def _cv_point(point):
     """Continuous (x, y) pixels -> OpenCV's fixed-point pixel-index coordinates."""
-    return tuple(int(v) for v in np.round((np.clip(point, -2000, 6000) - 0.5) * 2**_SHIFT))
+    return tuple(int(v) for v in np.round((np.clip(point, -(2**20), 2**20) - 0.5) * 2**_SHIFT))
 
 
 def draw_box(image, keypoints, colour=(90, 255, 90)):
     """Return a copy of the frame (H, W, 3) uint8 with the edges of the box of (8, 2) corners; edges with a NaN end are left out."""
-    image = np.array(image)
+    image = np.array(image, order="C")
     for a, b in BOX_EDGES:
         if np.isfinite(keypoints[[a, b]]).all():
             cv2.line(image, _cv_point(keypoints[a]), _cv_point(keypoints[b]), colour, 1, cv2.LINE_AA, _SHIFT)
@@ -2819,7 +2851,7 @@ def draw_box(image, keypoints, colour=(90, 255, 90)):
 
 def draw_axes(image, pose, K, length=0.15):
     """Return a copy of the frame with the model axes drawn from the model's origin: x red, y green, z blue; `length` in model units."""
-    image = np.array(image)
+    image = np.array(image, order="C")
     origin, *ends = project_pose(np.concatenate([np.zeros((1, 3)), np.eye(3) * length]), pose, K)
     for end, colour in zip(ends, ((255, 70, 70), (80, 255, 80), (90, 140, 255))):
         if np.isfinite([origin, end]).all():
@@ -2839,7 +2871,7 @@ def draw_tracked(image, tracked, K, box=True, axes=True, ellipses=True, path=0.5
     box: green where tracked, yellow where predicted; axes: see `draw_axes`; ellipses: the corners' two standard deviations; path: where the
     ship's middle will be for so many seconds at its present velocity.
     """
-    image = np.array(image)
+    image = np.array(image, order="C")
     if tracked.pose is None:
         return image
     corners = project_pose(BOUNDING_BOX, tracked.pose, K)
@@ -2923,7 +2955,7 @@ def draw_bolts(image, bolts, K, depth=None, radius=0.0032, colour=(255, 60, 40),
         radius: of a bolt, in model units; it tapers towards the tail and narrows with the distance.
         near: bolts are cut this close to the camera, in model units.
     """
-    image = np.array(image)
+    image = np.array(image, order="C")
     core = np.zeros(image.shape[:2], np.uint8)
     for segment in np.asarray(bolts, float).reshape(-1, 2, 3):
         segment = _clip_near(segment, near)
@@ -2931,7 +2963,7 @@ def draw_bolts(image, bolts, K, depth=None, radius=0.0032, colour=(255, 60, 40),
             _fill_bolt(core, segment, radius, K, depth)
     if not core.any():
         return image
-    scale = K[0, 0] / 248.8889
+    scale = max(core.shape) / FRAME_SIZE
     left, top, width, height = cv2.boundingRect(core)
     reach = int(np.ceil(20 * scale))  # of the glow; beyond it nothing changes
     part = np.s_[max(top - reach, 0) : top + height + reach, max(left - reach, 0) : left + width + reach]
@@ -2967,13 +2999,13 @@ def _fill_bolt(canvas, segment, radius, K, depth=None):
         cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, _SHIFT)
         return
     left, top, width, height = cv2.boundingRect(outline >> _SHIFT)
-    box = np.s_[max(top - 1, 0) : max(top + height + 2, 0), max(left - 1, 0) : max(left + width + 2, 0)]
+    low, high = np.clip([[top - 1, left - 1], [top + height + 2, left + width + 2]], 0, canvas.shape)
+    box = np.s_[low[0] : high[0], low[1] : high[1]]
     hidden = depth[box]
     if not hidden.size:
         return
     if np.isfinite(hidden).any():
         rows, columns = np.mgrid[box]
-        rows, columns = rows[: hidden.shape[0], : hidden.shape[1]], columns[: hidden.shape[0], : hidden.shape[1]]
         place = np.clip(((columns + 0.5 - tail[0]) * along[0] + (rows + 0.5 - tail[1]) * along[1]) / length, 0, 1)
         inverse = (1 - place) / segment[0, 2] + place / segment[1, 2]  # 1 / depth is linear in the picture
         seen = 1 / inverse < hidden + 0.004
@@ -3000,8 +3032,9 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
         cannot be read.
     """
     frames = frames if isinstance(frames, Clip) else list(frames)
-    if not poses or (isinstance(frames, list) and len(frames) != len(poses)):
+    if not len(poses) or (isinstance(frames, list) and len(frames) != len(poses)):
         raise ValueError(f"expected as many poses as frames and at least one, got {len(list(frames))} frames and {len(poses)} poses")
+    K = _check_camera_matrix(K)
     poses = [None if pose is None else _check_array(pose, (4, 4), f"pose of frame {i}") for i, pose in enumerate(poses)]
     if not source_fps > 0:
         raise ValueError(f"expected positive rates, got source_fps {source_fps}")
@@ -3022,14 +3055,17 @@ def write_clip(draw, count, path, fps=25, source_fps=30):
         raise ValueError(f"{path}: expected a .gif or .mp4 file")
     if not (fps > 0 and source_fps > 0) or (path.suffix == ".gif" and fps > 100):
         raise ValueError(f"expected positive rates, and at most 100 frames a second in a GIF, got fps {fps} and source_fps {source_fps}")
+    _check_folder(path)
     if path.suffix == ".gif":
         fps = 100 / round(100 / fps)  # a GIF counts in hundredths of a second
-    pictures = draw(np.arange(0, count - 1e-9, source_fps / fps).astype(int))
+    pictures = draw((np.arange(0, count - 1e-9, source_fps / fps) + 1e-9).astype(int))
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
     try:
         (_write_gif if path.suffix == ".gif" else _write_mp4)(pictures, part, fps)
         os.replace(part, path)
     finally:
+        if hasattr(pictures, "close"):
+            pictures.close()
         part.unlink(missing_ok=True)
 
 
@@ -3057,7 +3093,10 @@ def at_frames(frames, shown):
             try:
                 if isinstance(item, tuple) and item[0] is None:
                     raise ValueError(item[1])
-                image = item[0] if isinstance(item, tuple) else item if isinstance(item, np.ndarray) else read_image(item)
+                new = item[0] if isinstance(item, tuple) else item if isinstance(item, np.ndarray) else read_image(item)
+                if image is not None and new.shape != image.shape:
+                    raise ValueError(f"expected {image.shape[1]}x{image.shape[0]} pixels like the frames before, got {new.shape[1]}x{new.shape[0]}")
+                image = new
             except (ValueError, FileNotFoundError) as error:
                 if image is None and last == i:
                     raise
@@ -3087,15 +3126,18 @@ def _clip_palette(pixels):
 
 
 def _write_mp4(pictures, path, fps):
-    """H.264 by ffmpeg, picture by picture; odd sizes get a black line, which H.264 cannot do without."""
+    """H.264 by ffmpeg, picture by picture; odd sizes get a black line, which H.264 cannot do without. OSError where not all of them arrive."""
     import imageio_ffmpeg
 
-    writer = None
+    writer, shape, sent = None, None, 0
     try:
         for picture in pictures:
+            if picture.shape != (shape or picture.shape):
+                raise ValueError(f"{path}: expected {shape[1]}x{shape[0]} pixels like the first picture, got {picture.shape[1]}x{picture.shape[0]}")
+            shape, sent = picture.shape, sent + 1
             height, width = (side + side % 2 for side in picture.shape[:2])
             if writer is None:
-                writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=2,
+                writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=float(fps), codec="libx264", quality=8, macro_block_size=2,
                                                      output_params=["-preset", "veryfast"], ffmpeg_log_level="error")
                 writer.send(None)
             even = np.zeros((height, width, 3), np.uint8)
@@ -3104,11 +3146,21 @@ def _write_mp4(pictures, path, fps):
     finally:
         if writer is not None:
             writer.close()  # also after an error: ffmpeg would write on
+    written = 0
+    with contextlib.suppress(RuntimeError, OSError, ValueError):
+        written = imageio_ffmpeg.count_frames_and_secs(str(path))[0] if sent else 0
+    if written != sent:
+        raise OSError(f"{path}: only {written} of {sent} frames could be written; is the disk full?")
+
+
+def _check_folder(path):
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} to; make it first")
 
 
 def _ahead(items, size=8):
     """Yield the items of an iterable that a thread of its own works off, at most `size` ahead; its errors arrive here."""
-    pipe, end, stop = queue.Queue(size), object(), threading.Event()
+    pipe, end, stop, items = queue.Queue(size), object(), threading.Event(), iter(items)
 
     def put(item):
         while not stop.is_set():
@@ -3138,6 +3190,8 @@ def _ahead(items, size=8):
     finally:
         stop.set()
         worker.join()
+        if hasattr(items, "close"):
+            items.close()
 
 
 def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progress=True):
@@ -3154,11 +3208,12 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
     Returns:
         list of `TrackedPose` without covariance and velocity, as far as the clip could be read.
     Raises:
-        ValueError: another suffix than `.mp4`; and what the clip's reading raises.
+        ValueError: another suffix than `.mp4`. FileNotFoundError: no such folder. OSError: the film could not be written whole.
     """
     path, track = Path(path), []
     if path.suffix != ".mp4":
         raise ValueError(f"{path}: expected an .mp4 file")
+    _check_folder(path)
     lasers, triangles = lasers or Lasers(fps), None if mesh is None else occluder(mesh)
 
     def tracked():
@@ -3168,21 +3223,28 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
                 yield frame, state.pose
 
     def drawn():
-        last = None
-        for frame, pose in _ahead(tracked()):
-            bolts = lasers.step(pose)
-            if frame is None and last is None:
-                continue
-            last = last if frame is None else frame
-            depth = None if triangles is None or pose is None or not len(bolts) else mesh_depth(triangles, pose, tracker.K, *last.shape[1::-1])
-            yield draw_bolts(last, bolts, tracker.K, depth)
+        last, unread = None, 0
+        with contextlib.closing(_ahead(tracked())) as states:
+            for frame, pose in states:
+                bolts = lasers.step(pose)
+                if frame is None and last is None:
+                    unread += 1
+                    continue
+                last = last if frame is None else frame
+                depth = None if triangles is None or pose is None or not len(bolts) else mesh_depth(triangles, pose, tracker.K, *last.shape[1::-1])
+                picture = draw_bolts(last, bolts, tracker.K, depth)
+                yield from [picture] * (unread + 1)  # what could not be read at the start shows the first frame
+                unread = 0
 
     part, threads = path.with_name(f"part-{os.getpid()}-{path.name}"), cv2.getNumThreads()
     cv2.setNumThreads(1)  # the stages are the threads; pictures are too small to be shared out
     try:
-        _write_mp4(drawn(), part, fps)
+        with contextlib.closing(drawn()) as pictures:
+            _write_mp4(pictures, part, fps)
         if part.exists():
             os.replace(part, path)
+        else:
+            warnings.warn(f"{path}: not written, since no frame could be read", stacklevel=2)
     finally:
         cv2.setNumThreads(threads)
         part.unlink(missing_ok=True)

@@ -225,3 +225,13 @@ def test_a_ship_that_comes_in_or_leaves_is_followed_where_keypoints_fail(align, 
     track, truth = (track[::-1], truth[::-1]) if backwards else (track, truth)
     assert [t.status for t in track] == ["lost"] * 2 + ["tracked"] * 10
     assert max(xu.rotation_error(t.pose, p) for t, p in zip(track[2:], truth[2:])) < 6
+
+
+def test_a_frame_that_cannot_be_read_is_never_tracked(align, root, camera, K):
+    paths, matrices = (part[60:72] for part in xu.load_dataset(root / "data" / "frames"))
+    points = np.stack([xu.project_pose(xu.KEYPOINTS, xu.pose_in_camera(camera[0], m), K) for m in matrices])
+    sure = xu.facing(matrices, camera[0]) * 0.9
+    points[5], sure[5] = np.nan, 0
+    clip = [(None, "broken") if i == 5 else (xu.read_image(p), "") for i, p in enumerate(paths)]
+    track = xu.track_clip(points, sure, np.full(sure.shape, 1.0), K, clip=clip, aligner=align, progress=False)
+    assert [t.status for t in track] == ["tracked"] * 5 + ["predicted"] + ["tracked"] * 6

@@ -400,3 +400,47 @@ def test_a_frame_of_the_wrong_kind_has_no_pose_and_a_warning(clip_folder, K, bad
     with pytest.warns(UserWarning, match="1.jpg"):
         _, _, found = xu.track_frames(model, paths, K, progress=False)
     assert [p is None for p in found] == [False, True, False, False, False]
+
+
+# ------------------------------------------------------------ frames as they come
+
+
+def test_frames_that_were_turned_can_be_drawn_on(K):
+    turned = np.rot90(np.zeros((200, 256, 3), np.uint8))
+    corners = xu.project_pose(xu.BOUNDING_BOX, pose_of((20, 30, 40)), K)
+    tracked = xu.TrackedPose("tracked", pose_of((20, 30, 40)), np.eye(6) * 1e-4, np.zeros(6))
+    for drawn in (xu.draw_box(turned, corners), xu.draw_axes(turned, pose_of((20, 30, 40)), K), xu.draw_tracked(turned, tracked, K)):
+        assert drawn.shape == (256, 200, 3) and drawn.any()
+
+
+def test_a_line_that_leaves_far_keeps_its_direction():
+    corners = np.full((8, 2), np.nan)
+    corners[:2] = [[833, 1000], [11021, -9000]]
+    rows, columns = np.nonzero(xu.draw_box(np.zeros((1080, 1920, 3), np.uint8), corners).any(-1))
+    line = 833 + (1000 - (rows + 0.5)) * (11021 - 833) / 10000
+    assert len(rows) > 900 and np.abs(columns + 0.5 - line).max() < 2
+
+
+def test_a_frame_of_another_size_repeats_the_one_before(K, tmp_path):
+    frames = [np.full((64, 64, 3), 100, np.uint8)] * 3 + [np.full((48, 80, 3), 200, np.uint8)] * 2 + [np.full((64, 64, 3), 50, np.uint8)] * 4
+    with pytest.warns(UserWarning, match="frame 3 repeats the one before: expected 64x64 pixels"):
+        xu.animate(frames, [None] * 9, K, tmp_path / "a.mp4", fps=30)
+    with imageio.get_reader(tmp_path / "a.mp4") as video:
+        read = [video.get_data(i).mean() for i in range(video.count_frames())]
+    assert read == pytest.approx([100] * 5 + [50] * 4, abs=8)
+
+
+def test_every_tick_of_a_gif_shows_the_frame_of_its_time(tmp_path):
+    shown = []
+
+    def draw(numbers):
+        shown.extend(numbers)
+        yield from [np.zeros((8, 8, 3), np.uint8)] * len(numbers)
+
+    xu.write_clip(draw, 2700, tmp_path / "a.gif", 100 / 3, 30)
+    assert shown == [i * 9 // 10 for i in range(3000)]
+
+
+def test_poses_may_be_an_array_and_numbers_numpy_s(K, tmp_path):
+    xu.animate(frames_of(5), np.stack([pose_of((20, 30, 40))] * 5), K.tolist(), tmp_path / "a.mp4", np.int64(30), np.float32(30))
+    assert (tmp_path / "a.mp4").stat().st_size > 0

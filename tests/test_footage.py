@@ -83,6 +83,18 @@ def test_a_letterbox_keeps_proportions_and_positions(width, height):
     np.testing.assert_allclose((found - offset) / scale, [column + 0.5, row + 0.5], atol=1.5 / scale)
 
 
+@pytest.mark.parametrize("width,height", [(1280, 718), (640, 351), (852, 480), (480, 852), (1000, 10)])
+def test_a_letterbox_has_one_scale(width, height):
+    """A bright line along the last row or column of the frame is found where the scale and the offset say."""
+    image = np.zeros((height, width, 3), np.uint8)
+    across = 0 if width > height else 1
+    image[np.s_[-8:, :] if across == 0 else np.s_[:, -8:]] = 255
+    square, scale, offset = xu.letterbox(image, 256)
+    profile = square[..., 0].mean(1 - across)
+    centre = ((np.arange(256) + 0.5) * profile).sum() / profile.sum()
+    assert (centre - offset[1 - across]) / scale == pytest.approx((height if across == 0 else width) - 4, abs=0.15)
+
+
 # ------------------------------------------------------------ the exported network
 
 
@@ -243,6 +255,51 @@ def test_a_distorted_clip_is_straightened(flight, tmp_path):
         clip.undistort(K, [0.1])
 
 
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments], check=True)
+
+
+def test_a_video_of_varying_rate_gives_every_picture_once(tmp_path):
+    picture = "testsrc=duration=2:rate=30:size=64x64"
+    ffmpeg("-f", "lavfi", "-i", picture, "-vf", "select='lt(n,20)+not(mod(n,2))'", "-fps_mode", "vfr", str(tmp_path / "a.mp4"))
+    clip = xu.Clip(tmp_path / "a.mp4")
+    read = [frame for frame, fault in clip if not fault]
+    assert len(read) == clip.count == 40 and clip.fps == pytest.approx(40 / 2, rel=0.15)
+    assert all(np.abs(a.astype(int) - b).max() > 0 for a, b in zip(read, read[1:]))
+
+
+def test_a_video_with_a_longer_sound_is_whole(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "testsrc=duration=1:rate=30:size=64x64", "-f", "lavfi", "-i", "sine=duration=3", str(tmp_path / "a.mp4"))
+    clip = xu.Clip(tmp_path / "a.mp4")
+    assert clip.count == 30 and [fault for _, fault in clip] == [""] * 30
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_what_ended_a_clip_is_said_whatever_the_step(flight, tmp_path, step):
+    whole = film_of(tmp_path / "whole.mkv", flight * 4)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    *good, (last, fault) = xu.Clip(tmp_path / "cut.mkv", step)
+    assert last is None and "breaks off" in fault and all(f == "" for _, f in good)
+
+
+def test_a_gif_s_rate_is_that_of_all_its_frames(flight, tmp_path):
+    pictures = [Image.fromarray(frame) for frame in flight[:10]]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[500] + [50] * 9)
+    for step in (1, 2):
+        clip = xu.Clip(tmp_path / "a.gif", step)
+        assert clip.fps == pytest.approx(10 / 0.95 / step) and clip.count == 10 // step
+        assert len(list(clip)) == clip.count == 10 // step  # reading it changes nothing
+
+
+def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp_path):
+    imageio.mimsave(tmp_path / "whole.gif", flight[:6], duration=50)
+    whole = (tmp_path / "whole.gif").read_bytes()
+    for cut in np.linspace(len(whole) // 3, len(whole) - 1, 25).astype(int):
+        (tmp_path / "cut.gif").write_bytes(whole[:cut])
+        *good, (last, fault) = xu.Clip(tmp_path / "cut.gif")
+        assert good and last is None and "cut.gif" in fault
+
+
 # ------------------------------------------------------------ tracking footage
 
 
@@ -299,6 +356,40 @@ def test_a_film_is_made_in_one_pass_and_broken_frames_do_not_stop_it(detector, f
     with imageio.get_reader(tmp_path / "a.mp4") as video:
         assert video.count_frames() == 12 and video.get_data(0).shape == (256, 256, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "frames"]
+
+
+def test_a_film_begins_with_the_first_frame_that_can_be_read(detector, flight, flight_K, tmp_path):
+    clip = [(None, "broken"), (None, "broken"), *((frame, "") for frame in flight[:4])]
+    track = xu.film(clip, detector, xu.Tracker(flight_K), tmp_path / "a.mp4", progress=False)
+    with imageio.get_reader(tmp_path / "a.mp4") as video:
+        assert video.count_frames() == len(track) == 6
+
+
+def test_a_film_of_nothing_says_that_it_was_not_written(flight_K, tmp_path):
+    with pytest.warns(UserWarning, match="a.mp4: not written"):
+        xu.film([(None, "broken")] * 3, lambda *_: None, xu.Tracker(flight_K), tmp_path / "a.mp4", progress=False)
+    with pytest.raises(FileNotFoundError, match="no such folder to write a.mp4"):
+        xu.film([(None, "broken")] * 3, lambda *_: None, xu.Tracker(flight_K), tmp_path / "none" / "a.mp4", progress=False)
+
+
+def test_a_film_that_is_not_written_whole_is_an_error_and_keeps_the_old_one(flight, tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"the old one")
+    monkeypatch.setattr(imageio_ffmpeg, "count_frames_and_secs", lambda path: (3, 0.1))  # the disk was full
+    with pytest.raises(OSError, match="only 3 of 5 frames could be written"):
+        xu.animate(flight[:5], [None] * 5, xu.lens_camera(256, 256), tmp_path / "a.mp4", fps=30)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"the old one"
+
+
+def test_an_interrupted_film_leaves_no_thread(flight, flight_K, tmp_path):
+    class Interrupted(xu.Lasers):
+        def step(self, pose):
+            raise KeyboardInterrupt
+
+    nothing, before = (np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)), threading.active_count()
+    with pytest.raises(KeyboardInterrupt) as held:
+        frames = [(frame, "") for frame in flight] * 3
+        xu.film(frames, lambda *_: nothing, xu.Tracker(flight_K), tmp_path / "a.mp4", lasers=Interrupted(), progress=False)
+    assert held.value is not None and threading.active_count() == before and not list(tmp_path.iterdir())
 
 
 def test_a_failure_of_the_network_leaves_no_film_and_no_thread(flight, flight_K, tmp_path):
@@ -373,6 +464,11 @@ def test_poses_come_back_from_json(track, tmp_path):
     assert info["schema"] == 1 and info["camera"] == {"K": K.tolist(), "width": 640, "height": 360, "fps": 25}
     np.testing.assert_array_equal(info["frames"][1]["matrix"], track[1].pose)
     assert info["frames"][2]["matrix"] is None and info["frames"][2]["reason"] == "no ship"
+
+
+def test_numbers_of_numpy_are_written_too(track, tmp_path):
+    xu.export_track(tmp_path / "a.json", track, xu.lens_camera(256, 256), np.float32(30), np.int64(256), np.int64(256))
+    assert json.loads((tmp_path / "a.json").read_text())["camera"]["fps"] == 30
 
 
 def test_a_file_of_another_kind_is_refused(track, tmp_path):

@@ -478,3 +478,29 @@ def test_a_set_without_a_countable_frame_has_no_figures(poses, K):
 def test_intervals_stand_in_the_table(figures):
     table = xu.results_table(figures, {"test": {"rotation_deg_median": (0.5, 1.25)}})
     assert "0.00° (0.50 – 1.25)" in table and "| rotation error, median | ≤ 1° |" in table  # what is wanted stands beside what is reached
+
+
+# ------------------------------------------------------------ other lenses
+
+
+@pytest.mark.parametrize("focal", [14, 35, 85, 200])
+def test_expected_errors_do_not_depend_on_the_lens(focal):
+    """Full HD through different lenses, the ship as large in the picture and found as precisely."""
+    K, rng, misfits, ratios = xu.lens_camera(1920, 1080, focal), np.random.default_rng(0), [], []
+    for i in range(12):
+        pose = turned(17 * i, shift=(0, 0, 0), start=np.eye(4))
+        pose[:3, 3] = [0, 0, focal / 35]
+        found = xu.project_pose(xu.KEYPOINTS, pose, K) + rng.normal(0, 0.7 * 7.5, (36, 2))
+        estimate = xu.estimate_pose(found, K, None, np.full(36, 0.7 * 7.5), xu.KEYPOINTS)
+        misfits.append(estimate.misfit)
+        ratios.append(xu.rotation_error(estimate.pose, pose) / estimate.rotation_deviation)
+    assert 0.8 < np.median(misfits) < 1.15 and 0.5 < np.median(ratios) < 1.5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_point_of_unknown_deviation_is_not_used(poses, K, bad):
+    deviation = np.ones(36)
+    deviation[9] = bad
+    estimate = xu.estimate_pose(xu.project_pose(xu.KEYPOINTS, poses[0], K), K, None, deviation, xu.KEYPOINTS)
+    assert estimate.accepted and not estimate.agreeing[9] and estimate.reprojection < 0.1
+    assert_same_pose(estimate.pose, poses[0])

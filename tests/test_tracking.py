@@ -199,3 +199,32 @@ def test_the_best_sequence_takes_the_second_pose_where_the_frames_around_ask_for
 def test_the_best_sequence_of_nothing():
     assert xu._best_sequence([], FPS) == []
     assert [e.accepted for e in xu._best_sequence([xu.PoseEstimate(None)] * 3, FPS)] == [False] * 3
+
+
+@pytest.mark.parametrize("before,gone,after", [(15, 63, 30), (15, 64, 30), (30, 100, 40)])
+def test_a_long_absence_throws_nothing_away(K, before, gone, after):
+    truth = flight(before + gone + after)
+    points, sure, deviation = seen(truth, K, noise=0.5)
+    sure[before : before + gone] = 0
+    track = xu.track_clip(points, sure, deviation, K, FPS)
+    assert [t.status for t in track] == ["tracked"] * before + ["lost"] * gone + ["tracked"] * after
+    assert np.nanmax(rotation_errors(track, truth)) < 5
+
+
+def test_a_clip_of_no_frames_has_no_track(K):
+    assert xu.track_clip(np.zeros((0, 36, 2)), np.zeros((0, 36)), np.zeros((0, 36)), K, FPS) == []
+
+
+@pytest.mark.parametrize("fps", [None, 0, -1])
+def test_a_rate_that_is_none_is_said_before_the_work(K, fps, monkeypatch):
+    monkeypatch.setattr(xu, "estimate_frame", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="fps: expected a positive number"):
+        xu.track_clip(*seen(flight(3), K), K, fps)
+
+
+def test_doubt_ends_with_the_track(K):
+    tracker, _ = follow([part[:10] for part in seen(flight(10), K)], K)
+    tracker.doubt = 5.9
+    for _ in range(20):
+        tracker.update(np.full((36, 2), np.nan), np.zeros(36))
+    assert tracker.motion is None and tracker.doubt == 0
