@@ -311,6 +311,21 @@ def test_evaluate_a_perfect_prediction(poses, K):
     assert figures["frames"] == 50
 
 
+def test_errors_of_drawn_heatmaps_are_those_of_the_maps(poses, K):
+    rng, truth = np.random.default_rng(0), np.array([corners(p, K) for p in poses[:6]])
+    found = truth + rng.normal(0, 4, truth.shape)
+    found[1, 2] = np.nan
+    errors = xu.drawn_heatmap_errors(found, truth, 10.0)
+    inside = xu.in_frame(truth)
+    assert np.array_equal(np.isfinite(errors), inside)
+    for i, (a, b) in enumerate(zip(np.nan_to_num(found, nan=-1e4), truth)):
+        maps = ((xu.gaussian_heatmaps(a, 256, 10.0).astype(float) - xu.gaussian_heatmaps(b, 256, 10.0)) ** 2).mean((0, 1))
+        np.testing.assert_allclose(errors[i][inside[i]], maps[inside[i]], atol=1e-9)
+    figures = xu.evaluate(found, [None] * 6, truth, poses[:6], K)
+    assert figures["box_heatmap_mse_sigma10"] == pytest.approx(np.nanmean(errors)) and figures["box_nmae"] == figures["nmae"]
+    assert xu.evaluate(found, list(poses[:6]), truth, poses[:6], K)["box_heatmap_mse_sigma10"] < 1e-12
+
+
 def test_evaluate_counts_a_missing_pose_as_a_miss(poses, K):
     keypoints = np.array([corners(p, K) for p in poses])
     enough = xu.in_frame(keypoints).sum(1) >= 4
