@@ -3053,6 +3053,7 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
     Raises:
         ValueError: no frames, numbers that differ, a rate that is not positive (or over 100 in a GIF), another suffix, a first frame that
         cannot be read.
+        FilmError: the disk is full, or ffmpeg stopped. FileNotFoundError: no such folder.
     """
     frames = frames if isinstance(frames, Clip) else list(frames)
     if not len(poses) or (isinstance(frames, list) and len(frames) != len(poses)):
@@ -3149,7 +3150,7 @@ def _clip_palette(pixels):
 
 
 def _write_mp4(pictures, path, fps):
-    """H.264 by ffmpeg, picture by picture; odd sizes get a black line, which H.264 cannot do without. OSError where not all of them arrive."""
+    """H.264 by ffmpeg, picture by picture; odd sizes get a black line, which H.264 cannot do without. FilmError where not all of them arrive."""
     import imageio_ffmpeg
 
     writer, shape, sent = None, None, 0
@@ -3165,7 +3166,10 @@ def _write_mp4(pictures, path, fps):
                 writer.send(None)
             even = np.zeros((height, width, 3), np.uint8)
             even[: picture.shape[0], : picture.shape[1]] = picture
-            writer.send(even)
+            try:
+                writer.send(even)
+            except OSError as error:
+                raise FilmError(f"{path}: ffmpeg stopped after {sent - 1} frames; is the disk full?") from error
     finally:
         if writer is not None:
             writer.close()  # also after an error: ffmpeg would write on
@@ -3173,7 +3177,11 @@ def _write_mp4(pictures, path, fps):
     with contextlib.suppress(RuntimeError, OSError, ValueError):
         written = imageio_ffmpeg.count_frames_and_secs(str(path))[0] if sent else 0
     if written != sent:
-        raise OSError(f"{path}: only {written} of {sent} frames could be written; is the disk full?")
+        raise FilmError(f"{path}: only {written} of {sent} frames could be written; is the disk full?")
+
+
+class FilmError(OSError):
+    """A film could not be written whole."""
 
 
 def _check_folder(path):
@@ -3229,9 +3237,9 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
         fps: frames a second of clip and film.
         lasers, mesh: see `animate`.
     Returns:
-        list of `TrackedPose` without covariance and velocity, as far as the clip could be read.
+        list of `TrackedPose` without covariance and velocity, as far as the clip could be read; with a warning where the film could not be written.
     Raises:
-        ValueError: another suffix than `.mp4`. FileNotFoundError: no such folder. OSError: the film could not be written whole.
+        ValueError: another suffix than `.mp4`. FileNotFoundError: no such folder.
     """
     path, track = Path(path), []
     if path.suffix != ".mp4":
@@ -3263,11 +3271,16 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
     cv2.setNumThreads(1)  # the stages are the threads; pictures are too small to be shared out
     try:
         with contextlib.closing(drawn()) as pictures:
-            _write_mp4(pictures, part, fps)
-        if part.exists():
-            os.replace(part, path)
+            try:
+                _write_mp4(pictures, part, fps)
+                fault = "" if part.exists() else "no frame could be read"
+            except FilmError as error:
+                fault = str(error)
+                collections.deque(pictures, maxlen=0)  # the track is worth having without the film
+        if fault:
+            warnings.warn(f"{path}: not written: {fault}", stacklevel=2)
         else:
-            warnings.warn(f"{path}: not written, since no frame could be read", stacklevel=2)
+            os.replace(part, path)
     finally:
         cv2.setNumThreads(threads)
         part.unlink(missing_ok=True)

@@ -375,9 +375,28 @@ def test_a_film_of_nothing_says_that_it_was_not_written(flight_K, tmp_path):
 def test_a_film_that_is_not_written_whole_is_an_error_and_keeps_the_old_one(flight, tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"the old one")
     monkeypatch.setattr(imageio_ffmpeg, "count_frames_and_secs", lambda path: (3, 0.1))  # the disk was full
-    with pytest.raises(OSError, match="only 3 of 5 frames could be written"):
+    with pytest.raises(xu.FilmError, match="only 3 of 5 frames could be written"):
         xu.animate(flight[:5], [None] * 5, xu.lens_camera(256, 256), tmp_path / "a.mp4", fps=30)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"the old one"
+
+
+def test_a_disk_that_is_full_loses_no_poses(tmp_path):
+    """The file may grow to 20 kB, then writing fails."""
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, xwing_utils as xu
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+found = np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+rng = np.random.default_rng(0)
+frames = [(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8), "") for _ in range(60)]
+track = xu.film(frames, lambda *_: found, xu.Tracker(xu.lens_camera(256, 256)), {str(tmp_path / "a.mp4")!r}, progress=False)
+print(len(track))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "60", done.stderr[-2000:]
+    assert "a.mp4: not written: " in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_film_leaves_no_thread(flight, flight_K, tmp_path):
