@@ -1752,7 +1752,7 @@ class Aligner:
         Where the keypoints leave a doubt, or the refined pose explains the frame badly, other poses are tried too, on the coarse level: the
         estimate's second, what both may be mistaken for, and turns of the best ones. What the best of all may be mistaken for is always looked at.
         Pixels and keypoints together decide. Accepted if at least MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone
-        gave the same pose), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
+        clearly gave the same pose), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
 
         image is (H, W, 3) uint8 and K (3, 3). An estimate without a pose comes back as it is; `misfit` and `agreeing` stay those of the keypoints.
         """
@@ -1775,7 +1775,8 @@ class Aligner:
         (cost, index, pose), *others = _distinct(ranked, 30)
         margin = others[0][0] - cost if others else estimate.margin
         same = rotation_error(pose, estimate.pose) < 30
-        if explained < (MIN_EXPLAINED / 2 if same and estimate.accepted else MIN_EXPLAINED):  # two witnesses need less each
+        agreed = same and estimate.accepted and estimate.margin >= START  # two witnesses need less each
+        if explained < (MIN_EXPLAINED / 2 if agreed else MIN_EXPLAINED):
             reason = f"the pose explains only {explained:.0%} of what is seen"
         elif margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
@@ -2018,7 +2019,7 @@ def _surroundings(image, cover):
 
 GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a measured pose may differ from the predicted one
 GAP = 0.5  # seconds without a measurement that are bridged
-START = 3.0  # margin over a second pose with which a track may start, in units of log-likelihood
+START = 3.0  # margin over a second pose from which keypoints alone are clear and a track may start, in units of log-likelihood
 AGILITY = 3.0, 0.7  # spectral density of the acceleration: rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
 SKIP, DOUBT, JUMP = 4.0, 2.0, 12.0  # cost of leaving a frame out of a sequence, of a rejected pose, of a leap; in units of log-likelihood
 DESPAIR = 6.0  # sum of what frames say against a track, at most DOUBT each, at which it is given up
