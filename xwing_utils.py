@@ -19,6 +19,7 @@ Nothing here imports TensorFlow or Keras until a model, a loss or a batch is ask
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -1766,11 +1767,13 @@ class Aligner:
         first = self(image, estimate.pose, K, estimate.covariance)
         found = [] if first is None else [first]
         sure = found and estimate.accepted and estimate.margin >= CLEAR
-        if not (sure and self._rank(image, found, K, price)[1] >= WELL_EXPLAINED):
+        ranked, explained = self._rank(image, found, K, price) if sure else ([], 0.0)
+        if explained < WELL_EXPLAINED:
             found += self._search(image, estimate, K, price)
-        if not found:
-            return dataclasses.replace(estimate, accepted=False, reason=estimate.reason or "too little of the ship is in sight")
-        found += self._mistaken(image, found, K, price)
+            if not found:
+                return dataclasses.replace(estimate, accepted=False, reason=estimate.reason or "too little of the ship is in sight")
+            ranked, _ = self._rank(image, found, K, price)
+        found += self._mistaken(image, ranked[0][2], K, price)
         ranked, explained = self._rank(image, found, K, price)
         (cost, index, pose), *others = _distinct(ranked, 30)
         margin = others[0][0] - cost if others else estimate.margin
@@ -1801,9 +1804,8 @@ class Aligner:
         near = _distinct(self._rank(image, found, K, price, shrink)[0], 3)[:4] if found else []
         return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
 
-    def _mistaken(self, image, found, K, price):
-        """What the best of those found may be mistaken for and the coarse level does not rule out, refined: a list of (pose, covariance)."""
-        best = self._rank(image, found, K, price)[0][0][2]
+    def _mistaken(self, image, best, K, price):
+        """What the best pose may be mistaken for and the coarse level does not rule out, refined: a list of (pose, covariance)."""
         shrink = self._shrink(best, K)
         others = [*self._refined(image, _mistakable(best)[1:], K, 2 * shrink, True), (best, None)]
         ranked = _distinct(self._rank(image, others, K, price)[0], 3)
@@ -2549,7 +2551,7 @@ class Detector:
                 for points, sure, spread, scale, offset in zip(keypoints, confidence, deviation, scales, offsets)]
 
 
-def follow(clip, detector, tracker, progress=True):
+def follow(clip, detector, tracker, progress=True, lead=0):
     """Track a clip while it is read: yields (frame or None, TrackedPose, (keypoints, confidence, deviation)) for each frame. Memory does not grow.
 
     While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is looked for in the whole frame
@@ -2561,19 +2563,31 @@ def follow(clip, detector, tracker, progress=True):
         clip: `Clip`, or an iterable of (frame, fault).
         detector: `Detector`, or a function that gives keypoints, confidence and deviation for (frame, box or None).
         tracker: `Tracker` for the camera matrix of these frames.
+        lead: how many groups of frames the network is ahead, in a thread of its own: with 1 it looks at the next frames while these are tracked and
+            drawn, so that neither waits for the other; poses come so many groups later. What is found does not depend on the threads' pace.
     """
     nothing = np.full((len(KEYPOINTS), 2), np.nan), np.zeros(len(KEYPOINTS)), np.full(len(KEYPOINTS), np.inf)
     look = getattr(detector, "look", lambda images, boxes: [detector(image, box) for image, box in zip(images, boxes)])
-    frames = iter(tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress))
-    status = "lost"
-    while group := list(itertools.islice(frames, getattr(detector, "batch", 1))):
-        boxes = [_expected_box(tracker, 1 + i) if status == "tracked" else None for i in range(len(group))]
+
+    def see(group, boxes):
         good = [i for i, (frame, _) in enumerate(group) if frame is not None]
-        seen = dict(zip(good, look([group[i][0] for i in good], [boxes[i] for i in good]))) if good else {}
-        for i, (frame, fault) in enumerate(group):
-            tracked = tracker.update(*seen.get(i, nothing))
-            status = tracked.status
-            yield frame, dataclasses.replace(tracked, reason=fault) if fault else tracked, seen.get(i, nothing)
+        return dict(zip(good, look([group[i][0] for i in good], [boxes[i] for i in good]))) if good else {}
+
+    frames = iter(tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress))
+    groups, waiting, status = iter(lambda: list(itertools.islice(frames, getattr(detector, "batch", 1))), []), collections.deque(), "lost"
+    with concurrent.futures.ThreadPoolExecutor(1) as network:
+        for group in itertools.chain(groups, [[]] * lead):  # the empty ones let those that wait come out
+            first = 1 + sum(len(earlier) for earlier, _ in waiting)
+            boxes = [_expected_box(tracker, first + i) if status == "tracked" else None for i in range(len(group))]
+            waiting.append((group, network.submit(see, group, boxes)))
+            if len(waiting) <= lead:
+                continue
+            group, seen = waiting.popleft()
+            seen = seen.result()
+            for i, (frame, fault) in enumerate(group):
+                tracked = tracker.update(*seen.get(i, nothing))
+                status = tracked.status
+                yield frame, dataclasses.replace(tracked, reason=fault) if fault else tracked, seen.get(i, nothing)
 
 
 def _expected_box(tracker, ahead):
@@ -2793,6 +2807,29 @@ def bootstrap(errors, repeats=1000, level=0.95, seed=0):
         return {k: tuple(np.nanpercentile([d[k] for d in draws], [50 - 50 * level, 50 + 50 * level]).tolist()) for k in names}
 
 
+def compare_tracks(ways, truth, seen, K, fps=30.0):
+    """What several ways of tracking a clip achieve against its true poses.
+
+    Args:
+        ways: dict name -> N (4, 4) or None; truth: (N, 4, 4); seen: (N,) bool, the frames that show enough of the ship.
+        K: (3, 3); fps: frames a second.
+    Returns:
+        dict name -> dict: poses and muzzles within 3 px (see `muzzle_error`) over the frames seen; median and 95th percentile of the rotation error
+        (degrees) and the median translation error (model units) over those that have a pose in every way; flips over all; `jitter`.
+    """
+    common = [i for i in np.flatnonzero(seen) if all(poses[i] is not None for poses in ways.values())]
+    rows = {}
+    for way, poses in ways.items():
+        turn = np.array([np.inf if p is None else rotation_error(p, t) for p, t in zip(poses, truth)])
+        move = np.array([np.inf if p is None else translation_error(p, t) for p, t in zip(poses, truth)])
+        muzzle = np.array([np.inf if p is None else muzzle_error(p, t, K) for p, t in zip(poses, truth)])
+        shake = jitter(poses, truth, fps)
+        rows[way] = {"poses": np.isfinite(turn[seen]).sum(), "rotation, deg": np.median(turn[common]), "95 %": np.percentile(turn[common], 95),
+                     "translation": np.median(move[common]), "flips": (np.isfinite(turn) & (turn > 90)).sum(), "jitter, deg/s2": shake[0],
+                     "jitter, units/s2": shake[1], "muzzles within 3 px": (muzzle[seen] <= 3).mean()}
+    return rows
+
+
 def muzzle_error(estimate, truth, K):
     """Largest distance in pixels from a true muzzle to the nearest estimated one; blind to rolls that swap the cannons, as bolts are."""
     drawn, wanted = (project_pose(LASERS[:, 0], pose, K) for pose in (estimate, truth))
@@ -2918,6 +2955,17 @@ def draw_tracked(image, tracked, K, box=True, axes=True, ellipses=True, path=0.5
         for start, end in zip(points, points[1:]):
             cv2.line(image, start, end, (255, 160, 255), 1, cv2.LINE_AA, _SHIFT)
     return image
+
+
+def tracked_pictures(clip, track, K, detector, shown):
+    """Yield the chosen frames of a tracked clip, `draw_tracked` on the left and `draw_heatmaps` of the corners on the right, (size, 2 size, 3) uint8.
+
+    clip: `Clip`; track: list of `TrackedPose`; K: (3, 3); detector: `Detector`; shown: numbers of frames, never falling, see `write_clip`.
+    """
+    for i, frame in zip(shown, at_frames(clip, shown)):
+        square, scale, offset = letterbox(frame, detector.size)
+        small = np.diag([scale, scale, 1]) @ K + np.array([[0, 0, offset[0]], [0, 0, offset[1]], [0, 0, 0]])
+        yield np.hstack([draw_tracked(square, track[i], small), draw_heatmaps(detector.heatmaps(square[None])[0, ..., :8], detector.size)])
 
 
 def draw_heatmaps(heatmaps, size):
@@ -3226,14 +3274,14 @@ def _ahead(items, size=8):
             items.close()
 
 
-def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progress=True):
+def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progress=True, lead=1):
     """Track a clip and write it with its bolts as it is read, in one pass with constant memory: for long or live footage.
 
-    Reading, tracking, and drawing with writing run in threads side by side. Each pose rests on the frames up to its own; see `track_clip`
-    and `animate` for steadier poses in two passes.
+    Reading, the network, tracking, and drawing with writing run in threads side by side. Each pose rests on the frames up to its own; see
+    `track_clip` and `animate` for steadier poses in two passes.
 
     Args:
-        clip, detector, tracker: see `follow`.
+        clip, detector, tracker, lead: see `follow`.
         path: `.mp4`, replaced only when whole, also when reading stopped early.
         fps: frames a second of clip and film.
         lasers, mesh: see `animate`.
@@ -3250,7 +3298,7 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
 
     def tracked():
         with contextlib.closing(_ahead(clip)) as frames:
-            for frame, state, _ in follow(frames, detector, tracker, progress):
+            for frame, state, _ in follow(frames, detector, tracker, progress, lead):
                 track.append(dataclasses.replace(state, covariance=None, velocity=None))
                 yield frame, state.pose
 

@@ -239,6 +239,26 @@ def test_each_overlay_can_be_left_out(K):
     assert not xu.draw_tracked(image, xu.TrackedPose("lost"), K).any()
 
 
+def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
+    """A wide clip, whose picture is scaled into the square: the box lies where the pose's corners do, the heatmaps' spots too."""
+    class Oracle:
+        size = 256
+
+        def heatmaps(self, squares):
+            return xu.gaussian_heatmaps(xu.project_pose(xu.BOUNDING_BOX, ACROSS, K) / 2, 128, 2.0)[None]
+
+    wide = np.array([[2 * K[0, 0], 0, 256], [0, 2 * K[0, 0], 128], [0, 0, 1]])  # 512 x 256: half the scale, 64 rows of black above and below
+    track = [xu.TrackedPose("lost"), xu.TrackedPose("tracked", ACROSS, np.eye(6) * 1e-6)]
+    clip = [np.full((256, 512, 3), 40, np.uint8)] * 2
+    lost, shown = xu.tracked_pictures(clip, track, wide, Oracle(), [0, 1])
+    assert lost.shape == shown.shape == (256, 512, 3) and not np.ptp(lost[70:180, :256]) and not lost[:60, :256].any()
+    changed = np.argwhere((shown[:, :256] != lost[:, :256]).any(-1))[:, ::-1] + 0.5
+    corners = xu.project_pose(xu.BOUNDING_BOX, ACROSS, K)
+    assert np.linalg.norm(corners[:, None] - changed[None], axis=-1).min(1).max() < 1.5
+    for x, y in corners:
+        assert shown[int(y), 256 + int(x)].max() > 150
+
+
 # ------------------------------------------------------------ clips
 
 

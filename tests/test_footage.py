@@ -340,6 +340,38 @@ def test_a_ship_is_followed_in_groups_of_frames(flight, flight_K):
     assert len(angles) >= 25 and np.median(angles) < 1
 
 
+@pytest.mark.parametrize("lead,batch", [(1, 1), (2, 1), (1, 4), (3, 4)])
+def test_the_network_may_run_ahead_of_the_tracking(flight, flight_K, lead, batch):
+    """Every frame comes out once and in order, boxes come from the last group that was tracked, and the network runs in a thread of its own."""
+    boxes, threads = [], set()
+
+    class Watched:
+        def __init__(self):
+            self.batch = batch
+
+        def look(self, images, near):
+            boxes.extend(near)
+            threads.add(threading.get_ident())
+            return [seen[int(image[0, 0, 0])] for image in images]
+
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = Rotation.from_euler("xyz", [60, 20, 10], degrees=True).as_matrix(), [0, 0, 1.0]
+    seen = []
+    for i in range(30):
+        pose[0, 3] = -0.1 + 0.01 * i
+        toward = ((xu.NORMALS @ pose[:3, :3].T) * (xu.KEYPOINTS @ pose[:3, :3].T + pose[:3, 3])).sum(1) <= 0
+        seen.append((xu.project_pose(xu.KEYPOINTS, pose, flight_K), toward * 0.9, np.full(36, 1.0)))
+    frames = [(np.full((8, 8, 3), i, np.uint8), "") for i in range(30)]
+    out = list(xu.follow(frames, Watched(), xu.Tracker(flight_K), progress=False, lead=lead))
+    assert [int(frame[0, 0, 0]) for frame, _, _ in out] == list(range(30))
+    assert all(tracked.status == "tracked" for _, tracked, _ in out) and all(found is seen[i] for i, (_, _, found) in enumerate(out))
+    blind = batch * (lead + 1)
+    assert all(box is None for box in boxes[:blind]) and all(box is not None for box in boxes[blind:]) and len(boxes) == 30
+    for box, (keypoints, _, _) in list(zip(boxes, seen))[max(blind, 15) :]:  # the velocity is known by then
+        np.testing.assert_allclose(box, [keypoints[:8].min(0), keypoints[:8].max(0)], atol=1.5)
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
 def test_two_ships_never_crash_and_every_frame_has_a_status(detector, flight, flight_K):
     double = [np.maximum(frame, frame[:, ::-1]) for frame in flight[:12]]
     track = statuses(double, detector, flight_K)

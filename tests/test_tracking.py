@@ -166,6 +166,27 @@ def test_jitter_is_the_acceleration_error(K):
     assert np.isnan(xu.jitter([None] * 50, truth, FPS)).all()
 
 
+def test_tracks_are_compared_over_the_frames_that_all_have(K):
+    """Two ways by hand: one is turned by 2 degrees, but for a flip and a gap; the other is moved by 0.01."""
+    truth = flight(10)
+    turned = [pose.copy() for pose in truth]
+    for pose in turned:
+        pose[:3, :3] = Rotation.from_rotvec([0, 0, np.radians(2)]).as_matrix() @ pose[:3, :3]
+    turned[3], turned[7] = turned[3] @ xu.HALF_ROLL, None
+    moved = truth.copy()
+    moved[:, 0, 3] += 0.01
+    seen = np.arange(10) != 9
+    rows = xu.compare_tracks({"turned": turned, "moved": list(moved)}, truth, seen, K, FPS)
+    assert rows["turned"]["poses"] == 8 and rows["moved"]["poses"] == 9
+    assert rows["turned"]["flips"] == 1 and rows["moved"]["flips"] == 0
+    assert rows["turned"]["rotation, deg"] == pytest.approx(2) and rows["moved"]["rotation, deg"] == pytest.approx(0, abs=1e-6)
+    assert rows["turned"]["95 %"] == pytest.approx(np.percentile([2] * 7 + [xu.rotation_error(turned[3], truth[3])], 95))
+    assert rows["moved"]["translation"] == pytest.approx(0.01) and rows["turned"]["translation"] == pytest.approx(0)
+    assert rows["moved"]["jitter, deg/s2"] == pytest.approx(0, abs=1e-3) and rows["turned"]["jitter, deg/s2"] > 1000
+    inside = [xu.muzzle_error(moved[i], truth[i], K) <= 3 for i in range(9)]
+    assert rows["moved"]["muzzles within 3 px"] == np.mean(inside)
+
+
 def test_a_track_that_began_the_wrong_way_round_is_given_up(K):
     truth = flight(90)
     keypoints, confidence, deviation = seen(truth, K)
