@@ -2453,14 +2453,23 @@ def letterbox(image, size):
 
     Returns (size, size, 3) uint8; scale; (2,) pixels: a position p of the frame lies at p * scale + offset in the square.
     """
+    left, top, side = _whole(image)
+    return _square(image, left, top, side, size), size / side, np.array([-left, -top]) * size / side
+
+
+def _whole(image):
+    """The square (left, top, side), whole pixels, that holds a frame in its middle."""
     height, width = image.shape[:2]
     side = max(width, height)
-    left, top, scale = (side - width) // 2, (side - height) // 2, size / side
-    if width != height:  # padded before it is resized, so that the scale is the same along both sides
-        image = cv2.copyMakeBorder(image, top, side - height - top, left, side - width - left, cv2.BORDER_CONSTANT)
-    if scale != 1:
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return image, scale, np.array([left, top]) * scale
+    return -((side - width) // 2), -((side - height) // 2), side
+
+
+def _square(image, left, top, side, size):
+    """That square of a frame, black beyond its edge, scaled to `size` pixels; cut out before it is scaled, so that the scale is exact."""
+    square = image if (left, top) == (0, 0) and image.shape[:2] == (side, side) else crop(image, (left, top), side)
+    if side == size:
+        return square
+    return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_LINEAR)
 
 
 def export_model(path, size=FRAME_SIZE):
@@ -2485,18 +2494,20 @@ def export_model(path, size=FRAME_SIZE):
 
 
 class Detector:
-    """The network for footage: exported to OpenVINO, for frames of any size, with a closer look where the ship should be.
+    """The network for footage: exported to OpenVINO, for frames of any size; it finds the ship in the whole frame, and then looks closely at it.
 
         detector = Detector("weights/xwing.weights.h5")
-        keypoints, confidence, deviation = detector(image)          # the whole frame
-        keypoints, confidence, deviation = detector(image, box)     # the square about a box [[left, top], [right, bottom]], 3 to 4 times faster
+        keypoints, confidence, deviation = detector(image)          # the whole frame, then what was found there
+        keypoints, confidence, deviation = detector(image, box)     # at once about a box [[left, top], [right, bottom]]; 3 times faster
         found = Detector("weights/xwing.weights.h5", batch=4).look(images, boxes)    # several frames at once
 
-    The first use of new weights takes a quarter of a minute, to export them.
+    The close look is cut from the frame itself, so that a ship which is small in a large frame shows all its detail. The first use of new
+    weights takes a quarter of a minute, to export them.
     """
 
-    def __init__(self, path, windows=(128, 160), precision="f32", threads=0, batch=1):
-        """windows: sides of the squares in pixels of the 256 px frame, multiples of 32; () looks at whole frames only.
+    def __init__(self, path, windows=(96, 128), search=192, precision="f32", threads=0, batch=1):
+        """windows: sides of the squares for the close look in pixels, multiples of 32; () leaves it out.
+        search: side in pixels to which the whole frame is scaled.
         precision: "f32", or "bf16", which is twice as fast and moves keypoints by a few hundredths of a pixel (one in a hundred by more than
         a pixel). threads: 0 takes all cores.
         batch: how many frames are looked at together; more are faster, but a live picture waits for the last of them."""
@@ -2504,51 +2515,75 @@ class Detector:
 
         if batch < 1:
             raise ValueError(f"batch: expected at least 1 frame, got {batch}")
-        self.size, self.windows, self.batch, path = FRAME_SIZE, sorted(windows), batch, _weights_path(path)
+        self.size, self.windows, self.search, self.batch, path = FRAME_SIZE, sorted(windows), search, batch, _weights_path(path)
         self.settings = _read_json(path.with_name(_stem(path) + ".json"))["model"]
-        exported, core, self._requests = export_model(path, self.size), openvino.Core(), {}
-        for side in {self.size, *self.windows}:
-            model = core.read_model(exported)
-            model.reshape([batch, side, side, 3])
-            options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-            options["ENABLE_CPU_PINNING"] = False  # two processes would be pinned to the same core
-            options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
-            self._requests[side] = core.compile_model(model, "CPU", options).create_infer_request()
+        self._exported, self._core = export_model(path, self.size), openvino.Core()
+        self._options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        self._options["ENABLE_CPU_PINNING"] = False  # two processes would be pinned to the same core
+        self._options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        self._requests = {side: self._compile(side) for side in {search, *self.windows}}
+
+    def _compile(self, side):
+        model = self._core.read_model(self._exported)
+        model.reshape([self.batch, side, side, 3])
+        return self._core.compile_model(model, "CPU", self._options).create_infer_request()
 
     def heatmaps(self, squares):
-        """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`; S is 256 or the side of a window."""
+        """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`; S is a multiple of 32."""
+        side = squares.shape[1]
+        if side not in self._requests:
+            self._requests[side] = self._compile(side)
         full = np.zeros((self.batch, *squares.shape[1:]), np.float32)
         full[: len(squares)] = squares
-        return self._requests[squares.shape[1]].infer([full])[0][: len(squares)]
+        return self._requests[side].infer([full])[0][: len(squares)]
 
     def __call__(self, image, box=None):
         """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8.
 
-        With the ship's expected box (2, 2) only the smallest square that holds it and a tenth more is looked at, where there is one.
+        `box` (2, 2) is where the ship is expected; the square looked at is the smallest that holds it and a tenth more, or such a square scaled
+        down to the largest window.
         """
         return self.look([image], [box])[0]
 
     def look(self, images, boxes):
         """What each of several frames shows: a list of what `__call__` returns.
 
-        images are n (H, W, 3) uint8, boxes n (2, 2) pixels or None. In each group of `batch` the largest box sets the square for all, and one
-        None makes all be seen whole.
+        images are n (H, W, 3) uint8, boxes n (2, 2) pixels or None. In each group of `batch` the ship that needs the largest window sets it for all.
         """
         if len(images) > self.batch:
             return [*self.look(images[: self.batch], boxes[: self.batch]), *self.look(images[self.batch :], boxes[self.batch :])]
-        squares, scales, offsets = zip(*(letterbox(image, self.size) for image in images))
-        boxes = [None if box is None else np.asarray(box) * scale + offset for box, scale, offset in zip(boxes, scales, offsets)]
-        need = max(np.inf if box is None else 1.1 * np.ptp(box, axis=0).max() for box in boxes)
-        window = next((side for side in self.windows if side >= need), None)
-        if window:
-            corners = [np.clip(np.round(box.mean(0) - window / 2), 0, self.size - window).astype(int) for box in boxes]
-            squares = [crop(square, corner, window) for square, corner in zip(squares, corners)]
-            offsets = [offset - corner for offset, corner in zip(offsets, corners)]
-        maps, stride, sigma = self.heatmaps(np.stack(squares)), self.settings["stride"], self.settings["sigma"]
+        boxes, found = list(boxes), [None] * len(images)
+        unknown = [i for i, box in enumerate(boxes) if box is None or not self.windows]
+        if unknown:
+            for i, seen in zip(unknown, self._see([images[i] for i in unknown], [_whole(images[i]) for i in unknown], self.search)):
+                found[i], sure = seen, seen[1] >= MIN_CONFIDENCE
+                boxes[i] = np.stack([seen[0][sure].min(0), seen[0][sure].max(0)]) if sure.sum() >= 4 else None
+        near = [i for i, box in enumerate(boxes) if box is not None and self.windows]
+        if near:
+            needs = [1.1 * np.ptp(boxes[i], axis=0).max() for i in near]
+            enlarged = [max(FRAME_SIZE / max(images[i].shape[:2]), 1.0) for i in near]  # no further than a small frame as a whole
+            window = next((side for side in self.windows if side >= max(n * e for n, e in zip(needs, enlarged))), self.windows[-1])
+            sides = [max(round(window / e), int(np.ceil(n))) for n, e in zip(needs, enlarged)]
+            squares = [(*_inside(np.round(boxes[i].mean(0) - side / 2), side, images[i]), side) for i, side in zip(near, sides)]
+            for i, seen in zip(near, self._see([images[i] for i in near], squares, window)):
+                if found[i] is None or (seen[1] >= MIN_CONFIDENCE).sum() >= 4:
+                    found[i] = seen
+        return found
+
+    def _see(self, images, squares, size):
+        """Keypoints, confidence and deviation in one square (left, top, side) of each frame, scaled to `size` pixels."""
+        maps = self.heatmaps(np.stack([_square(image, *square, size) for image, square in zip(images, squares)]))
+        stride, sigma = self.settings["stride"], self.settings["sigma"]
         keypoints, confidence = decode_heatmaps(maps, sigma / stride)
         deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride))
-        return [((points * stride - offset) / scale, sure, spread * stride / scale)
-                for points, sure, spread, scale, offset in zip(keypoints, confidence, deviation, scales, offsets)]
+        return [(points * (stride * side / size) + [left, top], sure, spread * (stride * side / size))
+                for points, sure, spread, (left, top, side) in zip(keypoints, confidence, deviation, squares)]
+
+
+def _inside(corner, side, image):
+    """The corner (left, top), whole pixels, of a square moved so that no more of it than needs be lies outside a frame."""
+    room = np.array(image.shape[1::-1]) - side
+    return np.clip(corner, np.minimum(room, 0), np.maximum(room, 0)).astype(int)
 
 
 def follow(clip, detector, tracker, progress=True, lead=0):

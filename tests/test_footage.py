@@ -98,8 +98,8 @@ def test_a_letterbox_has_one_scale(width, height):
 # ------------------------------------------------------------ the exported network
 
 
-def test_the_exported_network_finds_what_the_keras_model_finds(detector, flight):
-    model = xu.load_model(WEIGHTS, 256)
+def test_the_exported_network_finds_what_the_keras_model_finds(flight):
+    model, detector = xu.load_model(WEIGHTS, 256), xu.Detector(WEIGHTS, windows=(), search=256)
     keypoints, confidence = xu.predict_keypoints(model, np.stack(flight[:8]), channels=xu.CHANNELS)
     for i, frame in enumerate(flight[:8]):
         found, sure, deviation = detector(frame)
@@ -120,21 +120,45 @@ def test_a_close_look_finds_what_the_whole_frame_shows(detector, flight):
     assert np.median(np.concatenate(off)) < 0.5 and len(np.concatenate(off)) > 40
 
 
+@pytest.fixture(scope="module")
+def alone_and_together():
+    return xu.Detector(WEIGHTS, windows=(128,)), xu.Detector(WEIGHTS, windows=(128,), batch=4)
+
+
 @pytest.mark.parametrize("count,boxed", [(1, True), (3, True), (4, False), (7, True), (5, "one")])
-def test_several_frames_at_once_show_what_each_shows_alone(detector, flight, count, boxed):
-    together = xu.Detector(WEIGHTS, batch=4)
+def test_several_frames_at_once_show_what_each_shows_alone(alone_and_together, flight, count, boxed):
+    detector, together = alone_and_together
     boxes = [np.array([[60.0, 60.0], [60.0 + 90, 60.0 + 100]]) + 3 * i if boxed is True or (boxed and i == 1) else None for i in range(count)]
     found = together.look(flight[:count], boxes)
     assert len(found) == count
     for i, (points, sure, deviation) in enumerate(found):
-        near = boxes[i] if boxed is True else None  # one that must be seen whole makes all be seen whole
-        if boxed == "one" and i == 4:
-            near = boxes[4]
-        alone = detector(flight[i], near)
-        np.testing.assert_allclose(sure, alone[1], atol=1e-3)
-        good = alone[1] > xu.MIN_CONFIDENCE
-        np.testing.assert_allclose(points[good], alone[0][good], atol=0.02)
-        np.testing.assert_allclose(deviation[good], alone[2][good], rtol=0.05)
+        single = detector(flight[i], boxes[i])
+        np.testing.assert_allclose(sure, single[1], atol=1e-3)
+        good = single[1] > xu.MIN_CONFIDENCE
+        assert good.sum() > 8
+        np.testing.assert_allclose(points[good], single[0][good], atol=0.02)
+        np.testing.assert_allclose(deviation[good], single[2][good], rtol=0.05)
+
+
+@pytest.mark.parametrize("windows", [(), (96,), (96, 128)])
+def test_a_square_is_never_larger_than_its_window_nor_the_ship_cut_off(flight, windows, monkeypatch):
+    """Boxes of all sizes, in frames of 256 and of 1024 pixels: the square holds the box and a tenth more, and is shown at most at its own size."""
+    detector, seen = xu.Detector(WEIGHTS, windows=windows, search=64), []
+    nothing = [(np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))]
+    monkeypatch.setattr(detector, "_see", lambda images, squares, size: seen.append((squares[0], size)) or nothing)
+    for width, height in ((256, 256), (1024, 512), (120, 256)):
+        for left, top, extent in ((10, 20, 30), (80, 60, 87), (0, 100, 90), (20, 0, 230), (-40, -30, 100)):
+            seen.clear()
+            box = np.array([[left, top], [left + extent, top + extent / 2]], float)
+            detector(np.zeros((height, width, 3), np.uint8), box)
+            ((x, y, side), size), = seen
+            if not windows:
+                assert size == 64 and side == max(width, height)
+                continue
+            assert size in windows and side == max(size, int(np.ceil(1.1 * extent)))
+            inside = np.clip(box, 0, [width, height])
+            assert x <= inside[0, 0] and y <= inside[0, 1] and x + side >= inside[1, 0] and y + side >= inside[1, 1]
+            assert side > min(width, height) or (x >= 0 and y >= 0 and x + side <= width and y + side <= height)
 
 
 def test_a_batch_of_no_frames():
