@@ -3101,26 +3101,34 @@ def _fill_bolt(canvas, segment, radius, K, depth=None):
     along = (head - tail) / length
     across = np.array([-along[1], along[0]])
     outline = [tail + across * widths[0], head + across * widths[1], head + along * widths[1], head - across * widths[1], tail - across * widths[0]]
-    outline = np.array([_cv_point(p) for p in outline], np.int32)
-    if depth is None:
-        cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, _SHIFT)
+    low, high = np.floor(np.min(outline, 0)) - 2, np.ceil(np.max(outline, 0)) + 2
+    (left, top), (right, bottom) = np.clip([low, high], 0, canvas.shape[::-1]).astype(int)
+    if left >= right or top >= bottom:
         return
-    left, top, width, height = cv2.boundingRect(outline >> _SHIFT)
-    low, high = np.clip([[top - 1, left - 1], [top + height + 2, left + width + 2]], 0, canvas.shape)
-    box = np.s_[low[0] : high[0], low[1] : high[1]]
-    hidden = depth[box]
-    if not hidden.size:
-        return
-    if np.isfinite(hidden).any():
-        rows, columns = np.mgrid[box]
-        place = np.clip(((columns + 0.5 - tail[0]) * along[0] + (rows + 0.5 - tail[1]) * along[1]) / length, 0, 1)
+    box = np.s_[top:bottom, left:right]
+    fresh = np.zeros((bottom - top, right - left), np.uint8)
+    cv2.fillConvexPoly(fresh, np.array([_cv_point(p - [left, top]) for p in outline], np.int32), 255, cv2.LINE_AA, _SHIFT)
+    if depth is not None and np.isfinite(depth[box]).any():
+        x, y = np.arange(left, right) + 0.5 - tail[0], np.arange(top, bottom)[:, None] + 0.5 - tail[1]
+        place = np.clip((x * along[0] + y * along[1]) / length, 0, 1)
         inverse = (1 - place) / segment[0, 2] + place / segment[1, 2]  # 1 / depth is linear in the picture
-        seen = 1 / inverse < hidden + 0.004
-    else:
-        seen = np.ones(hidden.shape, bool)
-    fresh = np.zeros_like(canvas)
-    cv2.fillConvexPoly(fresh, outline, 255, cv2.LINE_AA, _SHIFT)
-    np.maximum(canvas[box], fresh[box] * seen, out=canvas[box])
+        fresh[1 / inverse >= depth[box] + 0.004] = 0
+    np.maximum(canvas[box], fresh, out=canvas[box])
+
+
+def _depth_about(bolts, triangles, pose, K, width, height, radius=0.0032, near=0.05):
+    """`mesh_depth` of the triangles that may hide bolts, those whose boxes in the picture meet a bolt's; None without triangles, pose or bolts."""
+    segments = [_clip_near(segment, near) for segment in bolts]
+    segments = np.array([segment for segment in segments if segment is not None])
+    if triangles is None or pose is None or not len(segments):
+        return None
+    ends = (segments / segments[..., 2:]) @ K[:2].T
+    widths = K[0, 0] * radius / segments[..., 2:] + 2  # and two pixels for smooth edges
+    low, high = (ends - widths).min(1), (ends + widths).max(1)  # (B, 2)
+    seen = triangles @ pose[:3, :3].T + pose[:3, 3]
+    corners = seen / np.maximum(seen[..., 2:], 1e-6) @ K[:2].T  # `triangle_map` leaves out those that reach behind the camera
+    meets = ((corners.min(1)[:, None] <= high) & (corners.max(1)[:, None] >= low)).all(-1).any(1)
+    return mesh_depth(triangles[meets], pose, K, width, height) if meets.any() else None
 
 
 def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=None, progress=False):
@@ -3185,8 +3193,7 @@ def _drawn(frames, poses, K, shown, lasers, mesh, progress):
         while step < i:  # frames that are left out count too
             step += 1
             bolts = lasers.step(poses[step])
-        depth = None if triangles is None or poses[i] is None else mesh_depth(triangles, poses[i], K, *image.shape[1::-1])
-        yield draw_bolts(image, bolts, K, depth)
+        yield draw_bolts(image, bolts, K, _depth_about(bolts, triangles, poses[i], K, *image.shape[1::-1]))
 
 
 def at_frames(frames, shown):
@@ -3346,8 +3353,7 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
                     unread += 1
                     continue
                 last = last if frame is None else frame
-                depth = None if triangles is None or pose is None or not len(bolts) else mesh_depth(triangles, pose, tracker.K, *last.shape[1::-1])
-                picture = draw_bolts(last, bolts, tracker.K, depth)
+                picture = draw_bolts(last, bolts, tracker.K, _depth_about(bolts, triangles, pose, tracker.K, *last.shape[1::-1]))
                 yield from [picture] * (unread + 1)  # what could not be read at the start shows the first frame
                 unread = 0
 

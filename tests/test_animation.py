@@ -210,6 +210,20 @@ def test_the_hull_hides_the_bolts_behind_it(K):
     assert len(core(before, K, depth=depth)[0]) > 0.95 * len(core(before, K)[0])
 
 
+def test_depth_about_the_bolts_is_all_that_they_need(K):
+    """A minute's worth of bolts about turning ships: the picture is that of the whole depth map, from a part of its triangles."""
+    triangles, lasers, fewer = xu.occluder(xu.load_mesh(xu.Path(xu.__file__).parent / "data" / "xwing.obj")), xu.Lasers(), 0
+    for i in range(0, 60):
+        pose = pose_of((40 + 7 * i, 10, 5 * i), (-0.2 + 0.01 * i, 0.05, 0.9))
+        bolts, image = lasers.step(pose), np.full((256, 256, 3), 20, np.uint8)
+        near = xu._depth_about(bolts, triangles, pose, K, 256, 256)
+        whole = xu.mesh_depth(triangles, pose, K, 256, 256)
+        np.testing.assert_array_equal(xu.draw_bolts(image, bolts, K, near), xu.draw_bolts(image, bolts, K, whole))
+        fewer += near is None or np.isfinite(near).sum() < np.isfinite(whole).sum()
+    assert fewer > 50 and xu._depth_about(np.zeros((0, 2, 3)), triangles, pose, K, 256, 256) is None
+    assert xu._depth_about(bolts, triangles, None, K, 256, 256) is None and xu._depth_about(bolts, None, pose, K, 256, 256) is None
+
+
 # ------------------------------------------------------------ overlays
 
 
