@@ -90,6 +90,7 @@ BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_mode
 DECODER_FILTERS = (128, 64, 32, 32, 16)
 MARGIN = 48  # pixels round the frame in which keypoints can still be found
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
+MIN_DEVIATION = 0.7  # pixels of what the network is shown: no keypoint is trusted further than that
 _FAR = -1e4  # pixels; where a keypoint that must not show is put
 
 # ============================================================ files
@@ -520,9 +521,9 @@ def heatmap_covariance(heatmaps, keypoints, sigma=SIGMA, reach=10.0):
     return np.where(usable[..., None, None], covariance, np.diag([np.inf, np.inf]))
 
 
-def point_deviation(covariance):
-    """(...,) standard deviation along one axis, in pixels, of covariances (..., 2, 2): the root of their mean variance."""
-    return np.sqrt(np.trace(covariance, axis1=-2, axis2=-1) / 2)
+def point_deviation(covariance, least=MIN_DEVIATION):
+    """(...,) standard deviation along one axis, in pixels, of covariances (..., 2, 2): the root of their mean variance, or `least` pixels."""
+    return np.maximum(np.sqrt(np.trace(covariance, axis1=-2, axis2=-1) / 2), least)
 
 
 def _windows(maps, column, row, radius):
@@ -1343,7 +1344,6 @@ def _naming_errors(estimate, truth, size):
 # ============================================================ pose
 
 MIN_CONFIDENCE = 0.2  # points below it are not used for a pose
-MIN_DEVIATION = 0.7  # pixels of a 256 px frame: no point is trusted further than that
 MAX_DEVIATIONS = 3.0  # a point further from its projection than so many of its standard deviations does not agree with a pose
 MIN_AGREEING = 0.7  # share of the points in use that must agree with a pose
 CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
@@ -1412,7 +1412,8 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
     weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
     pixel = 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE  # one pixel of a 256 px frame, where the principal point is in the middle
     deviation = np.full(len(points), pixel) if deviation is None else _check_array(deviation, (len(points),), "deviation")
-    deviation = np.maximum(deviation, MIN_DEVIATION * pixel)
+    if (deviation <= 0).any():
+        raise ValueError(f"deviation: expected positive numbers of pixels, got {np.nanmin(deviation)}")
     usable = np.isfinite(keypoints).all(1) & np.isfinite(deviation) & (weight >= MIN_CONFIDENCE)
     if usable.sum() < 4:
         return PoseEstimate(None, reason=f"{usable.sum()} points are found, 4 are needed")
@@ -2575,7 +2576,7 @@ class Detector:
         maps = self.heatmaps(np.stack([_square(image, *square, size) for image, square in zip(images, squares)]))
         stride, sigma = self.settings["stride"], self.settings["sigma"]
         keypoints, confidence = decode_heatmaps(maps, sigma / stride)
-        deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride))
+        deviation = point_deviation(heatmap_covariance(maps, keypoints, sigma / stride, 20 / stride), MIN_DEVIATION / stride)
         return [(points * (stride * side / size) + [left, top], sure, spread * (stride * side / size))
                 for points, sure, spread, (left, top, side) in zip(keypoints, confidence, deviation, squares)]
 

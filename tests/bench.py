@@ -100,20 +100,19 @@ def stages(count):
         return result
 
     paths, stride, sigma = xu.list_frames(FRAMES)[:count], detector.settings["stride"], detector.settings["sigma"]
+    search, window = f"network, search ({detector.search} px)", detector.windows[-1]
     tracked = None
     for path in paths:
         frames.append(timed("read the JPEG", xu.read_image, path))
-        whole = timed("network, whole frame", detector.heatmaps, frames[-1][None])[0]
-        square = xu.crop(frames[-1], (64, 64), detector.windows[0])
-        close = timed("network, close look", detector.heatmaps, square[None])[0]
+        timed(search, detector.heatmaps, xu.letterbox(frames[-1], detector.search)[0][None])
+        close = timed(f"network, close look ({window} px)", detector.heatmaps, xu.crop(frames[-1], (64, 64), window)[None])[0]
         timed("corners, close look", lambda m: xu.heatmap_covariance(m, xu.decode_heatmaps(m, sigma / stride)[0], sigma / stride, 20 / stride), close)
-        points, confidence = xu.decode_heatmaps(whole, sigma / stride)
-        deviation = xu.point_deviation(xu.heatmap_covariance(whole, points, sigma / stride, 20 / stride))
-        tracked = timed("pose and filter", tracker.update, points * stride, confidence, deviation * stride)
+        tracked = timed("pose and filter", tracker.update, *detector(frames[-1]))
         if tracked.pose is not None:
             timed("align one pose on the pixels (finished clips only)", aligner, frames[-1], tracked.pose, K, tracked.covariance)
-        depth = None if tracked.pose is None else timed("depth of the hull", xu.mesh_depth, triangles, tracked.pose, K, 256, 256)
-        drawn.append(timed("draw", xu.draw_bolts, frames[-1], lasers.step(tracked.pose), K, depth))
+        bolts = lasers.step(tracked.pose)
+        depth = timed("depth of the hull", xu._depth_about, bolts, triangles, tracked.pose, K, 256, 256)
+        drawn.append(timed("draw", xu.draw_bolts, frames[-1], bolts, K, depth))
     with tempfile.TemporaryDirectory() as folder:
         timed("write MP4", xu._write_mp4, drawn, Path(folder) / "a.mp4", 30)
     return spent

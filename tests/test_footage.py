@@ -140,6 +140,26 @@ def test_several_frames_at_once_show_what_each_shows_alone(alone_and_together, f
         np.testing.assert_allclose(deviation[good], single[2][good], rtol=0.05)
 
 
+def test_a_ship_that_is_small_in_a_large_frame_shows_its_detail(detector):
+    """Frames of 768 pixels, the ship three units away: shrunk as a whole it spans 30 pixels, cut out it spans 90."""
+    import render
+
+    ship, coarse, K = render.renderer(), xu.Detector(WEIGHTS, windows=(), search=256), xu.lens_camera(768, 768)
+    errors = {"cut out": [], "shrunk": []}
+    for i in range(8):
+        rng = np.random.default_rng([20, i])
+        matrix = np.eye(4)
+        matrix[:3, :3] = Rotation.from_euler("xyz", [30 + 20 * i, 10 * i - 40, 35 * i], degrees=True).as_matrix()
+        matrix[:3, 3] = [*rng.uniform(-0.8, 0.8, 2), -2.0]
+        look = render.random_look(rng, ship.materials)
+        image, truth = ship.frame(matrix, look, 768, 768), xu.pose_in_camera(np.array(render.CAMERA["model_view_matrix"], float), matrix)
+        for name, looking in (("cut out", detector), ("shrunk", coarse)):
+            keypoints, confidence, deviation = looking(image)
+            found = xu.estimate_frame(keypoints, K, confidence, deviation).pose
+            errors[name].append(180.0 if found is None else xu.rotation_error(found, truth))
+    assert np.median(errors["cut out"]) < 5 and np.median(errors["cut out"]) < np.median(errors["shrunk"]) / 2
+
+
 @pytest.mark.parametrize("windows", [(), (96,), (96, 128)])
 def test_a_square_is_never_larger_than_its_window_nor_the_ship_cut_off(flight, windows, monkeypatch):
     """Boxes of all sizes, in frames of 256 and of 1024 pixels: the square holds the box and a tenth more, and is shown at most at its own size."""

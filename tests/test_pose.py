@@ -512,6 +512,14 @@ def test_expected_errors_do_not_depend_on_the_lens(focal):
     assert 0.8 < np.median(misfits) < 1.15 and 0.5 < np.median(ratios) < 1.5
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+def test_a_deviation_that_cannot_be(poses, K, bad):
+    deviation = np.ones(8)
+    deviation[3] = bad
+    with pytest.raises(ValueError, match="deviation: expected positive numbers of pixels, got " + str(bad)):
+        xu.estimate_pose(xu.project_pose(xu.BOUNDING_BOX, poses[0], K), K, None, deviation)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_point_of_unknown_deviation_is_not_used(poses, K, bad):
     deviation = np.ones(36)
