@@ -304,7 +304,8 @@ def test_covariance_of_a_widened_gaussian():
     found = xu.heatmap_covariance(wide, keypoints[:1], 2.0)
     np.testing.assert_allclose(found[0], belief, atol=0.05)
     assert xu.point_deviation(found)[0] == pytest.approx(np.sqrt(3), abs=0.02)
-    assert xu.point_deviation(found / 100)[0] == xu.MIN_DEVIATION and xu.point_deviation(found / 100, 0.1)[0] == pytest.approx(np.sqrt(0.03), abs=0.002)
+    assert xu.point_deviation(found / 100)[0] == xu.MIN_DEVIATION
+    assert xu.point_deviation(found / 100, 0.1)[0] == pytest.approx(np.sqrt(0.03), abs=0.002)
 
 
 def test_covariance_without_a_keypoint_is_infinite():
