@@ -90,7 +90,7 @@ BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_mode
 DECODER_FILTERS = (128, 64, 32, 32, 16)
 MARGIN = 48  # pixels round the frame in which keypoints can still be found
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
-MIN_DEVIATION = 0.7  # pixels of what the network is shown: no keypoint is trusted further than that
+MIN_DEVIATION = 0.7  # pixels of what the network is shown: it claims no more than that of a keypoint
 _FAR = -1e4  # pixels; where a keypoint that must not show is put
 
 # ============================================================ files
@@ -1401,7 +1401,7 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
         PoseEstimate. It is accepted unless there are fewer than 4 points, or fewer than 4 or MIN_AGREEING of them agree, or they fit worse
         than MAX_MISFIT, or a second pose comes within MIN_MARGIN.
     Raises:
-        ValueError: a wrong shape, or a K that is no finite camera matrix.
+        ValueError: a wrong shape, a deviation that is not positive, or a K that is no finite camera matrix.
     Source: Terzakis and Lourakis, A Consistently Fast and Globally Optimal Solution to the Perspective-n-Point Problem, ECCV 2020
         (cv2.SOLVEPNP_SQPNP); Fischler and Bolles, RANSAC, CACM 24(6), 1981 (cv2.solvePnPRansac); Schweighofer and Pinz, Robust Pose Estimation
         from a Planar Target, TPAMI 28(12), 2006 (two solutions); Hartley and Zisserman, Multiple View Geometry, 2004, section 5.2 (covariance).
@@ -1412,9 +1412,9 @@ def estimate_pose(keypoints, K, confidence=None, deviation=None, points=BOUNDING
     weight = np.ones(len(points)) if confidence is None else _check_array(confidence, (len(points),), "confidence")
     pixel = 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE  # one pixel of a 256 px frame, where the principal point is in the middle
     deviation = np.full(len(points), pixel) if deviation is None else _check_array(deviation, (len(points),), "deviation")
-    if (deviation <= 0).any():
-        raise ValueError(f"deviation: expected positive numbers of pixels, got {np.nanmin(deviation)}")
     usable = np.isfinite(keypoints).all(1) & np.isfinite(deviation) & (weight >= MIN_CONFIDENCE)
+    if (deviation[usable] <= 0).any():
+        raise ValueError(f"deviation: expected positive numbers of pixels, got {deviation[usable].min()}")
     if usable.sum() < 4:
         return PoseEstimate(None, reason=f"{usable.sum()} points are found, 4 are needed")
     problem = _Problem(points[usable], keypoints[usable], deviation[usable], K, prior)
@@ -2308,11 +2308,16 @@ def jitter(poses, truth, fps=30.0):
 # ============================================================ anyone's footage
 
 
-def lens_camera(width, height, focal=35.0, sensor=36.0):
+def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
     """The camera matrix K (3, 3) of a lens: `focal` and `sensor` (along the frame's longer side) in one unit; principal point in the middle.
 
-    From a field of view along the longer side, in degrees: focal = sensor / (2 tan(view / 2)). Raises ValueError where one is not positive.
+    `view`, the field of view along the longer side in degrees, takes the place of both. Raises ValueError where one is not positive, or the
+    view not below 180 degrees.
     """
+    if view is not None:
+        if not 0 < view < 180:
+            raise ValueError(f"view: expected an angle between 0 and 180 degrees, got {view}")
+        focal, sensor = 0.5 / np.tan(np.radians(view / 2)), 1.0
     for name, value in (("width", width), ("height", height), ("focal", focal), ("sensor", sensor)):
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -2423,9 +2428,13 @@ class Clip:
             total, read = round(facts["duration"] * facts["fps"]), 0
             if self.count is None:
                 self.count = imageio_ffmpeg.count_frames_and_secs(str(self.source))[0] or None
-            for frame in reader:
+            sizes = [] if self._steady else self._sizes()
+            for frame, size in zip(reader, itertools.chain(sizes, itertools.repeat((width, height)))):
                 read += 1
-                yield np.frombuffer(frame, np.uint8).reshape(height, width, 3), ""
+                if size == (width, height):
+                    yield np.frombuffer(frame, np.uint8).reshape(height, width, 3), ""
+                else:  # ffmpeg has scaled it to the size of the first
+                    yield None, f"expected {width}x{height} pixels like the first frame, got {size[0]}x{size[1]}"
             if read < 0.95 * total - 1 and self._damaged():  # else only the sound is longer
                 return f"{self.source}: breaks off after {read} of about {total} frames"
         except (OSError, RuntimeError, ValueError, KeyError, StopIteration) as error:
@@ -2434,13 +2443,29 @@ class Clip:
         finally:
             reader.close()
 
-    def _damaged(self):
-        """Whether ffmpeg finds fault with a video's stream of pictures."""
+    def _ffmpeg(self, before=(), after=(), level="error"):
+        """What ffmpeg says of a video's stream of pictures: its exit status and its messages."""
         import imageio_ffmpeg
 
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(self.source), "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        return done.returncode != 0 or bool(done.stderr.strip())
+        asked = [*before, "-i", str(self.source), "-map", "0:v:0", *after, "-f", "null", "-"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostats", *asked]
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace")
+        return done.returncode, done.stderr
+
+    def _damaged(self):
+        """Whether ffmpeg finds fault with a video's stream of pictures."""
+        status, messages = self._ffmpeg(after=["-c", "copy"])
+        return status != 0 or bool(messages.strip())
+
+    def _sizes(self, before=()):
+        """The (width, height) of each picture of a video, as it is stored: ffmpeg gives all of them the size of the first."""
+        _, messages = self._ffmpeg(before, ["-fps_mode", "passthrough", "-vf", "showinfo"], "info")
+        return [(int(w), int(h)) for w, h in re.findall(r"^\[Parsed_showinfo.* s:(\d+)x(\d+) ", messages, re.M)]
+
+    @functools.cached_property
+    def _steady(self):
+        """Whether a video keeps its size; it can change only where a picture stands for itself, so that few need be looked at."""
+        return len(set(self._sizes(["-skip_frame", "nokey"]))) < 2
 
 
 def _numbered_pictures(folder):
@@ -2494,6 +2519,9 @@ def export_model(path, size=FRAME_SIZE):
     return exported
 
 
+KEPT = 0.8  # share of the points found by the search that a close look must find too
+
+
 class Detector:
     """The network for footage: exported to OpenVINO, for frames of any size; it finds the ship in the whole frame, and then looks closely at it.
 
@@ -2502,8 +2530,8 @@ class Detector:
         keypoints, confidence, deviation = detector(image, box)     # at once about a box [[left, top], [right, bottom]]; 3 times faster
         found = Detector("weights/xwing.weights.h5", batch=4).look(images, boxes)    # several frames at once
 
-    The close look is cut from the frame itself, so that a ship which is small in a large frame shows all its detail. The first use of new
-    weights takes a quarter of a minute, to export them.
+    Threads may share a detector; they take turns. The close look is cut from the frame itself, so that a ship which is small in a large frame shows
+    all its detail. The first use of new weights takes a quarter of a minute, to export them.
     """
 
     def __init__(self, path, windows=(96, 128), search=192, precision="f32", threads=0, batch=1):
@@ -2522,6 +2550,7 @@ class Detector:
         self._options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         self._options["ENABLE_CPU_PINNING"] = False  # two processes would be pinned to the same core
         self._options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        self._turn = threading.Lock()
         self._requests = {side: self._compile(side) for side in {search, *self.windows}}
 
     def _compile(self, side):
@@ -2532,17 +2561,18 @@ class Detector:
     def heatmaps(self, squares):
         """Heatmaps (n, h, w, C) float32 of n squares (n, S, S, 3) uint8, at most `batch`; S is a multiple of 32."""
         side = squares.shape[1]
-        if side not in self._requests:
-            self._requests[side] = self._compile(side)
         full = np.zeros((self.batch, *squares.shape[1:]), np.float32)
         full[: len(squares)] = squares
-        return self._requests[side].infer([full])[0][: len(squares)]
+        with self._turn:
+            if side not in self._requests:
+                self._requests[side] = self._compile(side)
+            return self._requests[side].infer([full])[0][: len(squares)].copy()
 
     def __call__(self, image, box=None):
         """Keypoints (C, 2) pixels of the frame (NaN where none), confidence (C,), deviation (C,) pixels, of a frame (H, W, 3) uint8.
 
-        `box` (2, 2) is where the ship is expected; the square looked at is the smallest that holds it and a tenth more, or such a square scaled
-        down to the largest window.
+        `box` (2, 2) is where the ship is expected; what is looked at is a window's square, or a larger one scaled down to it, that holds the box
+        and a tenth more. Where that shows no more detail than the search, the whole frame is searched.
         """
         return self.look([image], [box])[0]
 
@@ -2550,26 +2580,37 @@ class Detector:
         """What each of several frames shows: a list of what `__call__` returns.
 
         images are n (H, W, 3) uint8, boxes n (2, 2) pixels or None. In each group of `batch` the ship that needs the largest window sets it for all.
+        After a search the close look counts if it finds at least KEPT of the points: a square may have cut the ship off.
         """
         if len(images) > self.batch:
             return [*self.look(images[: self.batch], boxes[: self.batch]), *self.look(images[self.batch :], boxes[self.batch :])]
-        boxes, found = list(boxes), [None] * len(images)
-        unknown = [i for i, box in enumerate(boxes) if box is None or not self.windows]
+        found, looks = [None] * len(images), [self._close(image, box) for image, box in zip(images, boxes)]
+        unknown = [i for i, look in enumerate(looks) if look is None]
         if unknown:
             for i, seen in zip(unknown, self._see([images[i] for i in unknown], [_whole(images[i]) for i in unknown], self.search)):
                 found[i], sure = seen, seen[1] >= MIN_CONFIDENCE
-                boxes[i] = np.stack([seen[0][sure].min(0), seen[0][sure].max(0)]) if sure.sum() >= 4 else None
-        near = [i for i, box in enumerate(boxes) if box is not None and self.windows]
+                looks[i] = self._close(images[i], [seen[0][sure].min(0), seen[0][sure].max(0)] if sure.sum() >= 4 else None)
+        near = [i for i, look in enumerate(looks) if look is not None]
         if near:
-            needs = [1.1 * np.ptp(boxes[i], axis=0).max() for i in near]
-            enlarged = [max(FRAME_SIZE / max(images[i].shape[:2]), 1.0) for i in near]  # no further than a small frame as a whole
-            window = next((side for side in self.windows if side >= max(n * e for n, e in zip(needs, enlarged))), self.windows[-1])
-            sides = [max(round(window / e), int(np.ceil(n))) for n, e in zip(needs, enlarged)]
-            squares = [(*_inside(np.round(boxes[i].mean(0) - side / 2), side, images[i]), side) for i, side in zip(near, sides)]
+            window = max(looks[i][3] for i in near)
+            sides = [max(round(window / looks[i][2]), int(np.ceil(looks[i][1]))) for i in near]
+            squares = [(*_inside(np.round(looks[i][0] - side / 2), side, images[i]), side) for i, side in zip(near, sides)]
             for i, seen in zip(near, self._see([images[i] for i in near], squares, window)):
-                if found[i] is None or (seen[1] >= MIN_CONFIDENCE).sum() >= 4:
+                if found[i] is None or (seen[1] >= MIN_CONFIDENCE).sum() >= KEPT * (found[i][1] >= MIN_CONFIDENCE).sum():
                     found[i] = seen
         return found
+
+    def _close(self, image, box):
+        """How to look closely at a box, or None where the search shows as much: its middle, the side that it needs and by how much it may be enlarged
+        (no further than a small frame as a whole is), and the smallest window that will do."""
+        size = np.array(image.shape[1::-1])
+        low, high = np.full((2, 2), np.nan) if box is None else np.clip(np.asarray(box, float), 0, size)
+        if not self.windows or not (high > low).all():
+            return None
+        need, enlarged = 1.1 * (high - low).max(), max(FRAME_SIZE / size.max(), 1.0)
+        window = next((side for side in self.windows if side >= need * enlarged), self.windows[-1])
+        shown = min(window / need, enlarged)  # pixels for one of the frame's
+        return ((low + high) / 2, need, enlarged, window) if shown > self.search / size.max() else None
 
     def _see(self, images, squares, size):
         """Keypoints, confidence and deviation in one square (left, top, side) of each frame, scaled to `size` pixels."""
@@ -2590,8 +2631,8 @@ def _inside(corner, side, image):
 def follow(clip, detector, tracker, progress=True, lead=0):
     """Track a clip while it is read: yields (frame or None, TrackedPose, (keypoints, confidence, deviation)) for each frame. Memory does not grow.
 
-    While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is looked for in the whole frame
-    next time.
+    While the ship is followed, only the surroundings of where it should be are looked at; what does not show there is soon looked for in the whole
+    frame.
     With `Detector(batch=n)` n frames are read and looked at together, where the last tracked one lets expect the ship, and then tracked: poses come
     up to n - 1 frames late.
 
@@ -2609,10 +2650,24 @@ def follow(clip, detector, tracker, progress=True, lead=0):
         good = [i for i, (frame, _) in enumerate(group) if frame is not None]
         return dict(zip(good, look([group[i][0] for i in good], [boxes[i] for i in good]))) if good else {}
 
-    frames = iter(tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress))
-    groups, waiting, status = iter(lambda: list(itertools.islice(frames, getattr(detector, "batch", 1))), []), collections.deque(), "lost"
+    faults = []
+
+    def groups():
+        group = []
+        try:
+            for item in tqdm(clip, total=getattr(clip, "count", None), desc="tracking", unit="frame", disable=not progress):
+                group.append(item)
+                if len(group) == getattr(detector, "batch", 1):
+                    yield group
+                    group = []
+        except Exception as error:  # what was read before is tracked first
+            faults.append(error)
+        yield group
+        yield from [[]] * lead  # let those that wait come out
+
+    waiting, status = collections.deque(), "lost"
     with concurrent.futures.ThreadPoolExecutor(1) as network:
-        for group in itertools.chain(groups, [[]] * lead):  # the empty ones let those that wait come out
+        for group in groups():
             first = 1 + sum(len(earlier) for earlier, _ in waiting)
             boxes = [_expected_box(tracker, first + i) if status == "tracked" else None for i in range(len(group))]
             waiting.append((group, network.submit(see, group, boxes)))
@@ -2624,6 +2679,8 @@ def follow(clip, detector, tracker, progress=True, lead=0):
                 tracked = tracker.update(*seen.get(i, nothing))
                 status = tracked.status
                 yield frame, dataclasses.replace(tracked, reason=fault) if fault else tracked, seen.get(i, nothing)
+    if faults:
+        raise faults[0]
 
 
 def _expected_box(tracker, ahead):
@@ -2851,7 +2908,7 @@ def compare_tracks(ways, truth, seen, K, fps=30.0):
         K: (3, 3); fps: frames a second.
     Returns:
         dict name -> dict: poses and muzzles within 3 px (see `muzzle_error`) over the frames seen; median and 95th percentile of the rotation error
-        (degrees) and the median translation error (model units) over those that have a pose in every way; flips over all; `jitter`.
+        (degrees) and the median translation error (model units) over those that have a pose in every way (NaN if none has); flips over all; `jitter`.
     """
     common = [i for i in np.flatnonzero(seen) if all(poses[i] is not None for poses in ways.values())]
     rows = {}
@@ -2860,9 +2917,10 @@ def compare_tracks(ways, truth, seen, K, fps=30.0):
         move = np.array([np.inf if p is None else translation_error(p, t) for p, t in zip(poses, truth)])
         muzzle = np.array([np.inf if p is None else muzzle_error(p, t, K) for p, t in zip(poses, truth)])
         shake = jitter(poses, truth, fps)
-        rows[way] = {"poses": np.isfinite(turn[seen]).sum(), "rotation, deg": np.median(turn[common]), "95 %": np.percentile(turn[common], 95),
-                     "translation": np.median(move[common]), "flips": (np.isfinite(turn) & (turn > 90)).sum(), "jitter, deg/s2": shake[0],
-                     "jitter, units/s2": shake[1], "muzzles within 3 px": (muzzle[seen] <= 3).mean()}
+        middle, most = np.percentile(turn[common], [50, 95]) if common else (np.nan, np.nan)
+        rows[way] = {"poses": np.isfinite(turn[seen]).sum(), "rotation, deg": middle, "95 %": most,
+                     "translation": np.median(move[common]) if common else np.nan, "flips": (np.isfinite(turn) & (turn > 90)).sum(),
+                     "jitter, deg/s2": shake[0], "jitter, units/s2": shake[1], "muzzles within 3 px": (muzzle[seen] <= 3).mean()}
     return rows
 
 
@@ -3023,15 +3081,17 @@ class Lasers:
     The camera stands still, so its frame serves as the world's. A frame without a pose fires nothing; what has been fired flies on.
     """
 
-    def __init__(self, fps=30.0, rate=5.0, speed=2.0, length=0.16, reach=3.0, jitter=0.0, seed=0):
+    def __init__(self, fps=30.0, rate=5.0, speed=2.0, length=0.16, reach=3.0, jitter=0.0, seed=0, colour=(255, 60, 40), radius=0.0032):
         """rate: volleys a second; speed: model units a second; length, reach: of a bolt and of its flight, model units; jitter: how much
-        the time between two volleys varies, as a share of it, drawn with `seed`. ValueError where one is not positive (jitter: in [0, 1))."""
-        for name, value in (("fps", fps), ("rate", rate), ("speed", speed), ("length", length), ("reach", reach)):
+        the time between two volleys varies, as a share of it, drawn with `seed`; colour and radius: see `draw_bolts`. ValueError where one is
+        not positive (jitter: in [0, 1))."""
+        for name, value in (("fps", fps), ("rate", rate), ("speed", speed), ("length", length), ("reach", reach), ("radius", radius)):
             if not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: expected a share in [0, 1), got {jitter}")
         self.seconds, self.rate, self.speed, self.length, self.reach, self.jitter = 1 / fps, rate, speed, length, reach, jitter
+        self.colour, self.radius = tuple(colour), radius
         self.random, self.frame, self.volley, self.due = np.random.default_rng(seed), 0, 0, 0.0
         self.fired = np.zeros((0, 7))  # second, muzzle, direction of each bolt in flight
 
@@ -3117,6 +3177,12 @@ def _fill_bolt(canvas, segment, radius, K, depth=None):
     np.maximum(canvas[box], fresh, out=canvas[box])
 
 
+def _shot(image, bolts, lasers, triangles, pose, K):
+    """The frame with the bolts of some `Lasers`, hidden by the hull's triangles at a pose where both are known."""
+    depth = _depth_about(bolts, triangles, pose, K, *image.shape[1::-1], lasers.radius)
+    return draw_bolts(image, bolts, K, depth, lasers.radius, lasers.colour)
+
+
 def _depth_about(bolts, triangles, pose, K, width, height, radius=0.0032, near=0.05):
     """`mesh_depth` of the triangles that may hide bolts, those whose boxes in the picture meet a bolt's; None without triangles, pose or bolts."""
     segments = [_clip_near(segment, near) for segment in bolts]
@@ -3194,7 +3260,7 @@ def _drawn(frames, poses, K, shown, lasers, mesh, progress):
         while step < i:  # frames that are left out count too
             step += 1
             bolts = lasers.step(poses[step])
-        yield draw_bolts(image, bolts, K, _depth_about(bolts, triangles, poses[i], K, *image.shape[1::-1]))
+        yield _shot(image, bolts, lasers, triangles, poses[i], K)
 
 
 def at_frames(frames, shown):
@@ -3317,6 +3383,14 @@ def _ahead(items, size=8):
             items.close()
 
 
+def _to_the_fault(clip):
+    """The frames of a clip; an error while it is read becomes the fault of its last frame."""
+    try:
+        yield from clip
+    except (OSError, ValueError, RuntimeError) as error:
+        yield None, f"the clip could not be read further: {error}"
+
+
 def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progress=True, lead=1):
     """Track a clip and write it with its bolts as it is read, in one pass with constant memory: for long or live footage.
 
@@ -3325,7 +3399,7 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
 
     Args:
         clip, detector, tracker, lead: see `follow`.
-        path: `.mp4`, replaced only when whole, also when reading stopped early.
+        path: `.mp4`, replaced only when whole. Where reading stops early it holds the frames before, and the track's last reason says why.
         fps: frames a second of clip and film.
         lasers, mesh: see `animate`.
     Returns:
@@ -3341,7 +3415,7 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
 
     def tracked():
         with contextlib.closing(_ahead(clip)) as frames:
-            for frame, state, _ in follow(frames, detector, tracker, progress, lead):
+            for frame, state, _ in follow(_to_the_fault(frames), detector, tracker, progress, lead):
                 track.append(dataclasses.replace(state, covariance=None, velocity=None))
                 yield frame, state.pose
 
@@ -3354,7 +3428,7 @@ def film(clip, detector, tracker, path, fps=30.0, lasers=None, mesh=None, progre
                     unread += 1
                     continue
                 last = last if frame is None else frame
-                picture = draw_bolts(last, bolts, tracker.K, _depth_about(bolts, triangles, pose, tracker.K, *last.shape[1::-1]))
+                picture = _shot(last, bolts, lasers, triangles, pose, tracker.K)
                 yield from [picture] * (unread + 1)  # what could not be read at the start shows the first frame
                 unread = 0
 

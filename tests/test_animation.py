@@ -98,7 +98,7 @@ def test_volleys_vary_with_the_seed_and_only_with_it():
     assert not np.array_equal(times(jitter=0.5, seed=1)[:15], times(jitter=0.5, seed=2)[:15])
 
 
-@pytest.mark.parametrize("arguments", [{"fps": 0}, {"rate": -1}, {"speed": 0}, {"length": float("nan")}, {"reach": 0}, {"jitter": 1}])
+@pytest.mark.parametrize("arguments", [{"fps": 0}, {"rate": -1}, {"speed": 0}, {"length": float("nan")}, {"reach": 0}, {"jitter": 1}, {"radius": 0}])
 def test_lasers_that_cannot_be(arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected"):
         xu.Lasers(**arguments)
@@ -211,7 +211,7 @@ def test_the_hull_hides_the_bolts_behind_it(K):
 
 
 def test_depth_about_the_bolts_is_all_that_they_need(K):
-    """A minute's worth of bolts about turning ships: the picture is that of the whole depth map, from a part of its triangles."""
+    """Two seconds of bolts about a ship that turns: the picture is that of the whole depth map, from a part of its triangles."""
     triangles, lasers, fewer = xu.occluder(xu.load_mesh(xu.Path(xu.__file__).parent / "data" / "xwing.obj")), xu.Lasers(), 0
     for i in range(0, 60):
         pose = pose_of((40 + 7 * i, 10, 5 * i), (-0.2 + 0.01 * i, 0.05, 0.9))
@@ -274,6 +274,17 @@ def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
 
 
 # ------------------------------------------------------------ clips
+
+
+def test_colour_and_radius_of_the_bolts_are_arguments(K):
+    frames = [np.zeros((256, 256, 3), np.uint8)] * 9
+    drawn = {}
+    for name, given in (("red", {}), ("green", {"colour": (40, 255, 60)}), ("thick", {"radius": 0.01})):
+        *_, drawn[name] = xu._drawn(frames, [ACROSS] * 9, K, range(9), xu.Lasers(**given), None, False)
+    red, green = drawn["red"].astype(int), drawn["green"].astype(int)
+    lit = red.sum(-1) > 60
+    assert lit.sum() > 50 and (red[lit, 0] >= red[lit, 1]).all() and (green[lit, 1] >= green[lit, 0]).all()
+    assert (drawn["thick"].max(-1) > 200).sum() > 1.5 * (drawn["red"].max(-1) > 200).sum()  # the glow about it is as broad as ever
 
 
 @pytest.fixture

@@ -185,6 +185,8 @@ def test_tracks_are_compared_over_the_frames_that_all_have(K):
     assert rows["moved"]["jitter, deg/s2"] == pytest.approx(0, abs=1e-3) and rows["turned"]["jitter, deg/s2"] > 1000
     inside = [xu.muzzle_error(moved[i], truth[i], K) <= 3 for i in range(9)]
     assert rows["moved"]["muzzles within 3 px"] == np.mean(inside)
+    lost = xu.compare_tracks({"moved": list(moved), "lost": [None] * 10}, truth, seen, K, FPS)
+    assert lost["lost"]["poses"] == 0 and np.isnan(lost["moved"]["rotation, deg"]) and lost["moved"]["poses"] == 9
 
 
 def test_a_track_that_began_the_wrong_way_round_is_given_up(K):
