@@ -1,6 +1,7 @@
 """The weights that come with the project: they load, and find corners and poses in frames that they were not trained on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -54,3 +55,18 @@ def test_shipped_weights_find_poses_in_most_frames(found, measured):
 def test_readme_shows_the_measured_figures(root):
     info = json.loads((root / "weights" / "xwing_eval.json").read_text())
     assert xu.results_table(info["figures"], info["intervals_95"]) in (root / "README.md").read_text()
+
+
+def track_table(root):
+    """The rows of pnp.ipynb's comparison, as the README shows them."""
+    cells = json.loads((root / "notebooks" / "pnp.ipynb").read_text())["cells"]
+    printed = "".join("".join(o.get("text", [])) for c in cells for o in c.get("outputs", []) if "compare_tracks" in "".join(c["source"]))
+    rows = re.findall(r"^(frame by frame|live filter|both sides, \w+) +(.*)$", printed, re.M)
+    assert len(rows) == 4
+    for way, values in rows:
+        poses, turn, most, move, flips, shake, tremble, muzzles = map(float, values.split())
+        yield (f"| {way} | {poses:.0f} | {turn:.2f}° | {most:.1f}° | {move:.4f} | {flips:.0f} | {shake:.0f} | {tremble:.2f} | {muzzles:.1%} |")
+
+
+def test_readme_shows_the_track_that_the_notebook_prints(root):
+    assert "\n".join(track_table(root)) in (root / "README.md").read_text()
