@@ -1692,6 +1692,7 @@ CLEAR = 8.0  # margin from which a pose is compared only with what it may be mis
 MIN_EXPLAINED = 0.42  # share of a frame's contrast that a rendering must explain, 0 to 1
 FAINT = 30.0  # contrast, in units of log-likelihood, below which there is nothing to explain
 WELL_EXPLAINED = 0.57  # share from which there is no wider search
+TILTS, ROLLS = (-60, -30, 0, 30, 60), range(0, 360, 30)  # degrees: of the nose towards and away from the camera, and about it, in the widest search
 ROUNDS = 8, 25  # steps on the coarse and on the fine level, at most
 NEGLIGIBLE = 0.05  # gain in log-likelihood that is not worth another step
 SUPERSAMPLING = 3  # per pixel and direction
@@ -1773,6 +1774,9 @@ class Aligner:
             found += self._search(image, estimate, K, price)
             if not found:
                 return dataclasses.replace(estimate, accepted=False, reason=estimate.reason or "too little of the ship is in sight")
+            ranked, explained = self._rank(image, found, K, price)
+        if explained < WELL_EXPLAINED:
+            found += self._all_round(image, ranked[0][2], K, price)
             ranked, _ = self._rank(image, found, K, price)
         found += self._mistaken(image, ranked[0][2], K, price)
         ranked, explained = self._rank(image, found, K, price)
@@ -1803,6 +1807,26 @@ class Aligner:
             steps = np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)])
             found += self._refined(image, [_moved(pose, np.append(step, np.zeros(3))) for pose in fresh for step in steps], K, shrink, True)
         near = _distinct(self._rank(image, found, K, price, shrink)[0], 3)[:4] if found else []
+        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
+
+    def _all_round(self, image, best, K, price):
+        """Refined poses of a ship that lies where the best pose has it, along the same line in the picture, tilted and rolled all round."""
+        shrink, centre = 2 * self._shrink(best, K), best[:3, :3] @ BOUNDING_BOX.mean(0) + best[:3, 3]
+        ray, axis = centre / np.linalg.norm(centre), best[:3, 1]
+        flat = axis - (axis @ ray) * ray
+        length = max(np.linalg.norm(flat), 1e-6)
+        poses = []
+        for tilt in np.radians(TILTS):
+            turn = Rotation.align_vectors(np.cos(tilt) * flat / length + np.sin(tilt) * ray, axis)[0].as_matrix() @ best[:3, :3]
+            nearer = np.clip(np.cos(tilt) / length, 0.6, 1.6)  # as long as before in the picture
+            for roll in ROLLS:
+                pose = np.eye(4)
+                pose[:3, :3] = turn @ Rotation.from_euler("y", roll, degrees=True).as_matrix()
+                pose[:3, 3] = centre * nearer - pose[:3, :3] @ BOUNDING_BOX.mean(0)
+                poses.append((pose, None))
+        starts = [pose for *_, pose in _distinct(self._rank(image, poses, K, price, shrink)[0], 20)[:6]]
+        found = self._refined(image, starts, K, shrink, True)
+        near = _distinct(self._rank(image, found, K, price, shrink)[0], 10)[:3] if found else []
         return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
 
     def _mistaken(self, image, best, K, price):

@@ -98,6 +98,26 @@ def test_a_precise_start_is_kept_where_the_pixels_say_nothing(align, frames, K):
     assert xu.rotation_error(pose, truth) < 0.1 and np.isfinite(covariance).all()
 
 
+def test_a_ship_that_the_keypoints_have_all_wrong_is_found_all_round(align, frames, K, monkeypatch):
+    """Estimates that have the ship's place and its long axis in the picture, but tilt it to the camera and roll it."""
+    right = {True: 0, False: 0}
+    for tilt, roll in ((50, 0), (-35, -80), (0, 100)):
+        for image, truth in zip(*(part[:4] for part in frames)):
+            centre = truth[:3, :3] @ xu.BOUNDING_BOX.mean(0) + truth[:3, 3]
+            across = np.cross(truth[:3, 1], centre)
+            wrong = truth.copy()
+            wrong[:3, :3] = (Rotation.from_rotvec(np.radians(tilt) * across / np.linalg.norm(across)).as_matrix() @ truth[:3, :3]
+                             @ Rotation.from_euler("y", roll, degrees=True).as_matrix())
+            wrong[:3, 3] = centre - wrong[:3, :3] @ xu.BOUNDING_BOX.mean(0)
+            for wide in right:
+                with monkeypatch.context() as patch:
+                    if not wide:
+                        patch.setattr(xu.Aligner, "_all_round", lambda *_: [])
+                    found = align.settle(image, estimate(wrong, 2.0), K)
+                right[wide] += found.accepted and xu.rotation_error(found.pose, truth) < 3
+    assert right[True] >= 8 and right[True] >= right[False] + 2, right
+
+
 @pytest.mark.parametrize("other", ["roll", "depth"])
 def test_a_flipped_estimate_is_put_right(align, frames, K, other):
     right = 0
