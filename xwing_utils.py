@@ -2011,11 +2011,13 @@ class _View:
     """The part of a frame about some points, shrunk; its image is None where they lie outside."""
 
     def __init__(self, image, K, points, shrink, margin=8):
+        self.image = None
+        if not np.isfinite(points).all():
+            return
         size = np.array(image.shape[1::-1])
         low = np.floor(points.min(0) / shrink - margin).clip(0, size // shrink).astype(int) * shrink
         high = np.ceil(points.max(0) / shrink + margin).clip(0, size // shrink).astype(int) * shrink
-        self.image = None
-        if np.isfinite(points).all() and (high - low >= 8 * shrink).all():
+        if (high - low >= 8 * shrink).all():
             part = image[low[1] : high[1], low[0] : high[0]]
             self.image = cv2.resize(part, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA).astype(np.float32)
             self.K = (K - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]) / [[shrink], [shrink], [1]]
