@@ -505,6 +505,25 @@ def test_a_film_is_made_in_one_pass_and_broken_frames_do_not_stop_it(detector, f
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "frames"]
 
 
+@pytest.mark.parametrize("width,height,count", [(3840, 2160, 5), (360, 640, 8), (256, 256, 1)], ids=["4K", "portrait", "one frame"])
+def test_clips_of_any_size_and_length_go_through_the_whole_chain(detector, flight, tmp_path, width, height, count):
+    """Read, tracked, filmed and exported; the ship spans a third of the frame's shorter side."""
+    side, frames = min(width, height), []
+    for frame in flight[:count]:
+        image = np.zeros((height, width, 3), np.uint8)
+        top, left = (height - side) // 2, (width - side) // 2
+        image[top : top + side, left : left + side] = cv2.resize(frame, (side, side), interpolation=cv2.INTER_CUBIC)
+        frames.append(image)
+    clip = xu.Clip(folder_of(tmp_path / "frames", frames))
+    K = xu.lens_camera(width, height, 35.0 * side / max(width, height))  # as the square in the middle was taken
+    track = xu.film(clip, detector, xu.Tracker(K), tmp_path / "a.mp4", mesh=xu.load_mesh(ROOT / "data" / "xwing.obj"), progress=False)
+    xu.export_track(tmp_path / "a.csv", track, K, 30, width, height)
+    assert [t.status for t in track] == ["tracked"] * count
+    with imageio.get_reader(tmp_path / "a.mp4") as video:
+        assert video.count_frames() == count and video.get_data(0).shape == (height, width, 3)
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == count + 1
+
+
 def test_a_film_begins_with_the_first_frame_that_can_be_read(detector, flight, flight_K, tmp_path):
     clip = [(None, "broken"), (None, "broken"), *((frame, "") for frame in flight[:4])]
     track = xu.film(clip, detector, xu.Tracker(flight_K), tmp_path / "a.mp4", progress=False)
