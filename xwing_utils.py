@@ -389,7 +389,11 @@ def triangle_map(triangles, pose, K, width, height, near=1e-3):
 
 def mesh_depth(triangles, pose, K, width, height):
     """Depth along the camera's axis of the nearest surface at each pixel's centre: (height, width) model units, inf where there is none."""
-    shown = triangle_map(triangles, pose, K, width, height)
+    return _depth(triangle_map(triangles, pose, K, width, height), triangles, pose, K)
+
+
+def _depth(shown, triangles, pose, K):
+    """`mesh_depth` where a `triangle_map` is at hand."""
     row, column = np.nonzero(shown >= 0)
     rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(K).T  # (P, 3), z = 1
     seen = (triangles @ pose[:3, :3].T + pose[:3, 3])[shown[row, column]]
@@ -399,6 +403,25 @@ def mesh_depth(triangles, pose, K, width, height):
     depth = np.full(shown.shape, np.inf)
     depth[row, column] = np.fmax(np.fmin(z, seen[..., 2].max(1)), seen[..., 2].min(1))  # seen edge-on, a plane's depth is anything
     return depth
+
+
+def in_the_sun(triangles, points, sun, distance=100.0, size=256, bias=0.004):
+    """Which points on a mesh a far sun shines on, that is, which no other part shadows: (P,) bool.
+
+    Args:
+        triangles: (T, 3, 3); points: (P, 3), on their surface; in model units.
+        sun: (3,) unit vector towards the sun, in model axes.
+        distance: of the camera that takes the sun's place, model units; its picture of the mesh is about `size` pixels wide.
+        bias: model units by which a point may lie behind what that camera sees; rounding must not put a surface in its own shadow.
+    Source: the shadow map, Williams, Casting Curved Shadows on Curved Surfaces, SIGGRAPH 1978.
+    """
+    turn = Rotation.align_vectors([0, 0, -1], sun)[0].as_matrix()
+    pose, reach = np.eye(4), 1.05 * np.linalg.norm(triangles, axis=-1).max()
+    pose[:3, :3], pose[2, 3] = turn, distance
+    K = np.array([[distance * size / 2 / reach, 0, size / 2], [0, distance * size / 2 / reach, size / 2], [0, 0, 1]])
+    depth = cv2.dilate(mesh_depth(triangles, pose, K, size, size), np.ones((3, 3)))  # a pixel of tolerance on slopes and edges
+    column, row = project_pose(points, pose, K).astype(int).clip(0, size - 1).T
+    return (points @ turn.T)[:, 2] + distance < depth[row, column] + bias
 
 
 # ============================================================ heatmaps
@@ -646,8 +669,9 @@ def augment(image, keypoints, transform):
 def relight(image, pose, K, mesh, rng):
     """The frame with its ship in other paint and light, before another background: domain randomisation without a renderer.
 
-    Each triangle of the mesh multiplies the pixels that it covers by a random paint of its material and a random light (diffuse, one
-    direction, from the front side), at twice the size for smooth edges. The ship's own light and details stay.
+    Each triangle of the mesh multiplies the pixels that it covers by a random paint of its material and a random light, at twice the size for
+    smooth edges: ambient and one direction, diffuse, for half of the frames a hard sun with shadows, and for half of them with highlights. The
+    ship's own light and details stay.
 
     Args:
         image: (H, W, 3) uint8.
@@ -656,22 +680,36 @@ def relight(image, pose, K, mesh, rng):
         rng: numpy Generator.
     Returns:
         (H, W, 3) uint8.
-    Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks.
+    Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks; the highlights are Blinn's, SIGGRAPH 1977.
     """
     height, width = image.shape[:2]
-    triangles = mesh_triangles(mesh)
-    shown = triangle_map(triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)
+    triangles, large = mesh_triangles(mesh), K * [[2], [2], [1]]
+    shown = triangle_map(triangles, pose, large, 2 * width, 2 * height)
+    middles = triangles.mean(1) @ pose[:3, :3].T + pose[:3, 3]
+    views = -middles / np.linalg.norm(middles, axis=1, keepdims=True)  # from each triangle to the camera
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) @ pose[:3, :3].T
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-    normals *= -np.sign((normals * (triangles.mean(1) @ pose[:3, :3].T + pose[:3, 3])).sum(1, keepdims=True))  # towards the camera
-    sun = rng.normal(size=3)
-    light = rng.uniform(0.25, 1.1) + rng.uniform(0, 1.3) * np.clip(normals @ sun / np.linalg.norm(sun), 0, None)
+    normals *= np.sign((normals * views).sum(1, keepdims=True))  # towards the camera
+    sun, hard = rng.normal(size=3), rng.random() < 0.5
+    sun /= np.linalg.norm(sun)
+    halfway = (views + sun) / (np.linalg.norm(views + sun, axis=1, keepdims=True) + 1e-12)
+    ambient, strength = (rng.uniform(0.15, 0.6), rng.uniform(0.5, 1.8)) if hard else (rng.uniform(0.25, 1.1), rng.uniform(0, 1.3))
+    shine = rng.uniform(0, 150) * (rng.random() < 0.5) * np.clip((normals * halfway).sum(1), 0, None) ** np.exp(rng.uniform(1, 5))
     paint = np.exp(rng.normal(0, 0.3, (len(mesh), 1)) + rng.normal(0, rng.uniform(0, 0.3), (len(mesh), 3)))
-    gain = np.repeat(paint, [len(faces) for _, faces, _ in mesh.values()], axis=0) * light[:, None]
-    gain = np.concatenate([np.column_stack([gain, np.ones(len(gain))]), np.zeros((1, 4))]).astype(np.float32)  # the last is for -1: no ship
-    gain = cv2.resize(gain[shown], (width, height), interpolation=cv2.INTER_AREA)
-    cover = gain[..., 3:]
-    ship = image * gain[..., :3] / np.maximum(cover, 1e-3)
+    paint = np.repeat(paint, [len(faces) for _, faces, _ in mesh.values()], axis=0)
+    cover = shown >= 0
+    chosen, lit = shown[cover], 1.0
+    if hard:
+        row, column = np.nonzero(cover)
+        points = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(large).T
+        points = (points * _depth(shown, triangles, pose, large)[cover][:, None] - pose[:3, 3]) @ pose[:3, :3]
+        lit = in_the_sun(occluder(mesh), points, sun @ pose[:3, :3])
+    light = np.clip(normals @ sun, 0, None)[chosen] * lit
+    gain = np.zeros((2 * height, 2 * width, 5), np.float32)  # red, green, blue, cover, highlight
+    gain[cover] = np.column_stack([paint[chosen] * (ambient + strength * light)[:, None], np.ones(len(chosen)), shine[chosen] * (light > 0)])
+    gain = cv2.resize(gain, (width, height), interpolation=cv2.INTER_AREA)
+    cover = gain[..., 3:4]
+    ship = (image * gain[..., :3] + gain[..., 4:]) / np.maximum(cover, 1e-3)
     threshold = rng.uniform(0, 0.5)  # how much of the ship's edge, which holds some of the old background, is cut away
     cover = np.clip((cover - threshold) / (1 - threshold), 0, 1)
     return np.clip(cover * ship + (1 - cover) * _background(height, width, rng), 0, 255).astype(np.uint8)
@@ -1116,6 +1154,7 @@ def nmae_argmax(y_true, y_pred, stride=1):
         stride: frame pixels for one heatmap pixel.
     Returns:
         a scalar: the mean over x, y and the corners in the frame of |difference| / size; off-frame corners (no peak above 0.5) are masked.
+    Source: the normalised mean absolute error by which the exercise that this project grew from judges its heatmaps.
     """
     from keras import ops
 
@@ -1317,6 +1356,8 @@ def corner_report(estimate, truth, size=FRAME_SIZE, scale=1.0):
     Returns:
         dict: corner_px (median distance to the true corner), nearest_px (median distance to the nearest true corner), renamed_px (median
         distance under each frame's best naming), within_2px, within_5px (shares), namings (frames per best naming).
+    Source: the shares are the PCK of Andriluka et al., 2D Human Pose Estimation, CVPR 2014, with limits in pixels; the split follows
+        Ronchi and Perona, Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation, ICCV 2017 (their inversions are wrong names).
     """
     inside = in_frame(truth, size, size)
     errors = {name: e if name == "naming" else e * scale for name, e in _naming_errors(estimate, truth, size).items()}
@@ -1806,8 +1847,7 @@ class Aligner:
             turned += fresh
             steps = np.radians(12) * np.concatenate([np.eye(3), -np.eye(3)])
             found += self._refined(image, [_moved(pose, np.append(step, np.zeros(3))) for pose in fresh for step in steps], K, shrink, True)
-        near = _distinct(self._rank(image, found, K, price, shrink)[0], 3)[:4] if found else []
-        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
+        return self._finished(image, found, K, price, shrink, 3, 4)
 
     def _all_round(self, image, best, K, price):
         """Refined poses of a ship that lies where the best pose has it, along the same line in the picture, tilted and rolled all round."""
@@ -1825,9 +1865,12 @@ class Aligner:
                 pose[:3, 3] = centre * nearer - pose[:3, :3] @ BOUNDING_BOX.mean(0)
                 poses.append((pose, None))
         starts = [pose for *_, pose in _distinct(self._rank(image, poses, K, price, shrink)[0], 20)[:6]]
-        found = self._refined(image, starts, K, shrink, True)
-        near = _distinct(self._rank(image, found, K, price, shrink)[0], 10)[:3] if found else []
-        return self._refined(image, [pose for *_, pose in near], K, shrink // 2, False)
+        return self._finished(image, self._refined(image, starts, K, shrink, True), K, price, shrink, 10, 3)
+
+    def _finished(self, image, found, K, price, shrink, degrees, count):
+        """The best `count` of some coarsely refined poses that differ by so many degrees, refined finely: a list of (pose, covariance)."""
+        best = _distinct(self._rank(image, found, K, price, shrink)[0], degrees)[:count] if found else []
+        return self._refined(image, [pose for *_, pose in best], K, shrink // 2, False)
 
     def _mistaken(self, image, best, K, price):
         """What the best pose may be mistaken for and the coarse level does not rule out, refined: a list of (pose, covariance)."""
@@ -2321,6 +2364,7 @@ def jitter(poses, truth, fps=30.0):
     """RMS of the acceleration error: rotation in degrees/s^2 and translation in model units/s^2, over frames whose two neighbours have poses.
 
     poses: N (4, 4) or None; truth: (N, 4, 4). Both NaN where no three frames in a row have poses.
+    Source: the acceleration error of Kanazawa et al., Learning 3D Human Dynamics from Video, CVPR 2019, for a rigid body.
     """
     turn, move = np.full((len(poses), 3), np.nan), np.full((len(poses), 3), np.nan)
     for i, (pose, true) in enumerate(zip(poses, truth)):
@@ -2779,7 +2823,10 @@ def rotation_error(estimate, truth):
 
 
 def translation_error(estimate, truth):
-    """Distance in model units between the positions of two poses (4, 4)."""
+    """Distance in model units between the positions of two poses (4, 4).
+
+    Source: e_TE of Hodan et al., On Evaluation of 6D Object Pose Estimation, ECCV Workshops 2016.
+    """
     return float(np.linalg.norm(np.asarray(estimate)[:3, 3] - np.asarray(truth)[:3, 3]))
 
 
@@ -2811,6 +2858,8 @@ def heatmap_errors(model, images, keypoints, sigma=10.0, batch_size=16):
         images: (N, H, W, 3) uint8; keypoints: (N, 8, 2) true pixels.
     Returns:
         mse, mse_of_zero: (N, 8) each, NaN for corners outside the frame.
+    Source: the loss of Tompson et al., Joint Training of a Convolutional Network and a Graphical Model, NIPS 2014, as a measure; two Gaussian
+        blurs in a row are one whose variance is their sum.
     """
     own, stride, margin, (height, width) = model.settings["sigma"], model.settings["stride"], model.settings.get("margin", 0), images.shape[1:3]
     if not sigma > own:
@@ -2841,6 +2890,7 @@ def drawn_heatmap_errors(keypoints, true_keypoints, sigma=10.0, size=FRAME_SIZE)
         sigma: pixels; size: of the frame.
     Returns:
         (N, 8), NaN for true corners outside the frame. The maps are those of `gaussian_heatmaps`; being separable, they need not be drawn.
+    Source: `heatmap_errors` in closed form: a product of Gaussians is a product of its profiles along x and y.
     """
     centres = np.arange(size) + 0.5
     a, b = (np.exp(-((centres - np.nan_to_num(points, nan=_FAR)[..., None]) ** 2) / (2 * sigma**2)) for points in (keypoints, true_keypoints))
@@ -2951,7 +3001,12 @@ def compare_tracks(ways, truth, seen, K, fps=30.0):
 
 
 def muzzle_error(estimate, truth, K):
-    """Largest distance in pixels from a true muzzle to the nearest estimated one; blind to rolls that swap the cannons, as bolts are."""
+    """Largest distance in pixels from a true muzzle to the nearest estimated one; blind to rolls that swap the cannons, as bolts are.
+
+    estimate, truth: (4, 4) poses; K: (3, 3). Infinite where a muzzle lies behind the camera.
+    Source: the one-sided Hausdorff distance (Huttenlocher et al., IEEE TPAMI 15(9), 1993) of the projected muzzles; for the nearest instead of the
+        own point, ADD-S of Hinterstoisser et al., ACCV 2012.
+    """
     drawn, wanted = (project_pose(LASERS[:, 0], pose, K) for pose in (estimate, truth))
     return float(np.nan_to_num(np.linalg.norm(wanted[:, None] - drawn[None], axis=-1).min(1).max(), nan=np.inf))
 

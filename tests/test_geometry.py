@@ -320,6 +320,26 @@ def test_triangle_map_covers_what_the_renderer_draws(ship):
         assert np.abs(cover - truth).sum() < 0.06 * truth.sum()
 
 
+@pytest.mark.parametrize("sun", [(0.6, 0, 0.8), (-0.48, 0.6, -0.64), (-0.36, -0.48, 0.8)])
+def test_the_sun_shines_on_what_no_ray_towards_it_hits(ship, sun):
+    mesh, sun = ship[0], np.array(sun, float)
+    triangles = xu.mesh_triangles(mesh)
+    first, second, third = triangles.transpose(1, 0, 2)
+    normals = np.cross(second - first, third - first)
+    area = np.linalg.norm(normals, axis=1)
+    rng = np.random.default_rng(4)
+    chosen = rng.choice(len(triangles), 150, p=area / area.sum())
+    points = triangles[chosen].mean(1)
+    columns = np.stack([second - first, third - first, np.broadcast_to(-sun, first.shape)], -1)
+    columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
+    depth = np.zeros(len(points))
+    for i, point in enumerate(points):  # Cramer's rule: first + u (second - first) + v (third - first) = point + t sun
+        u, v, t = np.linalg.solve(columns, (point - first)[..., None])[..., 0].T
+        depth[i] = t[(u >= 0) & (v >= 0) & (u + v <= 1)].max(initial=0)
+    lit, clear = xu.in_the_sun(triangles, points, sun), (depth < 1e-4) | (depth > 0.02)  # thinner parts are within the tolerance
+    assert clear.sum() > 80 and 0.2 < lit[clear].mean() < 0.8 and (lit == (depth < 0.02))[clear].mean() > 0.95
+
+
 def test_relight_keeps_the_ship_and_replaces_the_rest(ship):
     mesh, poses, K = ship
     image = np.full((256, 256, 3), 128, np.uint8)
@@ -328,7 +348,7 @@ def test_relight_keeps_the_ship_and_replaces_the_rest(ship):
         assert first.shape == image.shape and first.dtype == np.uint8
         np.testing.assert_array_equal(first, again)
         assert (first != other).mean() > 0.5
-    black = xu.relight(image * 0, poses[0], K, mesh, np.random.default_rng(3))  # a black ship stays black under any light
+    black = xu.relight(image * 0, poses[0], K, mesh, np.random.default_rng(7))  # a black ship stays black under a light without highlights
     depth = xu.mesh_depth(xu.mesh_triangles(mesh), poses[0], K, 256, 256)
     inner = cv2.erode(np.isfinite(depth).astype(np.uint8), np.ones((5, 5))) > 0
     assert inner.sum() > 300 and (black[inner] == 0).mean() > 0.97 and black[~np.isfinite(depth)].mean() > 5
