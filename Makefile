@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: animation test lab data train eval bench notebooks clean
+.PHONY: animation test lab data train eval bench compare notebooks clean
 
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1
 
@@ -44,6 +44,10 @@ eval: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench.py
+
+# The tables of weights/README.md: what a training step costs, and what encoders and losses reach.
+compare: $(STAMP)
+	$(BIN)/python tests/compare_training.py
 
 # Execute all notebooks but train in place and keep their outputs.
 notebooks: $(STAMP)
