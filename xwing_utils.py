@@ -734,9 +734,9 @@ def _background(height, width, rng):
 class _Batches:
     """The batches of `make_dataset`; a function of (seed, epoch, index) alone, so workers may take them in any order."""
 
-    def __init__(self, paths, keypoints, shown, permutation, relit, batch_size, steps, size, crop, augmented, shuffle, seed, **workers):
+    def __init__(self, paths, keypoints, shown, permutation, relit, batch_size, steps, size, crop, augmented, shuffle, seed, shard, **workers):
         super().__init__(**workers)
-        self.steps = steps or -(-len(paths) // batch_size)
+        self.shard, self.steps = shard, steps or -(-len(paths) // batch_size)
         self.paths, self.keypoints, self.shown, self.permutation, self.relit = list(paths), keypoints, shown, permutation, relit
         self.batch_size, self.size, self.crop, self.augmented, self.shuffle, self.seed = batch_size, size, crop, augmented, shuffle, seed
         self.epoch = -1
@@ -752,8 +752,9 @@ class _Batches:
         self.order = np.random.default_rng([self.seed, self.epoch]).permutation(order) if self.shuffle else order
 
     def __getitem__(self, index):
-        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+        part, parts = self.shard
+        chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size][part::parts]
+        rng = np.random.default_rng([self.seed, self.epoch, index, part])
         transform = augmentation(int(rng.integers(2**31))) if self.augmented else None
         images, targets = zip(*(self._example(i, rng, transform) for i in chosen))
         return np.stack(images), np.stack(targets)
@@ -801,7 +802,7 @@ def crop(image, corner, size):
 
 
 def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, steps=None, size=FRAME_SIZE, crop=False, augmented=True,
-                 shuffle=None, points=KEYPOINTS, normals=None, mesh=None, relit=0.3, seed=0, workers=2):
+                 shuffle=None, points=KEYPOINTS, normals=None, mesh=None, relit=0.3, seed=0, shard=None, workers=2):
     """A `keras.utils.PyDataset` that reads, augments and batches frames on `workers` threads.
 
     Args:
@@ -817,6 +818,8 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         normals: (K, 3) outward normals; a point whose normal turns away counts as hidden. None takes this module's for its own
             `KEYPOINTS`, and zeros (never hidden) for other points.
         mesh: of the ship in the frames, from `load_mesh`; with it a share `relit` of the augmented frames goes through `relight`.
+        shard: (index, count), to yield only one of so many parts of every batch; None is this worker's part of the batches to train on (see
+            `worker`), and all of those that are not augmented.
     Yields:
         images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in the frame and facing the
         camera, else 0). Off-frame points keep their positions; points that face away are put far outside.
@@ -833,6 +836,9 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         raise ValueError(f"size: expected pixels, at most {FRAME_SIZE} for squares cut from the frames, got {size}")
     if steps is not None and not 1 <= steps <= -(-len(paths) // batch_size):
         raise ValueError(f"steps: {len(paths)} frames in batches of {batch_size} make {-(-len(paths) // batch_size)} steps, got {steps}")
+    shard = shard or (worker() if augmented else (0, 1))
+    if batch_size % shard[1]:
+        raise ValueError(f"batch_size: expected a multiple of the {shard[1]} workers, got {batch_size}")
     if not np.allclose(points[:8], BOUNDING_BOX):
         raise ValueError("points: the first 8 must be the corners of BOUNDING_BOX, in its order")
     if normals is None:
@@ -847,7 +853,7 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         K = camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE)
         look = relit, lambda image, i, rng: relight(image, pose_in_camera(model_view_matrix, matrices[i]), K, mesh, rng)
     return dataset(paths, keypoints, shown, mirror_permutation(points), look, batch_size, steps, size, crop, augmented,
-                   augmented if shuffle is None else shuffle, seed, workers=workers, max_queue_size=8)
+                   augmented if shuffle is None else shuffle, seed, shard, workers=workers, max_queue_size=8)
 
 
 # ============================================================ model
@@ -919,7 +925,11 @@ def spatial_softmax(logits, sigma):
 
 
 def import_keras():
-    """Import Keras with its backend, without the messages that TensorFlow writes to the console when it starts. Returns the module."""
+    """Import Keras with its backend, without the messages that TensorFlow writes to the console when it starts. Returns the module.
+
+    With JAX, and Keras' own variables KERAS_DISTRIBUTION_NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES set, this process becomes one of several
+    workers; that must be before JAX computes anything.
+    """
     if "keras" in sys.modules:
         return sys.modules["keras"]
     sys.stderr.flush()
@@ -931,7 +941,23 @@ def import_keras():
         os.dup2(console, 2)
         os.close(console)
         os.close(silence)
+    if keras.backend.backend() == "jax" and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1:
+        keras.distribution.initialize()
     return keras
+
+
+def worker():
+    """Which worker this process is, and of how many, when several train one model (see `distribute`): (0, 1) otherwise."""
+    if import_keras().backend.backend() != "jax":
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def run_folder(folder):
+    """The folder in which this process keeps its training run: `folder`, or a part of it for all but the first of several workers."""
+    return Path(folder) / (f"worker{worker()[0]}" if worker()[0] else "")
 
 
 def _segmentation_models():
@@ -1106,10 +1132,10 @@ def distribute(devices=None):
     """The scope (a context manager) in which a model is built and compiled to train on all local devices; `fit` needs nothing more.
 
     One batch is shared out, so the global batch stays what it is. With the TensorFlow backend this is `tf.distribute.MirroredStrategy`, with JAX
-    `keras.distribution.DataParallel` (also over several machines, after `keras.distribution.initialize`); with one device, or PyTorch, nothing.
+    `keras.distribution.DataParallel` (also over several machines, see `import_keras`); with one device, or PyTorch, nothing.
 
     Args:
-        devices: names such as ["GPU:0", "GPU:1"]; None is every accelerator of this machine.
+        devices: names such as ["GPU:0", "GPU:1"]; None is every accelerator of this machine, with JAX every device of all workers.
     Raises:
         NotImplementedError: `TF_CONFIG` asks for several machines; Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (keras issue 20585).
     """
@@ -1127,8 +1153,8 @@ def distribute(devices=None):
             return tf.distribute.MirroredStrategy(devices).scope()
     elif backend == "jax":
         devices = devices or keras.distribution.list_devices()
-        if len(devices) > 1:
-            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+        if len(devices) > 1:  # `make_dataset` gives every worker its part; Keras could divide a tf.data.Dataset only
+            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False))
     return contextlib.nullcontext()
 
 
@@ -1278,7 +1304,8 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
             self.trimmed = True
 
         def on_epoch_end(self, epoch, logs=None):
-            found, _ = predict_keypoints(self.model, validation_images)
+            with _alone(self.model) as model:
+                found, _ = predict_keypoints(model, validation_images)
             report = corner_report(found, validation_keypoints[:, :8, :2], self.model.settings["size"], scale)
             names = report.pop("namings")
             logs.update({f"val_{k}": v for k, v in report.items()}, **{f"val_named_{k}": v for k, v in names.items()})
@@ -1303,6 +1330,25 @@ def training_callbacks(folder, model, validation_images, validation_keypoints, s
             *([Plateau("val_corner_px", mode="min", factor=0.3, patience=2, min_lr=1e-5, verbose=1)] if plateau else []),
             keras.callbacks.CSVLogger(str(folder / "log.csv"), append=True),
             keras.callbacks.BackupAndRestore(str(folder / "backup"), double_checkpoint=True, delete_checkpoint=False)]
+
+
+@contextlib.contextmanager
+def _alone(model):
+    """The model; where several workers share it, a copy that this one computes with alone, as Keras cannot fetch what the others hold."""
+    if worker()[1] == 1:
+        yield model
+        return
+    keras = import_keras()
+
+    shared = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        copy = keras.Model.from_config(model.get_config())
+        copy.set_weights(model.get_weights())
+        copy.settings = model.settings
+        yield copy
+    finally:
+        keras.distribution.set_distribution(shared)
 
 
 def ship_weights(run, folder):

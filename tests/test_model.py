@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,63 @@ def test_two_devices_train_as_one_does():
     one, two = (list(map(float, line.split())) for line in run_python(DISTRIBUTED).splitlines()[-2:])
     assert (one[0], two[0]) == (1, 2)
     np.testing.assert_allclose(two[1:], one[1:], rtol=5e-3)
+
+
+JAX = importlib.util.find_spec("jax") is not None
+WORKER = """
+import sys, numpy as np, xwing_utils as xu
+keras = xu.import_keras()
+paths, matrices = xu.load_dataset("data/sample")
+keras.utils.set_random_seed(0)
+data = xu.make_dataset(paths[:8], matrices[:8], *xu.load_camera("data/sample"), size=64, batch_size=4, augmented=False, shuffle=True,
+                       shard=xu.worker())
+held = xu.make_dataset(paths[:4], matrices[:4], *xu.load_camera("data/sample"), size=64, batch_size=4, augmented=False)[0]
+with xu.distribute():
+    frames = keras.Input((64, 64, 3))
+    maps = keras.layers.Conv2D(xu.CHANNELS, 3, strides=2, padding="same")(keras.layers.Rescaling(1 / 255)(frames))
+    model = keras.Model(frames, xu.spatial_softmax(keras.layers.BatchNormalization()(maps), 2.0))
+    model.settings = dict(keypoints=xu.CHANNELS, sigma=4.0, head="softmax", size=64, stride=2)
+    xu.compile_model(model)
+run = xu.run_folder(sys.argv[1])
+for epochs in (1, 2):  # the second goes on where the first ended
+    history = model.fit(data, epochs=epochs, callbacks=xu.training_callbacks(run, model, *held), verbose=0).history
+    print("worker", *xu.worker(), len(data[0][0]), *history["loss"], *history["val_corner_px"])
+"""
+
+
+@pytest.mark.skipif(not JAX, reason="jax is not installed")
+def test_two_workers_over_loopback_train_as_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    quiet = {k: v for k, v in os.environ.items() if k not in ("SM_FRAMEWORK", "XLA_FLAGS")} | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    several = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "NPROC": "8"}
+    starts = [(tmp_path / "two", several | {"KERAS_DISTRIBUTION_PROCESS_ID": str(i)}) for i in (0, 1)] + [(tmp_path / "one", {})]
+    running = [subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], env=quiet | extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, cwd=os.path.dirname(xu.__file__)) for folder, extra in starts]
+    try:
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    first, second, one = (np.array([line.split()[1:] for line in out.splitlines() if line.startswith("worker")], float) for out, _ in outputs)
+    assert first.shape == second.shape == one.shape == (2, 5), outputs
+    assert [row[:3].tolist() for row in (first[0], second[0], one[0])] == [[0, 2, 2], [1, 2, 2], [0, 1, 4]]
+    np.testing.assert_allclose(second[:, 3:], first[:, 3:], rtol=1e-5)
+    np.testing.assert_allclose(first[:, 3], one[:, 3], rtol=5e-3)
+    assert len((tmp_path / "two" / "log.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "two" / "best.weights.h5").exists() and (tmp_path / "two" / "worker1" / "log.csv").exists()
+
+
+def test_a_worker_s_part_of_a_batch(sample, camera):
+    whole, *parts = (xu.make_dataset(sample[0][:8], sample[1][:8], *camera, size=64, batch_size=4, augmented=False, shuffle=True, shard=shard)
+                     for shard in (None, (0, 2), (1, 2)))
+    for i in range(2):
+        for k in range(2):
+            np.testing.assert_array_equal(parts[k][i][0], whole[i][0][k::2])
+            np.testing.assert_array_equal(parts[k][i][1], whole[i][1][k::2])
+    with pytest.raises(ValueError, match="3 workers, got 4"):
+        xu.make_dataset(sample[0][:8], sample[1][:8], *camera, size=64, batch_size=4, shard=(0, 3))
 
 
 def test_several_machines_are_refused_as_keras_cannot(monkeypatch):
