@@ -1776,6 +1776,7 @@ NOISE = 4.0  # grey levels: no pixel is trusted further than that
 WORKING_SIZE = 110  # pixels: a ship that spans more is aligned on a smaller picture
 INDEPENDENT = 0.06  # share of the pixels whose errors count as independent of each other
 CLEAR = 8.0  # margin from which a pose is compared only with what it may be mistaken for, in units of log-likelihood; keypoints say no more than that
+SETTLED = 20.0  # margin from which the pixels' choice needs no second witness
 MIN_EXPLAINED = 0.42  # share of a frame's contrast that a rendering must explain, 0 to 1
 FAINT = 30.0  # contrast, in units of log-likelihood, below which there is nothing to explain
 WELL_EXPLAINED = 0.57  # share from which there is no wider search
@@ -1842,7 +1843,7 @@ class Aligner:
         Where the keypoints leave a doubt, or the refined pose explains the frame badly, other poses are tried too, on the coarse level: the
         estimate's second, what both may be mistaken for, and turns of the best ones. What the best of all may be mistaken for is always looked at.
         Pixels and keypoints together decide. Accepted if at least MIN_EXPLAINED of what is seen is explained (half of that where the keypoints alone
-        clearly gave the same pose), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
+        clearly gave the same pose, or all others are worse by SETTLED), and no pose turned by more than 30 degrees comes within MIN_MARGIN.
 
         image is (H, W, 3) uint8 and K (3, 3). An estimate without a pose comes back as it is; `misfit` and `agreeing` stay those of the keypoints.
         """
@@ -1871,7 +1872,7 @@ class Aligner:
         margin = others[0][0] - cost if others else estimate.margin
         same = rotation_error(pose, estimate.pose) < 30
         agreed = same and estimate.accepted and estimate.margin >= START  # two witnesses need less each
-        if explained < (MIN_EXPLAINED / 2 if agreed else MIN_EXPLAINED):
+        if explained < (MIN_EXPLAINED / 2 if agreed or margin >= SETTLED else MIN_EXPLAINED):
             reason = f"the pose explains only {explained:.0%} of what is seen"
         elif margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"

@@ -138,6 +138,17 @@ def test_a_half_roll_that_the_keypoints_are_sure_of_is_put_right(align, frames, 
     assert right >= 5
 
 
+@pytest.mark.parametrize("settled,accepted", [(20.0, True), (np.inf, False)])
+def test_a_choice_that_the_pixels_are_sure_of_may_explain_less(align, frames, K, monkeypatch, settled, accepted):
+    wrong = estimate(frames[1][0] @ xu.HALF_ROLL, 2.0)
+    found = align.settle(frames[0][0], wrong, K)
+    assert found.accepted and found.margin > 20
+    monkeypatch.setattr(xu, "MIN_EXPLAINED", 1.5 * found.explained)
+    monkeypatch.setattr(xu, "SETTLED", settled)
+    found = align.settle(frames[0][0], wrong, K)
+    assert found.accepted == accepted and ("explains only" in found.reason) != accepted
+
+
 @pytest.mark.parametrize("content", ["black", "white", "noise"])
 def test_no_ship_no_pose(align, frames, K, content):
     rng = np.random.default_rng(0)
