@@ -930,19 +930,22 @@ def import_keras():
     With JAX, and Keras' own variables KERAS_DISTRIBUTION_NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES set, this process becomes one of several
     workers; that must be before JAX computes anything.
     """
-    if "keras" in sys.modules:
-        return sys.modules["keras"]
-    sys.stderr.flush()
-    console, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
-    try:
-        import keras
-    finally:
-        os.dup2(console, 2)
-        os.close(console)
-        os.close(silence)
-    if keras.backend.backend() == "jax" and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1:
-        keras.distribution.initialize()
+    if "keras" not in sys.modules:
+        sys.stderr.flush()
+        console, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 2)
+        try:
+            import keras
+        finally:
+            os.dup2(console, 2)
+            os.close(console)
+            os.close(silence)
+    keras = sys.modules["keras"]
+    if int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1 and keras.backend.backend() == "jax":
+        import jax
+
+        if not jax.distributed.is_initialized():
+            keras.distribution.initialize()
     return keras
 
 
