@@ -114,9 +114,9 @@ def losses(frames, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=150, help="of training for each encoder")
-    parser.add_argument("--steps", type=int, default=200, help="of training for each loss")
-    parser.add_argument("--profile", type=int, default=12, help="steps for each row of the profile")
+    parser.add_argument("--seconds", type=float, default=90, help="of training for each encoder")
+    parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
+    parser.add_argument("--profile", type=int, default=6, help="steps for each row of the profile")
     parser.add_argument("--only", choices=["profile", "encoders", "losses"])
     a = parser.parse_args()
     frames = Frames()
