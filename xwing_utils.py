@@ -389,20 +389,21 @@ def triangle_map(triangles, pose, K, width, height, near=1e-3):
 
 def mesh_depth(triangles, pose, K, width, height):
     """Depth along the camera's axis of the nearest surface at each pixel's centre: (height, width) model units, inf where there is none."""
-    return _depth(triangle_map(triangles, pose, K, width, height), triangles, pose, K)
+    shown = triangle_map(triangles, pose, K, width, height)
+    depth = np.full(shown.shape, np.inf)
+    depth[shown >= 0] = _surface(shown, triangles, pose, K)[:, 2]
+    return depth
 
 
-def _depth(shown, triangles, pose, K):
-    """`mesh_depth` where a `triangle_map` is at hand."""
+def _surface(shown, triangles, pose, K):
+    """The points (P, 3) of the surface, in the camera frame, at the centres of the pixels in which a `triangle_map` shows any, row by row."""
     row, column = np.nonzero(shown >= 0)
     rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(K).T  # (P, 3), z = 1
     seen = (triangles @ pose[:3, :3].T + pose[:3, 3])[shown[row, column]]
     normals = np.cross(seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0])
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (normals * seen[:, 0]).sum(1) / (normals * rays).sum(1)
-    depth = np.full(shown.shape, np.inf)
-    depth[row, column] = np.fmax(np.fmin(z, seen[..., 2].max(1)), seen[..., 2].min(1))  # seen edge-on, a plane's depth is anything
-    return depth
+    return rays * np.fmax(np.fmin(z, seen[..., 2].max(1)), seen[..., 2].min(1))[:, None]  # seen edge-on, a plane's depth is anything
 
 
 def in_the_sun(triangles, points, sun, distance=100.0, size=256, bias=0.004):
@@ -700,9 +701,7 @@ def relight(image, pose, K, mesh, rng):
     cover = shown >= 0
     chosen, lit = shown[cover], 1.0
     if hard:
-        row, column = np.nonzero(cover)
-        points = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(large).T
-        points = (points * _depth(shown, triangles, pose, large)[cover][:, None] - pose[:3, 3]) @ pose[:3, :3]
+        points = (_surface(shown, triangles, pose, large) - pose[:3, 3]) @ pose[:3, :3]
         lit = in_the_sun(occluder(mesh), points, sun @ pose[:3, :3])
     light = np.clip(normals @ sun, 0, None)[chosen] * lit
     gain = np.zeros((2 * height, 2 * width, 5), np.float32)  # red, green, blue, cover, highlight
@@ -960,7 +959,8 @@ def worker():
 
 def run_folder(folder):
     """The folder in which this process keeps its training run: `folder`, or a part of it for all but the first of several workers."""
-    return Path(folder) / (f"worker{worker()[0]}" if worker()[0] else "")
+    index, _ = worker()
+    return Path(folder) / (f"worker{index}" if index else "")
 
 
 def _segmentation_models():

@@ -32,15 +32,15 @@ STEPS = {  # name -> (precision, arguments of build_model)
 class Frames:
     """Batches of augmented frames from the training part, and the frames that are kept to measure."""
 
-    def __init__(self, seed=0):
+    def __init__(self):
         train = ROOT / "data" / "train"
         folder = train if train.exists() else ROOT / "data" / "sample"
         paths, matrices = xu.load_dataset(folder)
-        camera, self.options = xu.load_camera(folder), dict(batch_size=BATCH, size=SIZE, crop=True)
+        camera, options = xu.load_camera(folder), dict(batch_size=BATCH, size=SIZE, crop=True)
         mesh = xu.load_mesh(ROOT / "data" / "xwing.obj")
         self.name, self.count = folder.name, len(paths) - KEPT
-        self.batches = xu.make_dataset(paths[:-KEPT], matrices[:-KEPT], *camera, mesh=mesh, seed=seed, **self.options)
-        held = xu.make_dataset(paths[-KEPT:], matrices[-KEPT:], *camera, augmented=False, **self.options)
+        self.batches = xu.make_dataset(paths[:-KEPT], matrices[:-KEPT], *camera, mesh=mesh, **options)
+        held = xu.make_dataset(paths[-KEPT:], matrices[-KEPT:], *camera, augmented=False, **options)
         self.images, self.truth = (np.concatenate(part) for part in zip(*(held[i] for i in range(len(held)))))
 
     def __iter__(self):
@@ -53,10 +53,10 @@ class Frames:
             self.batches.on_epoch_begin()
 
 
-def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", seed=0, **arguments):
+def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", **arguments):
     keras = xu.import_keras()
     keras.backend.clear_session()
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
     model = xu.build_model(backbone, sigma=SIGMA, size=SIZE, head="softmax" if kind == "softmax" else "linear", **arguments)
     return xu.compile_model(model, 1e-3, xu.HeatmapLoss(SIGMA, kind, model.settings["stride"]))

@@ -289,6 +289,18 @@ def ship():
     return xu.load_mesh(root / "data" / "xwing.obj"), poses, xu.camera_matrix(projection, 256, 256)
 
 
+def hits(triangles, start, direction):
+    """How far along a ray each triangle is that it hits, in multiples of its direction.
+
+    Cramer's rule: first + u (second - first) + v (third - first) = start + t direction.
+    """
+    first, second, third = np.moveaxis(triangles, 1, 0)
+    columns = np.stack([second - first, third - first, np.broadcast_to(-direction, first.shape)], -1)
+    columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
+    u, v, t = np.linalg.solve(columns, (start - first)[..., None])[..., 0].T
+    return t[(u >= 0) & (v >= 0) & (u + v <= 1)]
+
+
 def test_depth_of_the_mesh_agrees_with_ray_casting(ship):
     mesh, poses, K = ship
     triangles = xu.mesh_triangles(mesh)
@@ -296,14 +308,10 @@ def test_depth_of_the_mesh_agrees_with_ray_casting(ship):
     row, column = np.nonzero(np.isfinite(depth))
     chosen = np.random.default_rng(0).choice(len(row), 200, replace=False)
     rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))])[chosen] @ np.linalg.inv(K).T
-    first, second, third = np.moveaxis(triangles @ poses[0][:3, :3].T + poses[0][:3, 3], 1, 0)
-    nearest = np.full(200, np.inf)
-    for i, ray in enumerate(rays):  # Cramer's rule: first + u (second - first) + v (third - first) = z ray
-        columns = np.stack([second - first, third - first, np.broadcast_to(-ray, first.shape)], -1)
-        columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
-        u, v, z = np.linalg.solve(columns, -first[..., None])[..., 0].T
-        hit = (u >= 0) & (v >= 0) & (u + v <= 1) & (z > 0.1)
-        nearest[i] = z[hit].min(initial=np.inf)
+    seen, nearest = triangles @ poses[0][:3, :3].T + poses[0][:3, 3], np.full(200, np.inf)
+    for i, ray in enumerate(rays):
+        z = hits(seen, np.zeros(3), ray)
+        nearest[i] = z[z > 0.1].min(initial=np.inf)
     error = np.abs(nearest - depth[row, column][chosen])
     inside = np.isfinite(nearest)  # the outermost pixels are drawn although their centre is just outside
     assert inside.mean() > 0.8 and (error[inside] < 0.002).mean() > 0.9 and np.median(error[inside]) < 1e-4
@@ -324,18 +332,9 @@ def test_triangle_map_covers_what_the_renderer_draws(ship):
 def test_the_sun_shines_on_what_no_ray_towards_it_hits(ship, sun):
     mesh, sun = ship[0], np.array(sun, float)
     triangles = xu.mesh_triangles(mesh)
-    first, second, third = triangles.transpose(1, 0, 2)
-    normals = np.cross(second - first, third - first)
-    area = np.linalg.norm(normals, axis=1)
-    rng = np.random.default_rng(4)
-    chosen = rng.choice(len(triangles), 150, p=area / area.sum())
-    points = triangles[chosen].mean(1)
-    columns = np.stack([second - first, third - first, np.broadcast_to(-sun, first.shape)], -1)
-    columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
-    depth = np.zeros(len(points))
-    for i, point in enumerate(points):  # Cramer's rule: first + u (second - first) + v (third - first) = point + t sun
-        u, v, t = np.linalg.solve(columns, (point - first)[..., None])[..., 0].T
-        depth[i] = t[(u >= 0) & (v >= 0) & (u + v <= 1)].max(initial=0)
+    area = np.linalg.norm(np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]), axis=1)
+    points = triangles[np.random.default_rng(4).choice(len(triangles), 150, p=area / area.sum())].mean(1)
+    depth = np.array([hits(triangles, point, sun).max(initial=0) for point in points])
     lit, clear = xu.in_the_sun(triangles, points, sun), (depth < 1e-4) | (depth > 0.02)  # thinner parts are within the tolerance
     assert clear.sum() > 80 and 0.2 < lit[clear].mean() < 0.8 and (lit == (depth < 0.02))[clear].mean() > 0.95
 
