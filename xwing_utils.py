@@ -3193,6 +3193,36 @@ def tracked_pictures(clip, track, K, detector, shown):
         yield np.hstack([draw_tracked(square, track[i], small), draw_heatmaps(detector.heatmaps(square[None])[0, ..., :8], detector.size)])
 
 
+def viewer(pictures, start=0, step=1, fps=12.5):
+    """Return a widget that shows any of the pictures at a slider's move, or all of them as a film.
+
+    The pictures are drawn and packed (JPEG, at most 640 px wide) before it is shown, so that a move of the slider only picks one. It needs neither
+    `interact` nor an `Output` widget: a notebook with those can hang for ever where it is executed without a browser (jupyter/nbclient issue 312).
+
+    Args:
+        pictures: iterable of (H, W, 3) uint8 RGB; the i-th shows frame i * step.
+        start: number of the frame that shows first.
+        step: frames from one picture to the next.
+        fps: pictures a second while it plays.
+    """
+    import ipywidgets
+
+    packed = []
+    for picture in pictures:
+        scale = min(1.0, 640 / picture.shape[1])
+        small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+        packed.append(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
+    if not packed:
+        raise ValueError("pictures: expected at least one, got none")
+    last, start = (len(packed) - 1) * step, start // step * step
+    slider = ipywidgets.IntSlider(start, 0, last, step, description="frame")
+    play = ipywidgets.Play(value=start, min=0, max=last, step=step, interval=round(1000 / fps))
+    ipywidgets.jslink((play, "value"), (slider, "value"))
+    image = ipywidgets.Image(value=packed[slider.value // step], format="jpeg")
+    slider.observe(lambda change: image.set_trait("value", packed[change["new"] // step]), "value")
+    return ipywidgets.VBox([image, ipywidgets.HBox([play, slider])])
+
+
 def draw_heatmaps(heatmaps, size):
     """One picture (size, size, 3) uint8 of all the heatmaps (H, W, K) of a frame, each in a colour of its own, the brightest in front."""
     heatmaps = np.asarray(heatmaps, np.float32)
