@@ -1,32 +1,45 @@
 # make animation   set up, run notebooks/pnp.ipynb and write anim.gif
-# make test        set up, lint, run the unit tests and re-run every notebook
+# make test        set up, lint, run the unit tests, animate in short mode and re-run every notebook
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
+
+# Seconds that one cell of a notebook may take before the command ends and names it; very long footage may need more.
+LIMIT ?= 1800
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: animation test lab data train eval bench compare notebooks clean
+.PHONY: animation test lab lock data train eval bench compare notebooks clean
 
-RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1
+RUN_NOTEBOOK = $(BIN)/python tests/run_notebook.py --limit $(LIMIT)
+ANIMATION = $(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
 
 animation: $(STAMP)
-	$(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
+	$(ANIMATION)
 	@ls -l anim.gif
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pytest tests
+	XWING_SMOKE=1 $(ANIMATION)
 	XWING_SMOKE=1 $(BIN)/pytest --nbval-lax --nbval-cell-timeout=900 notebooks
 
-$(STAMP): requirements.txt
+$(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	# Both OpenCV packages write the same files; the headless one goes last, so that no libGL is needed.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $$(grep ^opencv-python-headless requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+	    $$(grep -o '^opencv-python-headless==[^ ]*' requirements.txt)
+	# The project itself, so that notebooks import it from any folder.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
+
+# Pin everything that requirements.in asks for; what is pinned already stays, unless it is deleted from requirements.txt.
+lock: $(STAMP)
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --annotation-style=line \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host requirements.in
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
@@ -34,6 +47,8 @@ lab: $(STAMP)
 data: $(STAMP)
 	$(BIN)/python data/render.py data/train --count 10000 --seed 1
 
+# One cell trains for hours.
+train: LIMIT = 604800
 train: $(STAMP)
 	$(RUN_NOTEBOOK) --inplace notebooks/train.ipynb
 

@@ -1,0 +1,59 @@
+"""Execute notebooks without a browser: `python tests/run_notebook.py --limit 900 notebooks/pnp.ipynb`.
+
+Every cell has a limit. Where one takes longer or fails, or the kernel does not start, the last line names the notebook and
+the cell, and the exit status is 1. (`jupyter nbconvert` shows the cell's text, but neither its number nor its notebook.)
+"""
+
+import argparse
+import atexit
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
+
+KERNEL_SECONDS = 120  # in which a kernel must have started
+
+
+def run_notebook(path, target, limit):
+    """Execute one notebook in its own folder and write it to `target`; return "", or what went wrong."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=limit, startup_timeout=KERNEL_SECONDS,
+                            resources={"metadata": {"path": str(path.parent)}})
+    try:
+        client.execute()
+    except Exception as error:
+        if client.code_cells_executed == 0:
+            atexit.unregister(client._cleanup_kernel)  # it would only complain that there is no kernel
+            return f"{path}: the kernel did not start: {error}"
+        code = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        number = client.code_cells_executed
+        if isinstance(error, CellTimeoutError):
+            fault = f"took longer than {limit} s and was ended (--limit SECONDS, make ... LIMIT=SECONDS)"
+        else:
+            print(error, file=sys.stderr)
+            fault = "failed, see above"
+        return f"{path}: cell [{number}] {fault}; its first line: {code[number - 1].strip().splitlines()[0]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that one cell may take")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--inplace", action="store_true", help="write the outputs into the notebooks themselves")
+    where.add_argument("--output-dir", type=Path, help="write the executed notebooks into this folder")
+    options = parser.parse_args()
+    for path in options.notebooks:
+        print(f"running {path}", flush=True)
+        fault = run_notebook(path, path if options.inplace else options.output_dir / path.name, options.limit)
+        if fault:
+            sys.exit(fault)
+
+
+if __name__ == "__main__":
+    main()

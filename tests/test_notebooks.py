@@ -1,0 +1,104 @@
+"""Notebooks without a browser: nothing in them can hang, and the command that runs them says where it stopped."""
+
+import json
+import re
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pytest
+import run_notebook
+
+import xwing_utils as xu
+
+NAMES = ("reference", "train", "eval", "pnp")
+VIEWER = """import numpy as np
+import xwing_utils as xu
+
+pictures = (np.full((256, 256, 3), 25 * i, np.uint8) for i in range(10))
+xu.viewer(pictures, start=3)"""
+
+
+def notebook(path, *cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
+    return path
+
+
+def move_slider(widget, frame):
+    """Move the viewer's slider to a frame; return the JPEG that shows, and the seconds it took."""
+    image, controls = widget.children
+    start = time.perf_counter()
+    controls.children[1].value = frame
+    return bytes(image.value), time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_notebook_uses_a_widget_that_captures_output(root, name):
+    cells = json.loads((root / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not re.search(r"\b(interact|interactive|interact_manual|interactive_output|Output)\b", code)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_execution_counts_run_from_one(root, name):
+    cells = json.loads((root / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_viewer_runs_ten_times_without_a_browser(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    path = notebook(tmp_path / "viewer.ipynb", *VIEWER.split("\n\n"))
+    for _ in range(10):
+        assert run_notebook.run_notebook(path, tmp_path / "out.ipynb", limit=30) == ""
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert "application/vnd.jupyter.widget-view+json" in executed.cells[-1].outputs[0].data
+
+
+def test_viewer_shows_each_picture_within_50_ms():
+    pictures = [np.full((720, 1280, 3), 20 * i, np.uint8) for i in range(12)]
+    widget = xu.viewer(iter(pictures), start=4, step=3)
+    assert widget.children[1].children[1].value == 3
+    jpegs = {}
+    for frame in (33, 0, 15, 3):
+        jpegs[frame], seconds = move_slider(widget, frame)
+        assert seconds < 0.05
+    assert len(set(jpegs.values())) == 4 and all(jpeg.startswith(b"\xff\xd8") for jpeg in jpegs.values())
+    with pytest.raises(ValueError, match="at least one"):
+        xu.viewer([])
+
+
+@pytest.mark.parametrize("cell, said", [
+    ("import time\ntime.sleep(60)", r"cell \[2\] took longer than 2 s.*: import time$"),
+    ("\n1 / 0", r"cell \[2\] failed.*: 1 / 0$"),
+])
+def test_runner_names_the_cell_that_ended_it(tmp_path, monkeypatch, cell, said):
+    path = notebook(tmp_path / "stops.ipynb", "x = 1", cell, "y = 2")
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["run_notebook.py", "--limit", "2", "--inplace", str(path)])
+    with pytest.raises(SystemExit, match=said) as ended:
+        run_notebook.main()
+    assert str(path) in ended.value.code
+    assert path.read_bytes() == before
+
+
+def test_runner_waits_for_no_kernel_for_ever(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels" / "silent"
+    folder.mkdir(parents=True)
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": sleeps, "display_name": "silent", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setattr(run_notebook, "KERNEL_SECONDS", 1)
+    path = notebook(tmp_path / "silent.ipynb", "x = 1")
+    content = nbformat.read(path, as_version=4)
+    content.metadata["kernelspec"] = {"name": "silent", "display_name": "silent"}
+    nbformat.write(content, path)
+    assert "the kernel did not start" in run_notebook.run_notebook(path, tmp_path / "out.ipynb", limit=5)
+
+
+def test_everything_is_pinned_and_both_opencv_are_one_version(root):
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (root / "requirements.txt").read_text(), re.M))
+    asked = re.findall(r"^([\w-]+)", (root / "requirements.in").read_text(), re.M)
+    assert set(asked) <= set(pinned)
+    assert pinned["opencv-python"] == pinned["opencv-python-headless"]
