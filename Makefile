@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-# Seconds that one cell of a notebook may take before the command ends and names it; very long footage may need more.
+# Seconds that one cell of a notebook may take before the command ends and names it; long footage needs more.
 LIMIT ?= 1800
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -36,13 +36,13 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
-# Pin everything that requirements.in asks for; what is pinned already stays, unless it is deleted from requirements.txt.
+# Pin everything that requirements.in asks for; what is pinned in requirements.txt already stays.
 lock: $(STAMP)
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --annotation-style=line \
-	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host requirements.in
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --allow-unsafe --strip-extras \
+	    --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host requirements.in
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/reference.ipynb
 
 data: $(STAMP)
 	$(BIN)/python data/render.py data/train --count 10000 --seed 1
@@ -55,7 +55,9 @@ train: $(STAMP)
 # The panel goes to the terminal, weights/xwing_eval.json and the README.
 eval: $(STAMP)
 	$(RUN_NOTEBOOK) --inplace notebooks/eval.ipynb
-	@$(BIN)/python -c 'import json, xwing_utils as xu; r = json.load(open("weights/xwing_eval.json")); print(xu.results_table(r["figures"], r["intervals_95"]))'
+	@$(BIN)/python -c 'import xwing_utils as xu; from xwing import evaluation; \
+	    found = xu.read_json("weights/xwing_eval.json"); \
+	    print(evaluation.results_table(found["figures"], found["intervals_95"]).to_string())'
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench.py
