@@ -1,8 +1,8 @@
 """Write `xwing.obj` and `xwing.mtl`: a procedural X-wing with its S-foils locked (wings closed).
 
 Model frame: x across the wings, -y towards the nose, +z up; the unit is the model unit of the pose matrices.
-The mesh is a list of flat-shaded parts, one material each; its bounding box is the box that the tracker's eight
-corners describe. Run `python data/make_xwing.py` to write both files again.
+The mesh is a list of flat-shaded parts, one material each; its bounding box is the box whose corners are the
+first eight keypoints. Run `python data/make_xwing.py` to write both files again.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-# Material name -> linear-ish sRGB colour in [0, 1]. The underside is greyer and darker than the top, which tells a viewer
-# (and a network) which way up the ship is. Left and right are mirror images, so that a mirrored frame is a frame of the ship.
+# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which tells the way
+# up. Left and right are mirror images, so that a mirrored frame is a frame of the ship.
 COLOURS = {
     "hull": (0.84, 0.81, 0.75),
     "belly": (0.50, 0.50, 0.51),
@@ -55,8 +55,9 @@ class ShipBuilder:
 def fuselage(ship):
     """A chamfered box that widens from the nose, lofted through stations along y."""
     #          y     half-width  half-height
-    stations = [(-0.182, 0.005, 0.006), (-0.165, 0.0075, 0.0075), (-0.12, 0.011, 0.010), (-0.05, 0.017, 0.0145),
-                (0.0, 0.021, 0.018), (0.05, 0.024, 0.0205), (0.10, 0.026, 0.022), (0.13, 0.026, 0.022)]
+    stations = [(-0.182, 0.005, 0.006), (-0.165, 0.0075, 0.0075), (-0.12, 0.011, 0.010),
+                (-0.05, 0.017, 0.0145), (0.0, 0.021, 0.018), (0.05, 0.024, 0.0205), (0.10, 0.026, 0.022),
+                (0.13, 0.026, 0.022)]
     # The outline of a section, counter-clockwise from the lower right, in units of the half-sizes.
     outline = np.array([(0.55, -1), (1, -0.5), (1, -0.18), (1, 0.22), (1, 0.5), (0.55, 1),
                         (-0.55, 1), (-1, 0.5), (-1, 0.22), (-1, -0.18), (-1, -0.5), (-0.55, -1)])
@@ -76,7 +77,10 @@ def fuselage(ship):
         centre = ring.mean(0)
         ship.quads(material, [[centre, ring[j], ring[(j + 1) % 12], centre] for j in range(12)])
 
-    ship.box("grey", (-0.0135, 0.068, 0.019), (0.0135, 0.125, 0.0255))  # the spine behind the droid
+
+def fuselage_details(ship):
+    """The spine behind the droid, and what hangs under the belly."""
+    ship.box("grey", (-0.0135, 0.068, 0.019), (0.0135, 0.125, 0.0255))  # the spine
     ship.box("red", (-0.006, 0.074, 0.0255), (0.006, 0.12, 0.0275))
     for x in (-0.01, 0.01):
         ship.box("yellow", (x - 0.0023, 0.08, 0.0255), (x + 0.0023, 0.1, 0.027))
@@ -87,7 +91,9 @@ def fuselage(ship):
 
 def canopy(ship):
     """The dark cockpit with light frame ribs, and the droid behind it."""
-    stations = [(-0.045, 0.009, 0.0148), (-0.012, 0.0115, 0.031), (0.012, 0.012, 0.033), (0.032, 0.010, 0.0215)]
+    #          y     half-width  top
+    stations = [(-0.045, 0.009, 0.0148), (-0.012, 0.0115, 0.031), (0.012, 0.012, 0.033),
+                (0.032, 0.010, 0.0215)]
     base = [0.0135, 0.0155, 0.0185, 0.0195]
 
     def section(k, grow=0.0):
@@ -106,7 +112,8 @@ def canopy(ship):
     dome = trimesh.creation.icosphere(subdivisions=2, radius=0.009)
     dome.apply_translation((0, 0.05, 0.025))
     ship.add("droid", dome)
-    ship.lathe("hull", [(0, 0.0385), (0.0035, 0.0385), (0.0035, 0.0415), (0, 0.0415)], 0, 0.028)  # the droid's eye
+    eye = [(0, 0.0385), (0.0035, 0.0385), (0.0035, 0.0415), (0, 0.0415)]  # of the droid
+    ship.lathe("hull", eye, 0, 0.028)
 
 
 def wing(ship, side, level):
@@ -132,15 +139,17 @@ def wing(ship, side, level):
                     material = "metal"
                 elif i == 0 or (i == 6 and j == 0):
                     material = "grey"
-                ship.quads(material, [surface[i, j], surface[i + 1, j], surface[i + 1, j + 1], surface[i, j + 1]])
+                ship.quads(material, surface[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]])
     rim = [(top[:, 0], bottom[:, 0]), (top[:, -1], bottom[:, -1]), (top[-1], bottom[-1])]
     for upper, lower in rim:
         ship.quads("grey", [[upper[k], upper[k + 1], lower[k + 1], lower[k]] for k in range(len(upper) - 1)])
 
 
 def engine(ship, side, level):
+    """One of the four engines: cowling, intake, pipe and nozzle."""
     x, z = side * 0.042, level * 0.0185
-    ship.lathe("hull" if level > 0 else "belly", [(0.0105, 0.04), (0.0135, 0.044), (0.0135, 0.084), (0.0100, 0.090)], x, z)
+    cowling = [(0.0105, 0.04), (0.0135, 0.044), (0.0135, 0.084), (0.0100, 0.090)]
+    ship.lathe("hull" if level > 0 else "belly", cowling, x, z)
     ship.lathe("dark", [(0, 0.052), (0.0098, 0.05), (0.0105, 0.04)], x, z)  # the intake
     ship.lathe("red" if level > 0 else "metal", [(0.01365, 0.058), (0.01365, 0.066)], x, z)
     ship.lathe("metal", [(0.0100, 0.088), (0.0100, 0.128), (0.0085, 0.132), (0.0085, 0.145)], x, z)
@@ -149,18 +158,21 @@ def engine(ship, side, level):
 
 
 def cannon(ship, side, level):
+    """One of the four cannons at the wing tips: a thick rear and a thin barrel."""
     x, z = side * 0.149, level * 0.010
     ship.lathe("grey", [(0, 0.038), (0.006, 0.04), (0.006, 0.11), (0.003, 0.114), (0, 0.114)], x, z)
     ship.lathe("metal", [(0.006, 0.062), (0.007, 0.064), (0.007, 0.084), (0.006, 0.086)], x, z)
     ship.lathe("hull", [(0.0038, 0.04), (0.0032, 0.0)], x, z)
     ship.lathe("metal", [(0.0025, 0.04), (0.0025, -0.085), (0, -0.085)], x, z)
-    ship.lathe("grey", [(0.0025, -0.068), (0.0052, -0.066), (0.0052, -0.060), (0.0025, -0.058)], x, z)  # the muzzle ring
+    ring = [(0.0025, -0.068), (0.0052, -0.066), (0.0052, -0.060), (0.0025, -0.058)]  # near the muzzle
+    ship.lathe("grey", ring, x, z)
 
 
 def build():
     """Return the ship as a dict: material name -> trimesh.Trimesh."""
     ship = ShipBuilder()
     fuselage(ship)
+    fuselage_details(ship)
     canopy(ship)
     for side in (-1, 1):
         for level in (-1, 1):

@@ -1,17 +1,17 @@
 """Render X-wing frames with known model matrices: `python data/render.py FOLDER --count 512 --seed 1`.
 
-Every image is a pure function of (seed, index): the same whatever the count, the order or the number of workers.
-The ship is ray-traced by Mitsuba 3 (CPU, no display); the sky behind it is 3-D noise and stars evaluated along each pixel's
-viewing direction, so it has no seams and no poles. A folder holds `camera_info.json`, `I.jpg` and `I_mat.json`, and
-`render_info.json`, which records how it was made. Files appear atomically and complete pairs are kept, so a killed run
-is resumed by starting it again.
-
-Source of the sampling of rotations: Shoemake, Uniform Random Rotations, Graphics Gems III (scipy's Rotation.random).
+Every image is a pure function of (seed, index): the same whatever the count, the order or the number of
+workers. Mitsuba 3 ray-traces the ship on the CPU, without a display; the sky behind it is 3-D noise and
+stars, evaluated along each pixel's viewing direction, so it has no seams and no poles. A folder holds
+`camera_info.json`, `I.jpg` and `I_mat.json`, and `render_info.json`, which says how it was made. Files appear
+atomically and complete pairs are kept, so a run that was killed is resumed by starting it again.
 """
 
 import argparse
 import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import xwing_utils as xu  # noqa: E402 (it lies one folder up)
+import xwing_utils as xu
+from xwing.mesh import load_mesh
 
+HERE = Path(__file__).resolve().parent
+SHIP = HERE / "xwing.obj"
 SIZE = 256  # pixels, width and height of a frame
 SAMPLES = 16  # rays a pixel
 CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
@@ -46,8 +47,9 @@ FOCAL = CAMERA["projection_matrix"][0][0]  # in half frame widths
 def random_pose(rng):
     """Draw a (4, 4) model matrix.
 
-    Rotation uniform on SO(3); the projected centre uniform over the middle 87.5 % of the frame in x and y; z exactly 0
-    for half of the frames, uniform in [-0.4, 0.3] model units for the others.
+    Rotation uniform on SO(3); the projected centre uniform over the middle 87.5 % of the frame in x and y; z
+    exactly 0 for half of the frames, uniform in [-0.4, 0.3] model units for the others.
+    Source: Shoemake, Uniform Random Rotations, Graphics Gems III (scipy's Rotation.random).
     """
     matrix = np.eye(4)
     matrix[:3, :3] = Rotation.random(rng=rng).as_matrix()
@@ -57,40 +59,64 @@ def random_pose(rng):
     return matrix
 
 
-# Waypoints of the flight: second, centre in the frame (x, y in [-1, 1], y up), distance from the camera in model units.
-WAYPOINTS = np.array([
-    (0.0, -0.55, 0.52, 1.37), (1.2, -0.25, 0.34, 1.22), (2.2, 0.18, 0.05, 0.98), (3.0, 0.55, -0.25, 0.80),
-    (3.7, 0.82, -0.30, 0.76), (4.5, 0.62, 0.12, 0.90), (5.3, 0.12, 0.40, 1.08), (6.2, -0.40, 0.15, 1.00),
-    (7.0, -1.00, -0.25, 0.92), (7.55, -1.33, -0.34, 0.95), (8.2, -0.95, -0.12, 1.05), (9.0, -0.25, 0.22, 1.18),
-    (10.0, 0.42, 0.46, 1.38)])
-ROLLS = np.array([(0.0, 0), (1.0, 5), (1.8, 25), (2.6, 55), (3.6, 120), (4.6, 250), (5.6, 365), (6.4, 340), (7.2, 305), (8.2, 335),
-                  (9.2, 385), (10.0, 400)])  # second, roll about the heading in degrees: banks, and one full barrel roll
+@dataclass(frozen=True)
+class Flight:
+    """A clip of 10 seconds: where the ship flies and rolls, before which sky and in which light."""
+
+    waypoints: tuple  # rows of second, centre in the frame (x, y in [-1, 1], y up), distance in model units
+    rolls: tuple  # rows of second, degrees about the heading
+    smoothing: float  # seconds over which the nose follows the path
+    sky: str  # one of SKIES
+    sky_turn: tuple  # rotation vector, radians a second
+    light: tuple  # direction towards the light, world axes
 
 
-def flight_poses(count=300, fps=30):
-    """Return the (count, 4, 4) model matrices of a smooth flight: 10 s that bank, roll, come close and go far.
+CALM = Flight(  # banks, one full barrel roll, leaves the frame once
+    waypoints=(
+        (0, -0.55, 0.52, 1.37), (1.2, -0.25, 0.34, 1.22), (2.2, 0.18, 0.05, 0.98), (3, 0.55, -0.25, 0.8),
+        (3.7, 0.82, -0.3, 0.76), (4.5, 0.62, 0.12, 0.9), (5.3, 0.12, 0.4, 1.08), (6.2, -0.4, 0.15, 1),
+        (7, -1, -0.25, 0.92), (7.55, -1.33, -0.34, 0.95), (8.2, -0.95, -0.12, 1.05), (9, -0.25, 0.22, 1.18),
+        (10, 0.42, 0.46, 1.38)),
+    rolls=((0, 0), (1, 5), (1.8, 25), (2.6, 55), (3.6, 120), (4.6, 250), (5.6, 365), (6.4, 340), (7.2, 305),
+           (8.2, 335), (9.2, 385), (10, 400)),
+    smoothing=1.6, sky="bright", sky_turn=(0.02, 0.06, 0.015), light=(-0.4, 0.8, 0.45))
+WILD = Flight(  # two to three times as fast, closer and farther, rolls either way, leaves the frame once
+    waypoints=(
+        (0, 0.6, -0.45, 1.9), (0.7, 0.05, -0.05, 1.35), (1.3, -0.5, 0.35, 0.85), (1.8, -0.6, -0.05, 0.62),
+        (2.3, -0.1, -0.42, 0.66), (2.9, 0.55, -0.2, 0.95), (3.4, 0.6, 0.35, 1.35), (4, 0.05, 0.55, 1.8),
+        (4.6, -0.5, 0.15, 1.45), (5.1, -0.45, -0.4, 1), (5.6, 0.15, -0.45, 0.7), (6.1, 0.75, -0.05, 0.6),
+        (6.55, 1.75, 0.5, 0.72), (7, 1.45, 0.75, 1), (7.5, 0.45, 0.5, 1.4), (8.1, -0.35, 0, 1.95),
+        (8.7, -0.6, -0.5, 1.5), (9.3, 0, -0.3, 0.95), (10, 0.65, -0.1, 0.75)),
+    rolls=((0, 0), (1, 20), (1.8, 110), (2.7, 270), (3.5, 360), (4.5, 310), (5.4, 170), (6.2, 60), (7, 80),
+           (8, 200), (9, 330), (10, 380)),
+    smoothing=1.3, sky="sharp", sky_turn=(-0.10, 0.15, 0.06), light=(0.6, 0.5, 0.6))
 
-    The nose follows the path's tangent (smoothed over 1.6 seconds), the roll follows a spline of its own.
+
+def flight_poses(flight=CALM, count=300, fps=30):
+    """Return the (count, 4, 4) model matrices of a smooth flight.
+
+    The nose follows the path's tangent, smoothed over time, and always points a little away from the camera;
+    the roll follows a spline of its own.
     """
+    path, rolls = np.array(flight.waypoints), np.array(flight.rolls)
     time = np.arange(count) / fps
-    path = CubicSpline(WAYPOINTS[:, 0], WAYPOINTS[:, 1:])
+    spline = CubicSpline(path[:, 0], path[:, 1:])
 
     def position(t):
-        x, y, distance = path(t).T
+        x, y, distance = spline(t).T
         return np.stack([x * distance / FOCAL, y * distance / FOCAL, 1 - distance], -1)
 
-    window = np.linspace(-0.8, 0.8, 33)
-    weights = np.hanning(35)[1:-1]
-    tangents = (position(np.clip(time[:, None] + window, 0, 10).ravel() + 0.02)
-                - position(np.clip(time[:, None] + window, 0, 10).ravel() - 0.02)).reshape(count, -1, 3)
-    heading = np.einsum("w,nwc->nc", weights, tangents) + [0, 0, -0.12]  # and always a little away from the camera
+    window = np.linspace(-flight.smoothing / 2, flight.smoothing / 2, 33)
+    around = np.clip(time[:, None] + window, 0, 10).ravel()
+    tangents = (position(around + 0.02) - position(around - 0.02)).reshape(count, -1, 3)
+    heading = np.einsum("w,nwc->nc", np.hanning(35)[1:-1], tangents) + [0, 0, -0.12]
     heading /= np.linalg.norm(heading, axis=1, keepdims=True)
     right = np.cross(heading, [0, 1, 0])
     right /= np.linalg.norm(right, axis=1, keepdims=True)
-    frames = np.stack([-right, -heading, np.cross(right, heading)], -1)  # model x, y, z in the world: x is the pilot's left
-    roll = CubicSpline(ROLLS[:, 0], ROLLS[:, 1])(time)
+    axes = np.stack([-right, -heading, np.cross(right, heading)], -1)  # of the model: x is the pilot's left
+    roll = CubicSpline(rolls[:, 0], rolls[:, 1])(time)
     matrices = np.tile(np.eye(4), (count, 1, 1))
-    matrices[:, :3, :3] = frames @ Rotation.from_euler("y", -roll[:, None], degrees=True).as_matrix()
+    matrices[:, :3, :3] = axes @ Rotation.from_euler("y", -roll[:, None], degrees=True).as_matrix()
     matrices[:, :3, 3] = position(time)
     return matrices
 
@@ -99,14 +125,14 @@ def flight_poses(count=300, fps=30):
 
 
 def view_rays(width, height):
-    """(height, width, 3) unit vectors through the pixel centres, in camera axes (x right, y up, -z forward)."""
+    """(height, width, 3) unit vectors through the pixel centres, camera axes: x right, y up, -z forward."""
     x = ((np.arange(width) + 0.5) / width * 2 - 1) / FOCAL
     y = -((np.arange(height) + 0.5) / height * 2 - 1) / FOCAL
     rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], -1.0), -1)
     return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
 
 
-SKIES = {  # name -> (share, peak brightness range, contrast range, filament share range)
+SKIES = {  # name -> (share, range of the peak brightness, of the contrast, of the share of filaments)
     "void": (0.20, (0.00, 0.06), (0.8, 2.0), (0.0, 0.5)),
     "deep": (0.35, (0.20, 0.55), (0.7, 1.8), (0.0, 0.5)),
     "bright": (0.25, (0.45, 1.00), (0.6, 1.6), (0.0, 0.6)),
@@ -122,11 +148,13 @@ class Sky:
         _, brightness, contrast, filaments = SKIES[kind]
         self.lattice = rng.random((24, 24, 24), dtype=np.float32)
         self.offsets = rng.uniform(0, 24, (64, 3))
-        self.brightness, self.contrast, self.filaments = rng.uniform(*brightness), rng.uniform(*contrast), rng.uniform(*filaments)
+        self.brightness, self.contrast = rng.uniform(*brightness), rng.uniform(*contrast)
+        self.filaments = rng.uniform(*filaments)
         self.base = rng.uniform(1.2, 3.0)  # clouds a radian, the coarsest octave
         self.roughness = rng.uniform(0.45, 0.72) if kind == "sharp" else rng.uniform(0.35, 0.6)
         self.cover = rng.uniform(0.35, 0.6)
-        hues = rng.choice([rng.uniform(0.58, 0.72), rng.uniform(0.66, 0.80)]) + rng.normal(0, 0.035, 3)  # blue to violet
+        blue_to_violet = rng.choice([rng.uniform(0.58, 0.72), rng.uniform(0.66, 0.80)])
+        hues = blue_to_violet + rng.normal(0, 0.035, 3)
         if rng.random() < 0.12:
             hues = rng.uniform(0, 1) + rng.normal(0, 0.08, 3)  # now and then another colour
         hsv = np.stack([hues % 1 * 360, rng.uniform(0.5, 0.95, 3), rng.uniform(0.6, 1.0, 3)], -1)
@@ -136,20 +164,21 @@ class Sky:
         stars = rng.normal(size=(count, 3))
         self.stars = stars / np.linalg.norm(stars, axis=1, keepdims=True)
         self.star_light = np.minimum(0.15 * (rng.pareto(1.3, count) + 0.3), 4.0) * rng.uniform(0.4, 1.2)
-        self.star_size = rng.uniform(0.4, 0.75, count) * (1 + 0.25 * np.log1p(self.star_light))  # sigma, pixels of a 256 px frame
+        sizes = rng.uniform(0.4, 0.75, count)
+        self.star_size = sizes * (1 + 0.25 * np.log1p(self.star_light))  # sigma, pixels of a frame 256 wide
         warmth = np.clip(rng.normal(0.25, 0.22, (count, 1)), 0, 1)
         self.star_colour = (1 - warmth) * [0.70, 0.84, 1.0] + warmth * [1.0, 0.93, 0.82]
 
     def noise(self, channel, width, height, rotation, octaves, warp=None):
-        """Fractal noise in [0, 1], (height, width): octave by octave, each sampled as densely as its detail needs."""
+        """Fractal noise in [0, 1], (height, width): each octave is sampled as densely as its detail needs."""
         total, weight = 0.0, 0.0
         for octave in range(octaves):
             w, h = (max(16, min(side, side // 16 * 2**octave)) for side in (width, height))
             points = view_rays(w, h) @ rotation.T * self.base
             if warp is not None:
                 points = points + cv2.resize(warp, (w, h), interpolation=cv2.INTER_LINEAR)
-            points = points * 2**octave + self.offsets[channel * 8 + octave]
-            layer = map_coordinates(self.lattice, points.reshape(-1, 3).T, order=2, mode="grid-wrap", prefilter=False)
+            points = (points * 2**octave + self.offsets[channel * 8 + octave]).reshape(-1, 3).T
+            layer = map_coordinates(self.lattice, points, order=2, mode="grid-wrap", prefilter=False)
             layer = cv2.resize(layer.reshape(h, w), (width, height), interpolation=cv2.INTER_CUBIC)
             total = total + self.roughness**octave * layer
             weight += self.roughness**octave
@@ -175,22 +204,24 @@ class Sky:
         row = (1 - FOCAL * y / depth) / 2 * height
         seen = (column > -reach) & (column < width + reach) & (row > -reach) & (row < height + reach)
         canvas = np.zeros((height + 4 * reach, width + 4 * reach, 3))
-        sizes = self.star_size[seen] * width / SIZE
-        for c, r, sigma, light in zip(column[seen], row[seen], sizes, (self.star_light[:, None] * self.star_colour)[seen]):
-            left, top = int(c) - reach, int(r) - reach
-            grid = np.arange(2 * reach + 1) + 0.5
-            spot = np.exp(-((grid[None] + left - c) ** 2 + (grid[:, None] + top - r) ** 2) / (2 * sigma**2))
-            canvas[top + 2 * reach : top + 4 * reach + 1, left + 2 * reach : left + 4 * reach + 1] += spot[..., None] * light
+        sizes, light = self.star_size * width / SIZE, self.star_light[:, None] * self.star_colour
+        grid = np.arange(2 * reach + 1) + 0.5
+        for k in np.flatnonzero(seen):
+            left, top = int(column[k]) - reach, int(row[k]) - reach
+            squared = (grid[None] + left - column[k]) ** 2 + (grid[:, None] + top - row[k]) ** 2
+            spot = np.exp(-squared / (2 * sizes[k] ** 2))[..., None] * light[k]
+            canvas[top + 2 * reach : top + 4 * reach + 1, left + 2 * reach : left + 4 * reach + 1] += spot
         return canvas[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
 
 
 class PictureSky:
-    """A real picture behind the ship, for the shifted look: the Hubble Deep Field, the Moon or gravel, turned, scaled and tinted."""
+    """A real picture as the sky: the Hubble Deep Field, the Moon or gravel, turned, scaled and tinted."""
 
     def __init__(self, rng):
         import skimage.data  # its wheel brings these three pictures along
 
-        picture = getattr(skimage.data, rng.choice(["hubble_deep_field", "moon", "gravel"], p=[0.6, 0.25, 0.15]))()
+        name = rng.choice(["hubble_deep_field", "moon", "gravel"], p=[0.6, 0.25, 0.15])
+        picture = getattr(skimage.data, name)()
         self.picture = np.repeat(picture[..., None], 3, -1) if picture.ndim == 2 else picture
         self.centre = rng.uniform(0.2, 0.8, 2) * self.picture.shape[1::-1]
         self.angle, self.zoom = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 2.5)
@@ -198,9 +229,11 @@ class PictureSky:
 
     def draw(self, width, height, rotation):
         """As `Sky.draw`; pictures are flat, so `rotation` is not used."""
-        turn = self.zoom * SIZE / width * np.array([[np.cos(self.angle), -np.sin(self.angle)], [np.sin(self.angle), np.cos(self.angle)]])
+        cosine, sine = np.cos(self.angle), np.sin(self.angle)
+        turn = self.zoom * SIZE / width * np.array([[cosine, -sine], [sine, cosine]])
         matrix = np.column_stack([turn, self.centre - turn @ [width / 2, height / 2]])
-        image = cv2.warpAffine(self.picture, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+        image = cv2.warpAffine(self.picture, matrix, (width, height),
+                               flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
         return np.clip(image / 255.0 * self.gain, 0, 1)
 
 
@@ -209,28 +242,28 @@ class PictureSky:
 
 @dataclass
 class Look:
-    """Everything about a frame that is not its pose; lights in world axes."""
+    """Everything about a frame that is not its pose; light in world axes."""
 
     sky: Sky
     sky_rotation: np.ndarray  # (3, 3), camera axes -> sky
     light_direction: np.ndarray  # (3,), towards the light
     light_strength: float
-    light_focus: float  # exponent of the lobe: 1 is a soft half-sphere, 60 nearly a sun
+    light_focus: float  # exponent of the lobe: 1 is a soft half-sphere, 60 nearly a sun, infinity a sun
     ambient: float
     tint: np.ndarray  # (3,) multiplies the ship's colour
-    albedo_jitter: dict  # material -> (3,) factor
+    paint: np.ndarray  # (M, 3) multiplies each material's colour
     roughness: float
     quality: int  # JPEG
     seed: int
 
 
 def random_look(rng, materials):
-    """Draw a `Look`: soft, nearly shadowless light for three frames of four, stronger directional light for the others."""
+    """Draw a `Look`: soft, nearly shadowless light for three frames of four, else stronger from a side."""
     soft = rng.random() < 0.75
     direction = rng.normal(size=3)
     ambient = rng.uniform(0.75, 1.25) if soft else rng.uniform(0.10, 0.45)
     exposure = np.exp(rng.normal(0, 0.22))
-    return Look(
+    return Look(  # in this order: the numbers come from one generator
         sky=Sky(rng),
         sky_rotation=Rotation.random(rng=rng).as_matrix(),
         light_direction=direction / np.linalg.norm(direction),
@@ -238,7 +271,7 @@ def random_look(rng, materials):
         light_focus=rng.uniform(1, 4) if soft else rng.uniform(3, 60),
         ambient=ambient,
         tint=exposure * np.exp(rng.normal(0, 0.07, 3)),
-        albedo_jitter={name: np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.05, 3)) for name in materials},
+        paint=np.array([np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.05, 3)) for _ in materials]),
         roughness=rng.uniform(0.3, 0.8),
         quality=int(rng.integers(80, 98)),
         seed=int(rng.integers(2**31)),
@@ -246,10 +279,10 @@ def random_look(rng, materials):
 
 
 def shifted_look(rng, materials):
-    """Draw a `Look` unlike any of `random_look`: a real picture behind, a hard sun with shadows, another paint on every part."""
+    """Draw a `Look` unlike those of `random_look`: a picture behind, a hard sun with shadows, other paint."""
     direction = rng.normal(size=3)
     grey = rng.uniform(0.5, 1.2)
-    return Look(
+    return Look(  # in this order: the numbers come from one generator
         sky=PictureSky(rng),
         sky_rotation=np.eye(3),
         light_direction=direction / np.linalg.norm(direction),
@@ -257,16 +290,19 @@ def shifted_look(rng, materials):
         light_focus=np.inf,
         ambient=rng.uniform(0.15, 0.5),
         tint=np.exp(rng.normal(0, 0.15, 3)),
-        albedo_jitter={name: grey * np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.3, 3)) for name in materials},
+        paint=np.array([grey * np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.3, 3)) for _ in materials]),
         roughness=rng.uniform(0.05, 0.3),
         quality=int(rng.integers(60, 90)),
         seed=int(rng.integers(2**31)),
     )
 
 
+GREY = {"type": "rgb", "value": 0.5}
 SHADING = {  # name -> (Mitsuba's model, its colour, its roughness)
-    "principled": ({"type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": {"type": "rgb", "value": 0.5}}, "base_color", "roughness"),
-    "plastic": ({"type": "roughplastic", "alpha": 0.1, "diffuse_reflectance": {"type": "rgb", "value": 0.5}}, "diffuse_reflectance", "alpha"),
+    "principled": ({"type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": GREY},
+                   "base_color.value", "roughness.value"),
+    "plastic": ({"type": "roughplastic", "alpha": 0.1, "diffuse_reflectance": GREY},
+                "diffuse_reflectance.value", "alpha"),
 }
 
 
@@ -282,62 +318,62 @@ def linear_to_srgb(x):
 class Renderer:
     """Renders one mesh; built once a process, then called for each frame."""
 
-    def __init__(self, mesh_path=HERE / "xwing.obj", shading="principled"):
-        import drjit  # before TensorFlow where a program uses both; the other way round it aborts when it ends
+    def __init__(self, mesh_path=SHIP, shading="principled"):
+        import drjit  # before TensorFlow where a program uses both: loaded after it, it aborts at the end
         import mitsuba as mi
 
         drjit.set_thread_count(1)  # joblib spreads the frames over the cores
         mi.set_variant("scalar_rgb")
         self.mi, self.shading = mi, SHADING[shading]
-        self.mesh = xu.load_mesh(mesh_path)
-        self.materials = list(self.mesh)
-        self.vertices = np.concatenate([v[np.unique(f)] for v, f, _ in self.mesh.values()])
-        self.shapes = {name: self._shape(name) for name in self.mesh}
+        self.mesh = load_mesh(mesh_path)
+        self.materials = self.mesh.names
+        self.shapes = [self._shape(material) for material in range(len(self.materials))]
 
-    def _shape(self, name):
+    def _shape(self, material):
         """One material's triangles as a Mitsuba mesh, and its parameters, which a frame's look changes."""
         mi = self.mi
-        vertices, faces, _ = self.mesh[name]
-        used, faces = np.unique(faces, return_inverse=True)
+        used, faces = np.unique(self.mesh.faces[self.mesh.face_materials == material], return_inverse=True)
         properties = mi.Properties()
         properties["bsdf"] = mi.load_dict({"type": "twosided", "bsdf": self.shading[0]})
         properties["face_normals"] = True
-        mesh = mi.Mesh(name, len(used), len(faces.reshape(-1, 3)), has_vertex_normals=False, props=properties)
-        parameters = mi.traverse(mesh)
-        parameters["vertex_positions"] = vertices[used].astype(np.float32).ravel()
+        name = self.materials[material]
+        shape = mi.Mesh(name, len(used), faces.size // 3, has_vertex_normals=False, props=properties)
+        parameters = mi.traverse(shape)
+        parameters["vertex_positions"] = self.mesh.vertices[used].astype(np.float32).ravel()
         parameters["faces"] = faces.astype(np.uint32).ravel()
         parameters.update()
-        return mesh, parameters
+        return shape, parameters
 
     def _paint(self, look):
         """Give every material the colour and roughness of this look."""
-        for name, (_, parameters) in self.shapes.items():
-            colour = np.clip(srgb_to_linear(self.mesh[name][2]) * look.albedo_jitter[name], 0, 0.95)
-            parameters[f"bsdf.brdf_0.{self.shading[1]}.value"] = self.mi.ScalarColor3f(colour)
-            parameters[f"bsdf.brdf_0.{self.shading[2]}" + (".value" if self.shading[2] == "roughness" else "")] = look.roughness
+        _, colour, roughness = self.shading
+        colours = np.clip(srgb_to_linear(self.mesh.colours) * look.paint, 0, 0.95)
+        for (_, parameters), value in zip(self.shapes, colours):
+            parameters[f"bsdf.brdf_0.{colour}"] = self.mi.ScalarColor3f(value)
+            parameters[f"bsdf.brdf_0.{roughness}"] = look.roughness
             parameters.update()
 
     def _light(self, matrix, look, width=32):
-        """The lights in model axes: a soft environment map of ambient light and one cosine lobe, or a sun and a constant sky."""
+        """The lights in model axes: a map of ambient light and a cosine lobe, or a sun and a constant sky."""
+        direction = matrix[:3, :3].T @ look.light_direction
         if np.isinf(look.light_focus):
-            sun = {"type": "directional", "direction": list(-matrix[:3, :3].T @ look.light_direction), "irradiance": look.light_strength}
+            sun = {"type": "directional", "direction": list(-direction), "irradiance": look.light_strength}
             return {"sun": sun, "light": {"type": "constant", "radiance": look.ambient}}
-        height = width // 2
-        theta = (np.arange(height) + 0.5) / height * np.pi
-        phi = (np.arange(width) + 0.5) / width * 2 * np.pi
-        # Mitsuba's envmap: up is +y; the column angle runs from -z over -x.
-        directions = np.stack(np.broadcast_arrays(
-            np.sin(phi)[None] * np.sin(theta)[:, None], np.cos(theta)[:, None], -np.cos(phi)[None] * np.sin(theta)[:, None]), -1)
-        lobe = np.clip(directions @ (matrix[:3, :3].T @ look.light_direction), 0, 1) ** look.light_focus
-        radiance = look.ambient + look.light_strength * (look.light_focus + 1) / 2 * lobe
+        theta = ((np.arange(width // 2) + 0.5) / (width // 2) * np.pi)[:, None]
+        phi = ((np.arange(width) + 0.5) / width * 2 * np.pi)[None]
+        x, y, z = np.sin(phi) * np.sin(theta), np.cos(theta), -np.cos(phi) * np.sin(theta)
+        # Mitsuba's environment map: up is +y; the column's angle runs from -z over -x.
+        towards = np.stack(np.broadcast_arrays(x, y, z), -1) @ direction
+        radiance = np.clip(towards, 0, 1) ** look.light_focus * (look.light_focus + 1) / 2
+        radiance = look.ambient + look.light_strength * radiance
         bitmap = self.mi.Bitmap(np.repeat(radiance[..., None], 3, -1).astype(np.float32))
         return {"light": {"type": "envmap", "bitmap": bitmap}}
 
     def _crop(self, matrix, width, height):
         """The pixel rectangle (left, top, right, bottom) that holds the ship, or None outside the frame."""
-        x, y, z = (self.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
+        x, y, z = (self.mesh.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
         if z.max() > -0.05:
-            raise ValueError(f"the ship reaches within {-z.max():.3f} of the camera; keep its distance above 0.05 model units")
+            raise ValueError(f"the ship is {-z.max():.3f} model units from the camera; keep it 0.05 away")
         column, row = (1 - FOCAL * x / z) / 2 * width, (1 + FOCAL * y / z) / 2 * height
         left, right = max(int(column.min()) - 1, 0), min(int(column.max()) + 2, width)
         top, bottom = max(int(row.min()) - 1, 0), min(int(row.max()) + 2, height)
@@ -353,17 +389,15 @@ class Renderer:
         self._paint(look)
         # The mesh stands still and the camera moves: to_world = inverse(model matrix) @ camera.
         camera = np.linalg.inv(matrix) @ [[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]
-        scene = mi.load_dict({
-            "type": "scene",
-            "integrator": {"type": "direct", "hide_emitters": True},
-            "sensor": {
-                "type": "perspective", "fov": float(np.degrees(2 * np.arctan(1 / FOCAL))), "fov_axis": "x", "near_clip": 0.01,
-                "to_world": mi.ScalarTransform4f(camera),
-                "film": {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgba", "rfilter": {"type": "box"},
-                         "crop_offset_x": left, "crop_offset_y": top, "crop_width": right - left, "crop_height": bottom - top},
-                "sampler": {"type": "multijitter", "sample_count": samples}},
-            **self._light(matrix, look),
-            **{name: mesh for name, (mesh, _) in self.shapes.items()}})
+        film = {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgba",
+                "rfilter": {"type": "box"}, "crop_offset_x": left, "crop_offset_y": top,
+                "crop_width": right - left, "crop_height": bottom - top}
+        sensor = {"type": "perspective", "fov": float(np.degrees(2 * np.arctan(1 / FOCAL))), "fov_axis": "x",
+                  "near_clip": 0.01, "to_world": mi.ScalarTransform4f(camera), "film": film,
+                  "sampler": {"type": "multijitter", "sample_count": samples}}
+        shapes = {name: shape for name, (shape, _) in zip(self.materials, self.shapes)}
+        scene = mi.load_dict({"type": "scene", "integrator": {"type": "direct", "hide_emitters": True},
+                              "sensor": sensor, **self._light(matrix, look), **shapes})
         canvas[top:bottom, left:right] = np.array(mi.render(scene, spp=samples, seed=look.seed), dtype=float)
         return canvas
 
@@ -376,7 +410,7 @@ class Renderer:
 
 
 @functools.lru_cache(maxsize=2)
-def renderer(mesh_path=HERE / "xwing.obj", shading="principled"):
+def renderer(mesh_path=SHIP, shading="principled"):
     """This process's `Renderer` of a mesh."""
     return Renderer(mesh_path, shading)
 
@@ -384,7 +418,7 @@ def renderer(mesh_path=HERE / "xwing.obj", shading="principled"):
 # ---------------------------------------------------------------- sets of frames
 
 
-def random_frame(seed, index, mesh_path=HERE / "xwing.obj"):
+def random_frame(seed, index, mesh_path=SHIP):
     """Image `index` of set `seed`: ((H, W, 3) uint8 RGB, (4, 4) matrix, JPEG quality)."""
     ship = renderer(mesh_path)
     rng = np.random.default_rng([seed, index])
@@ -393,79 +427,123 @@ def random_frame(seed, index, mesh_path=HERE / "xwing.obj"):
     return ship.frame(matrix, look), matrix, look.quality
 
 
-def shifted_frame(seed, index, mesh_path=HERE / "xwing.obj"):
+def shifted_frame(seed, index, mesh_path=SHIP):
     """As `random_frame`, in a look that no training frame has; drawn at twice the size and scaled down."""
     ship = renderer(mesh_path, "plastic")
     rng = np.random.default_rng([seed, index])
     matrix = random_pose(rng)
     look = shifted_look(rng, ship.materials)
-    return cv2.resize(ship.frame(matrix, look, 2 * SIZE, 2 * SIZE), (SIZE, SIZE), interpolation=cv2.INTER_AREA), matrix, look.quality
+    large = ship.frame(matrix, look, 2 * SIZE, 2 * SIZE)
+    return cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA), matrix, look.quality
 
 
-def flight_frame(seed, index, mesh_path=HERE / "xwing.obj"):
-    """Frame `index` of the flight before the sky and in the light of `seed`, as `random_frame`; the sky turns slowly."""
+def flight_frame(seed, index, mesh_path=SHIP, flight=CALM):
+    """Frame `index` of a flight before the sky of `seed`, as `random_frame`; the sky turns slowly."""
     ship = renderer(mesh_path)
     look = random_look(np.random.default_rng([seed]), ship.materials)
-    look.sky = Sky(np.random.default_rng([seed, 1]), "bright")
-    look.sky_rotation = Rotation.from_rotvec(np.array([0.02, 0.06, 0.015]) * index / 30).as_matrix()
+    look.sky = Sky(np.random.default_rng([seed, 1]), flight.sky)
+    look.sky_rotation = Rotation.from_rotvec(np.array(flight.sky_turn) * index / 30).as_matrix()
+    look.light_direction = np.array(flight.light)
     look.ambient, look.light_strength, look.light_focus = 0.75, 0.45, 2.0
-    look.light_direction = np.array([-0.4, 0.8, 0.45])
-    look.tint, look.albedo_jitter = np.full(3, 1.05), dict.fromkeys(ship.materials, 1.0)
+    look.tint, look.paint = np.full(3, 1.05), np.ones((len(ship.materials), 3))
     look.quality, look.seed = 92, look.seed + index
-    matrix = flight_poses()[index]
+    matrix = flight_poses(flight)[index]
     return ship.frame(matrix, look), matrix, look.quality
 
 
-MAKERS = {"random": random_frame, "shifted": shifted_frame, "flight": flight_frame}
+FLIGHTS = {"flight": flight_frame, "wild": functools.partial(flight_frame, flight=WILD)}
+MAKERS = {"random": random_frame, "shifted": shifted_frame, **FLIGHTS}
 
 
-def _render_pair(make, seed, index, folder, name, mesh_path):
-    image, matrix, quality = make(seed, index, mesh_path)
-    ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not ok:
-        raise OSError(f"OpenCV could not encode frame {name}")
-    xu._write_atomically(folder / f"{name}_mat.json", json.dumps(matrix.tolist()).encode())
-    xu._write_atomically(folder / f"{name}.jpg", jpeg.tobytes())
+def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, progress=True, dask=None):
+    """Render frames 0 to count-1 into `folder`, except the complete pairs that are there; return how many.
 
+    `workers` processes of this machine do it (-1 is one a core), or with `dask` the workers of the Dask
+    cluster whose scheduler has that address; they need this project at the same path and see the same folder.
 
-def render_set(folder, count, seed, kind="random", mesh_path=HERE / "xwing.obj", workers=-1, progress=True, dask=None):
-    """Render frames 0 to count-1 into `folder`, keeping the complete pairs that are there.
-
-    `workers` processes of this machine do it (-1 is one a core), or with `dask` the workers of the Dask cluster whose scheduler has that
-    address; they need this project at the same path and see the same folder.
-    Raises ValueError when the folder holds frames of another seed, kind or mesh, and for a flight of over 300 frames.
+    Raises:
+        ValueError: an unknown kind, a count or seed out of range, a folder with frames of another seed, kind
+            or mesh, or one into which another process renders.
+        OSError: the folder cannot be written; the frames that are complete stay.
     """
-    folder, flight = Path(folder), kind == "flight"
     if kind not in MAKERS:
         raise ValueError(f"kind: expected one of {', '.join(MAKERS)}, got {kind!r}")
-    if count < 1 or (flight and count > 300):
-        raise ValueError(f"count is {count}; expected at least 1, and at most 300 for the flight")
-    xu.load_mesh(mesh_path)
+    if seed < 0 or count < 1 or (kind in FLIGHTS and count > 300):
+        raise ValueError(f"expected seed >= 0 and count >= 1, <= 300 in a flight; got {seed} and {count}")
+    folder, digest = Path(folder), mesh_digest(load_mesh(mesh_path))
     folder.mkdir(parents=True, exist_ok=True)
-    info = {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": SAMPLES, "size": SIZE}
-    known = folder / "render_info.json"
-    if not known.exists() and any(p for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for p in folder.glob(end)):
+    with _only_one(folder):
+        _claim(folder, {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": SAMPLES,
+                        "size": SIZE, "mesh_digest": digest})
+        names = [f"{i:03d}" if kind in FLIGHTS else str(i) for i in range(count)]
+        missing = [i for i, name in enumerate(names)
+                   if not ((folder / f"{name}.jpg").exists() and (folder / f"{name}_mat.json").exists())]
+        jobs = [joblib.delayed(_render_pair)(kind, seed, i, folder / names[i], mesh_path) for i in missing]
+        bar = tqdm(total=len(jobs), desc=str(folder), unit="frame", disable=not progress)
+        try:
+            _run(jobs, workers, dask, bar)
+        except OSError as error:
+            raise OSError(f"{error}; the frames that are complete stay: make room and start again") from None
+    return len(missing)
+
+
+def mesh_digest(mesh):
+    """16 hexadecimal digits that change with a mesh's triangles, materials or colours."""
+    parts = [mesh.triangles.astype("<f8"), mesh.face_materials.astype("<i8"), mesh.colours.astype("<f8")]
+    text = json.dumps(mesh.names).encode() + b"".join(part.tobytes() for part in parts)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _only_one(folder):
+    """Keep other renderers out of `folder`; the lock ends with this process, however that ends."""
+    with (folder / ".render.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process renders into it; give another folder") from None
+        yield
+
+
+def _claim(folder, info):
+    """Write the camera and `render_info.json`, unless the folder holds other frames: then ValueError.
+
+    Sets made before meshes had a digest are taken to show the mesh of their name.
+    """
+    path = folder / "render_info.json"
+    if path.exists():
+        known = xu.read_json(path)
+        if not isinstance(known, dict) or {**info, **known} != info:
+            raise ValueError(f"{folder}: made with {known}, asked for {info}; give another folder")
+    elif any(file for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for file in folder.glob(end)):
         raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
-    if known.exists() and json.loads(known.read_text()) != info:
-        raise ValueError(f"{folder} holds frames made with {known.read_text()}; asked for {json.dumps(info)}: give another folder")
-    xu._write_atomically(known, json.dumps(info).encode())
-    xu._write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1).encode())
+    else:
+        xu.write_atomically(path, json.dumps(info))
+    xu.write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1))
     for part in folder.glob(".*.part"):
         part.unlink()
-    names = {i: f"{i:03d}" if flight else str(i) for i in range(count)}
-    missing = [i for i, n in names.items() if not ((folder / f"{n}.jpg").exists() and (folder / f"{n}_mat.json").exists())]
-    jobs = (joblib.delayed(_render_pair)(MAKERS[kind], seed, i, folder, names[i], mesh_path) for i in missing)
+
+
+def _render_pair(kind, seed, index, path, mesh_path):
+    """Write `path`.jpg and `path`_mat.json."""
+    image, matrix, quality = MAKERS[kind](seed, index, mesh_path)
+    jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    xu.write_atomically(path.with_name(f"{path.name}_mat.json"), json.dumps(matrix.tolist()))
+    xu.write_atomically(path.with_name(f"{path.name}.jpg"), jpeg.tobytes())
+
+
+def _run(jobs, workers, dask, bar):
+    """Do joblib's `jobs` on the cores of this machine or on a Dask cluster."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
         if dask is not None:
             from distributed import Client
 
             client = stack.enter_context(Client(dask))
-            client.run(sys.path.extend, [str(HERE), str(HERE.parent)])  # where the workers find this file and xwing_utils
+            client.run(sys.path.extend, [str(HERE), str(HERE.parent)])  # where the workers find this file
             stack.enter_context(joblib.parallel_config("dask", wait_for_workers_timeout=60))
-        results = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
-        for _ in tqdm(results, total=len(missing), desc=str(folder), unit="frame", disable=not progress):
-            pass
-    return len(missing)
+        for _ in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):
+            bar.update()
 
 
 def main(arguments=None):
@@ -474,14 +552,14 @@ def main(arguments=None):
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=MAKERS, default="random",
-                        help="random poses; the same in a shifted look, to test on; or the flight of the 300-frame clip")
-    parser.add_argument("--mesh", type=Path, default=HERE / "xwing.obj", help="a Wavefront OBJ mesh in model units")
+                        help="random poses; the same in a shifted look; the flight of the clip; a wilder one")
+    parser.add_argument("--mesh", type=Path, default=SHIP, help="a Wavefront OBJ mesh in model units")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
-    parser.add_argument("--dask", metavar="ADDRESS", help="spread the frames over a Dask cluster, e.g. tcp://scheduler:8786")
+    parser.add_argument("--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786")
     a = parser.parse_args(arguments)
     try:
         made = render_set(a.folder, a.count, a.seed, a.kind, a.mesh, a.workers, dask=a.dask)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{a.folder}: {made} frames rendered, {a.count - made} kept")
 

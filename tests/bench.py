@@ -1,8 +1,8 @@
-"""How fast the tracker is, stage by stage and end to end: `make bench`.
+"""How fast the tracker is, stage by stage and end to end: `python tests/bench.py [--json FILE]`.
 
-Every run is a process of its own on two cores, so that its peak memory is its own. The plain way that it is compared with does the same job with the
-tools that come first to hand: Keras `predict` frame by frame, whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures, a GIF; it neither
-filters nor hides bolts.
+Every run is a process of its own on two cores, so that its peak memory is its own. The plain way that it is
+compared with does the same job with the tools that come first to hand: Keras `predict` frame by frame,
+whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures, a GIF; it neither filters nor hides bolts.
 """
 
 import argparse
@@ -15,59 +15,83 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("SM_FRAMEWORK", "tf.keras")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import cv2
+import numpy as np
 
-import numpy as np  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without installation too
 
 import xwing_utils as xu  # noqa: E402
+from xwing import film  # noqa: E402
+from xwing.alignment import Aligner  # noqa: E402
+from xwing.footage import Clip, Detector, Frame, letterbox  # noqa: E402
+from xwing.mesh import load_mesh  # noqa: E402
+from xwing.tracking import Tracker  # noqa: E402
 
-WEIGHTS = Path(os.environ.get("XWING_WEIGHTS") or ROOT / "weights" / "xwing.weights.h5")
-FRAMES = ROOT / "data" / "frames"
-
-
-def repeated(count):
-    """The clip, forwards and backwards and forwards, until there are so many frames."""
-    paths = xu.list_frames(FRAMES)
-    lap = paths + paths[-2:0:-1]
-    for i in range(count):
-        try:
-            yield xu.read_image(lap[i % len(lap)]), ""
-        except ValueError as error:
-            yield None, str(error)
+WEIGHTS = Path(os.environ.get("XWING_WEIGHTS") or xu.ROOT / "weights" / "xwing.weights.h5")
+FRAMES, SHIP = xu.ROOT / "data" / "frames", xu.ROOT / "data" / "xwing.obj"
 
 
-def camera():
-    return xu.camera_matrix(xu.load_camera(FRAMES)[1], xu.FRAME_SIZE, xu.FRAME_SIZE)
+def lap():
+    """Paths and true poses of the clip, forwards and backwards, and its camera matrix."""
+    (paths, matrices), (model_view, projection) = xu.load_dataset(FRAMES), xu.load_camera(FRAMES)
+    poses = [xu.pose_in_camera(model_view, matrix) for matrix in matrices]
+    K = xu.camera_matrix(projection, xu.FRAME_SIZE, xu.FRAME_SIZE)
+    return paths + paths[-2:0:-1], poses + poses[-2:0:-1], K
 
 
-def streaming(count, precision="f32", batch=1):
-    detector, mesh = xu.Detector(WEIGHTS, precision=precision, batch=batch), xu.load_mesh(ROOT / "data" / "xwing.obj")
+def timed_film(frames, K):
+    """The track of some frames, and the seconds that it took to track and film them."""
+    mesh = load_mesh(SHIP)
+    tracker = Tracker(K, 30.0, Detector(WEIGHTS), Aligner(mesh))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        track = xu.film(repeated(count), detector, xu.Tracker(camera()), Path(folder) / "a.mp4", mesh=mesh, progress=False)
-        return {"seconds": time.perf_counter() - start, "tracked": sum(t.status == "tracked" for t in track)}
+        track = film.film(frames, tracker, Path(folder) / "a.mp4", mesh=mesh, progress=False)
+        return track, time.perf_counter() - start
+
+
+def live(count):
+    """The clip, over and over; errors count where four corners or more are in sight."""
+    paths, truth, K = lap()
+    paths, truth = ([items[i % len(items)] for i in range(count)] for items in (paths, truth))
+    track, seconds = timed_film((Frame(xu.read_image(path)) for path in paths), K)
+    seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
+    found = [(t.pose, pose) for t, pose, shown in zip(track, truth, seen) if shown and t.pose is not None]
+    off = np.array([xu.rotation_error(*pair) for pair in found])
+    middle, most = np.quantile(off, [0.5, 0.95])
+    return {"fps": count / seconds, "rotation_deg_median": middle, "rotation_deg_95": most,
+            "flips": int((off > 90).sum()), "lost": int(sum(seen)) - len(off)}
+
+
+def large(count, width, height):
+    """The clip enlarged to the height of a large frame, as a video whose making is not timed."""
+    paths, _, K = lap()
+    left, K[:2] = (width - height) // 2, K[:2] * height / xu.FRAME_SIZE
+    K[0, 2] = width / 2
+    squares = (cv2.resize(xu.read_image(path), (height, height)) for path in paths[60 : 60 + count])
+    wide = (np.pad(square, [(0, 0), (left, width - height - left), (0, 0)]) for square in squares)
+    with tempfile.TemporaryDirectory() as folder:
+        film.write_clip(wide, Path(folder) / "a.mp4", 30)
+        track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K)
+    return {"fps": count / seconds, "tracked": sum(t.status == "tracked" for t in track)}
 
 
 def plain(count):
-    import cv2
     import imageio.v2 as imageio
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    model, K, mapped = xu.load_model(WEIGHTS, xu.FRAME_SIZE), camera(), 0
+    model, (paths, _, K) = xu.load_model(WEIGHTS, xu.FRAME_SIZE), lap()
     model.predict(np.zeros((1, 256, 256, 3), np.uint8), verbose=0)  # the first call builds the graph
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         pictures, stride = [], model.settings["stride"]
-        for image, _ in repeated(count):
-            heatmaps = model.predict(image[None], verbose=0)[0]
-            found = []
+        for path in paths[:count]:
+            image = xu.read_image(path)
+            heatmaps, found = model.predict(image[None], verbose=0)[0], []
             for k in range(8):
-                best = max((heatmaps[row, column, k], row, column) for row in range(heatmaps.shape[0]) for column in range(heatmaps.shape[1]))
+                best = max((heatmaps[row, column, k], row, column)
+                           for row in range(heatmaps.shape[0]) for column in range(heatmaps.shape[1]))
                 found.append(((best[2] + 0.5) * stride, (best[1] + 0.5) * stride, best[0]))
             good = [i for i in range(8) if found[i][2] > 0.1]
             figure = plt.figure(figsize=(2.56, 2.56), dpi=100)
@@ -75,84 +99,84 @@ def plain(count):
             axis.imshow(image), axis.axis("off")
             if len(good) >= 6:
                 _, turn, move = cv2.solvePnP(xu.BOUNDING_BOX[good], np.array(found)[good, :2].copy(), K, None)
-                mapped += 1
-                for muzzle, aim in xu.LASERS:
-                    line = cv2.projectPoints(np.array([muzzle, aim]), turn, move, K, None)[0][:, 0]
-                    axis.plot(*line.T, color="red")
+                for line in xu.LASERS:
+                    axis.plot(*cv2.projectPoints(line, turn, move, K, None)[0][:, 0].T, color="red")
             axis.set(xlim=(0, 256), ylim=(256, 0))
             figure.savefig(Path(folder) / "frame.png")
             plt.close(figure)
             pictures.append(imageio.imread(Path(folder) / "frame.png")[..., :3])
         imageio.mimsave(Path(folder) / "a.gif", pictures, duration=40)
-        return {"seconds": time.perf_counter() - start, "tracked": mapped}
+        return {"fps": count / (time.perf_counter() - start)}
 
 
 def stages(count):
     """Milliseconds a frame of each stage on its own, one after another."""
-    detector, K, mesh = xu.Detector(WEIGHTS), camera(), xu.load_mesh(ROOT / "data" / "xwing.obj")
-    triangles, tracker, lasers, aligner = xu.occluder(mesh), xu.Tracker(K), xu.Lasers(), xu.Aligner(mesh)
-    spent, frames, drawn = {}, [], []
+    (paths, _, K), mesh, spent, drawn = lap(), load_mesh(SHIP), {}, []
+    detector, aligner, shot = Detector(WEIGHTS), Aligner(mesh), film.Lasers().shot(30)
+    tracker = Tracker(K, 30.0, detector, aligner)
 
     def timed(name, work, *arguments):
         start = time.perf_counter()
         result = work(*arguments)
-        spent[name] = spent.get(name, 0.0) + (time.perf_counter() - start) * 1000 / count
+        spent.setdefault(name, []).append((time.perf_counter() - start) * 1000)
         return result
 
-    paths, stride, sigma = xu.list_frames(FRAMES)[:count], detector.settings["stride"], detector.settings["sigma"]
-    search, window = f"network, search ({detector.search} px)", detector.windows[-1]
-    tracked = None
-    for path in paths:
-        frames.append(timed("read the JPEG", xu.read_image, path))
-        timed(search, detector.heatmaps, xu.letterbox(frames[-1], detector.search)[0][None])
-        close = timed(f"network, close look ({window} px)", detector.heatmaps, xu.crop(frames[-1], (64, 64), window)[None])[0]
-        timed("corners, close look", lambda m: xu.heatmap_covariance(m, xu.decode_heatmaps(m, sigma / stride)[0], sigma / stride, 20 / stride), close)
-        tracked = timed("pose and filter", tracker.update, *detector(frames[-1]))
+    for path in paths[30 : 30 + count]:
+        image = timed("read_jpeg", xu.read_image, path)
+        square, close = letterbox(image, detector.search_size)[0], xu.crop(image, (64, 64), 128)
+        timed("network_192_px", detector.heatmaps, square[None])
+        timed("network_128_px", detector.heatmaps, close[None])
+        keypoints, confidence, sigma = timed("detector", detector, image)
+        estimate = timed("pnp", xu.estimate_pose, keypoints, K, confidence, sigma)
+        tracked = timed("track", tracker.update, image)
         if tracked.pose is not None:
-            timed("align one pose on the pixels (finished clips only)", aligner, frames[-1], tracked.pose, K, tracked.covariance)
-        bolts = lasers.step(tracked.pose)
-        depth = timed("depth of the hull", xu._depth_about, bolts, triangles, tracked.pose, K, 256, 256)
-        drawn.append(timed("draw", xu.draw_bolts, frames[-1], bolts, K, depth))
+            timed("align_step", aligner.track, image, tracked.pose, K, tracked.covariance)
+        if estimate.pose is not None and len(drawn) % 8 == 0:
+            timed("verify", aligner.verify, image, estimate, K)
+        shown = image, shot.step(tracked.pose), film.Lasers(), mesh, tracked.pose, K
+        drawn.append(timed("draw", film._with_bolts, *shown))
     with tempfile.TemporaryDirectory() as folder:
-        timed("write MP4", xu._write_mp4, drawn, Path(folder) / "a.mp4", 30)
-    return spent
+        timed("write_mp4", film.write_clip, drawn, Path(folder) / "a.mp4", 30)
+    spent["write_mp4"] = [spent["write_mp4"][0] / count]
+    return {name: float(np.mean(values)) for name, values in spent.items()}
 
 
-RUNS = {"streaming": streaming, "batches of 4": lambda count: streaming(count, batch=4), "streaming, bf16": lambda count: streaming(count, "bf16"),
-        "batches of 4, bf16": lambda count: streaming(count, "bf16", 4), "plain": plain, "stages": stages}
+def run(work, *arguments):
+    """The result of a run in a process of its own, with its peak memory."""
+    command = [sys.executable, __file__, "--run", work.__name__, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", choices=RUNS)
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--long", type=int, default=3000, help="frames of the long run")
-    arguments = parser.parse_args()
-    if arguments.run:
-        result = RUNS[arguments.run](arguments.count)
-        print(json.dumps({"result": result, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--count", type=int, default=300, help="frames of the short run; the long: ten times")
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    if options.run:
+        result = globals()[options.run[0]](*map(int, options.run[1:]))
+        print(json.dumps(result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    xu.export_model(WEIGHTS)
-
-    def run(name, count):
-        done = subprocess.run([sys.executable, __file__, "--run", name, "--count", str(count)], check=True, capture_output=True, text=True,
-                              preexec_fn=lambda: os.sched_setaffinity(0, cores))
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    print(f"on {len(cores)} cores\n\n| stage, one after another | ms a frame |\n|---|---|")
-    for stage, ms in run("stages", min(arguments.count, 200))["result"].items():
-        print(f"| {stage} | {ms:.1f} |", flush=True)
-    print("\n| end to end | frames | frames a second | measured | peak memory, MB |\n|---|---|---|---|---|")
-    speed = {}
-    short, long = arguments.count, arguments.long
-    for name, count in (("streaming", short), ("streaming", long), ("batches of 4", short), ("batches of 4", long), ("streaming, bf16", short),
-                        ("batches of 4, bf16", short), ("plain", min(short, 60))):
-        done = run(name, count)
-        speed.setdefault(name, count / done["result"]["seconds"])
-        rate, tracked, peak = count / done["result"]["seconds"], done["result"]["tracked"], done["peak_mb"]
-        print(f"| {name} | {count} | {rate:.1f} | {tracked} | {peak:.0f} |", flush=True)
-    print(f"\nstreaming is {speed['streaming'] / speed['plain']:.1f} times faster than the plain way")
+    count, figures = options.count, {}
+    print("| stage, one after another | ms a frame |\n|---|---|")
+    for name, value in run(stages, min(count, 150)).items():
+        if name != "peak_mb":
+            figures[f"stage.{name}"] = value
+            print(f"| {name} | {value:.2f} |")
+    print("\n| end to end | frames | frames a second | peak memory, MB | |\n|---|---|---|---|---|")
+    for name, work, *arguments in (
+            ("live", live, count), ("long", live, 10 * count), ("plain", plain, count // 5),
+            ("1280x720", large, count // 3, 1280, 720), ("3840x2160", large, count // 6, 3840, 2160)):
+        result = run(work, *arguments)
+        figures |= {f"{name}.{key}": value for key, value in result.items()}
+        fps, peak = result.pop("fps"), result.pop("peak_mb")
+        more = ", ".join(f"{key} {value:.3g}" for key, value in result.items())
+        print(f"| {name} | {arguments[0]} | {fps:.1f} | {peak:.0f} | {more} |", flush=True)
+    print(f"\nlive is {figures['live.fps'] / figures['plain.fps']:.1f} times as fast as the plain way")
+    if options.json:
+        xu.write_atomically(options.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""What a training step costs, and what encoders and losses reach in equal time or steps: `make compare` prints the tables of weights/README.md.
+"""What a training step costs, and what encoders and losses reach: the tables of weights/README.md.
 
-Everything starts from scratch on frames of data/train/ (else data/sample/), on squares of 128 pixels, with Adam 1e-3. Errors are medians over 128
-frames that are not trained on, in pixels, with batch statistics: the moving averages of the batch normalisation lag for the first few hundred steps.
+Everything starts from scratch on frames of data/train/ (else data/sample/), on squares of 128 pixels, with
+Adam at 1e-3. Errors are medians over 128 frames that are not trained on, in pixels, with batch statistics:
+the moving averages of the batch normalisation lag for the first few hundred steps.
 """
 
 import argparse
-import os
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("SM_FRAMEWORK", "tf.keras")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import xwing_utils as xu  # noqa: E402
+import xwing_utils as xu
+from xwing.evaluation import corner_report
+from xwing.mesh import load_mesh
+from xwing.synthesis import Randomiser
 
 SIZE, BATCH, KEPT, SIGMA = 128, 16, 128, 4.0
 FULL_DECODER = (256, 128, 64, 32, 16)  # segmentation_models' own
 STEPS = {  # name -> (precision, arguments of build_model)
-    "float32, decoder of segmentation_models, maps of the frame's size": ("float32", dict(decoder_filters=FULL_DECODER, stride=1)),
+    "float32, decoder of segmentation_models, maps of the frame's size": (
+        "float32", dict(decoder_filters=FULL_DECODER, stride=1)),
     "the same in mixed_bfloat16": ("mixed_bfloat16", dict(decoder_filters=FULL_DECODER, stride=1)),
     "... and the smaller decoder": ("mixed_bfloat16", dict(stride=1)),
     "... and maps of half the size (as shipped)": ("mixed_bfloat16", {}),
@@ -33,14 +30,16 @@ class Frames:
     """Batches of augmented frames from the training part, and the frames that are kept to measure."""
 
     def __init__(self):
-        train = ROOT / "data" / "train"
-        folder = train if train.exists() else ROOT / "data" / "sample"
+        train = xu.ROOT / "data" / "train"
+        folder = train if train.exists() else xu.ROOT / "data" / "sample"
         paths, matrices = xu.load_dataset(folder)
         camera, options = xu.load_camera(folder), dict(batch_size=BATCH, size=SIZE, crop=True)
-        mesh = xu.load_mesh(ROOT / "data" / "xwing.obj")
+        randomise = Randomiser(load_mesh(xu.ROOT / "data" / "xwing.obj"))
         self.name, self.count = folder.name, len(paths) - KEPT
-        self.batches = xu.make_dataset(paths[:-KEPT], matrices[:-KEPT], *camera, mesh=mesh, **options)
-        held = xu.make_dataset(paths[-KEPT:], matrices[-KEPT:], *camera, augmented=False, **options)
+        trained, kept = slice(None, -KEPT), slice(-KEPT, None)
+        self.batches = xu.make_dataset(paths[trained], matrices[trained], *camera, **options,
+                                       randomise=randomise)
+        held = xu.make_dataset(paths[kept], matrices[kept], *camera, augmented=False, **options)
         self.images, self.truth = (np.concatenate(part) for part in zip(*(held[i] for i in range(len(held)))))
 
     def __iter__(self):
@@ -50,25 +49,27 @@ class Frames:
                 start = time.perf_counter()
                 batch = self.batches[i]
                 yield batch, time.perf_counter() - start
-            self.batches.on_epoch_begin()
+            self.batches.on_epoch_end()
 
 
 def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", **arguments):
+    """A fresh network, compiled for one of the losses."""
     keras = xu.import_keras()
-    keras.backend.clear_session()
+    keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
-    model = xu.build_model(backbone, sigma=SIGMA, size=SIZE, head="softmax" if kind == "softmax" else "linear", **arguments)
+    head = "softmax" if kind == "softmax" else "linear"
+    model = xu.build_model(backbone, sigma=SIGMA, size=SIZE, head=head, **arguments)
     return xu.compile_model(model, 1e-3, xu.HeatmapLoss(SIGMA, kind, model.settings["stride"]))
 
 
 def train(model, frames, seconds=np.inf, steps=np.inf):
-    """Train until either is over: the number of steps, and the seconds of network and of batch making. The first step, which traces, is not timed."""
+    """Train until either is over; the steps done, and the seconds of the network and of making batches."""
     network, making, done = 0.0, 0.0, 0
     for (images, keypoints), made in frames:
         start = time.perf_counter()
         model.train_on_batch(images, keypoints)
-        if done:
+        if done:  # the first step traces the graph
             network, making = network + time.perf_counter() - start, making + made
         done += 1
         if network + making >= seconds or done >= steps:
@@ -76,40 +77,51 @@ def train(model, frames, seconds=np.inf, steps=np.inf):
 
 
 def judge(model, frames):
-    """The corner report of the kept frames, and the error of the maps and of empty ones."""
-    maps = np.concatenate([np.asarray(model(frames.images[i : i + BATCH], training=True)) for i in range(0, KEPT, BATCH)])[..., :8]
-    found, _ = xu.decode_heatmaps(maps, SIGMA / model.settings["stride"])
-    truth, stride = frames.truth[:, :8, :2], model.settings["stride"]
-    true_maps = np.stack([xu.gaussian_heatmaps(points / stride, SIZE // stride, SIGMA / stride) for points in truth])
+    """The corner report of the kept frames, and the mean squared errors of the maps and of empty ones."""
+    stride, truth = model.settings["stride"], frames.truth[:, :8, :2]
+    batches = np.split(frames.images, range(BATCH, KEPT, BATCH))
+    maps = np.concatenate([np.asarray(model(batch, training=True)) for batch in batches])[..., :8]
+    found, _ = xu.decode_heatmaps(maps, SIGMA / stride)
+    size, sigma = SIZE // stride, SIGMA / stride
+    true = np.stack([xu.gaussian_heatmaps(points / stride, size, sigma) for points in truth])
     seen = xu.in_frame(truth, SIZE, SIZE)
-    errors = [((np.moveaxis(m, -1, 1) - np.moveaxis(true_maps, -1, 1)) ** 2).mean((2, 3))[seen].mean() for m in (maps, 0 * maps)]
-    return xu.corner_report(found * stride, truth, SIZE), errors
+    errors = [np.square(guess - true).mean((1, 2))[seen].mean() for guess in (maps, 0)]
+    return corner_report(found * stride, truth, SIZE), errors
 
 
 def profile(frames, steps):
-    print("\n| training step | encoder | ms in the network | ms to make a batch (one thread) |\n|---|---|---|---|")
+    """Print the cost of a step, from the plain network to the shipped one."""
+    print("\n| training step | encoder | ms in the network | ms to make a batch (one thread) |")
+    print("|---|---|---|---|")
     for name, (precision, arguments) in STEPS.items():
         for backbone in (xu.BACKBONE, "efficientnetb0"):
             done, network, making = train(build(backbone, precision, **arguments), frames, steps=steps)
-            print(f"| {name} | {backbone} | {1e3 * network / (done - 1):.0f} | {1e3 * making / (done - 1):.0f} |", flush=True)
+            each = f"{1e3 * network / (done - 1):.0f} | {1e3 * making / (done - 1):.0f}"
+            print(f"| {name} | {backbone} | {each} |", flush=True)
 
 
 def encoders(frames, seconds):
-    print(f"\n| encoder, {seconds:.0f} s | steps | ms a step | corner error | to the nearest corner |\n|---|---|---|---|---|")
+    """Print what each encoder reaches in the same time."""
+    print(f"\n| encoder, {seconds:.0f} s | steps | ms a step | corner error | best permutation |")
+    print("|---|---|---|---|---|")
     for backbone in ("resnet18", "mobilenetv2", "efficientnetb0"):
         model = build(backbone)
         done, network, making = train(model, frames, seconds=seconds)
         (report, _), each = judge(model, frames), 1e3 * (network + making) / (done - 1)
-        print(f"| {backbone} | {done} | {each:.0f} | {report['corner_px']:.1f} px | {report['nearest_px']:.1f} px |", flush=True)
+        errors = f"{report['corner_px']:.1f} px | {report['best_permutation_px']:.1f} px"
+        print(f"| {backbone} | {done} | {each:.0f} | {errors} |", flush=True)
 
 
 def losses(frames, steps):
-    print(f"\n| loss, {steps} steps | corner error | to the nearest corner | MSE of the maps | of empty maps |\n|---|---|---|---|---|")
+    """Print what each loss reaches in the same number of steps."""
+    print(f"\n| loss, {steps} steps | corner error | best permutation | MSE of the maps | of empty maps |")
+    print("|---|---|---|---|---|")
     for kind in ("softmax", "mse", "weighted"):
         model = build(kind=kind)
         train(model, frames, steps=steps)
         report, (error, empty) = judge(model, frames)
-        print(f"| {kind} | {report['corner_px']:.1f} px | {report['nearest_px']:.1f} px | {error:.5f} | {empty:.5f} |", flush=True)
+        errors = f"{report['corner_px']:.1f} px | {report['best_permutation_px']:.1f} px"
+        print(f"| {kind} | {errors} | {error:.5f} | {empty:.5f} |", flush=True)
 
 
 def main():
@@ -121,7 +133,8 @@ def main():
     a = parser.parse_args()
     frames = Frames()
     print(f"{frames.count} frames of data/{frames.name}/, batches of {BATCH} squares of {SIZE} px")
-    for name, run, amount in (("profile", profile, a.profile), ("encoders", encoders, a.seconds), ("losses", losses, a.steps)):
+    for name, run, amount in (("profile", profile, a.profile), ("encoders", encoders, a.seconds),
+                              ("losses", losses, a.steps)):
         if a.only in (None, name):
             run(frames, amount)
 

@@ -59,17 +59,18 @@ def poses(camera, matrices):
 
 
 class OracleModel:
-    """Stands in for a network: recognises frame i by its uniform brightness 20 * i and draws the K keypoints it was given for it."""
+    """Stands in for a network: in a frame of brightness 20 * i it finds keypoints[i] (K, 2)."""
 
     def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
-        self.keypoints = keypoints
+        self.keypoints, self.maps, self.scale = keypoints, size // stride, stride
         self.settings = {"size": size, "sigma": sigma, "stride": stride, "keypoints": keypoints.shape[1]}
-        self.output_shape = (None, size // stride, size // stride, keypoints.shape[1])
+        self.output_shape = (None, self.maps, self.maps, keypoints.shape[1])
 
     def predict_on_batch(self, images):
-        size, sigma, stride = self.settings["size"] // self.settings["stride"], self.settings["sigma"], self.settings["stride"]
-        numbers = np.minimum(np.round(images.mean((1, 2, 3)) / 20).astype(int), len(self.keypoints) - 1)
-        return np.stack([xu.gaussian_heatmaps(self.keypoints[i] / stride, size, sigma / stride) for i in numbers])
+        numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int).clip(max=len(self.keypoints) - 1)
+        sigma = self.settings["sigma"] / self.scale
+        drawn = [xu.gaussian_heatmaps(self.keypoints[i] / self.scale, self.maps, sigma) for i in numbers]
+        return np.stack(drawn)
 
 
 @pytest.fixture
@@ -81,4 +82,6 @@ def oracle():
 @pytest.fixture
 def oracle_frames():
     """A function: N -> (N, 256, 256, 3) uint8 frames for an oracle."""
-    return lambda count, size=256: np.stack([np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)])
+    def frames(count, size=256):
+        return np.stack([np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)])
+    return frames

@@ -1,7 +1,7 @@
 """Execute notebooks without a browser: `python tests/run_notebook.py --limit 900 notebooks/pnp.ipynb`.
 
-Every cell has a limit. Where one takes longer or fails, or the kernel does not start, the last line names the notebook and
-the cell, and the exit status is 1. (`jupyter nbconvert` shows the cell's text, but neither its number nor its notebook.)
+Every cell has a limit. Where one takes longer or fails, or the kernel does not start, the last line names the
+notebook and the cell, and the exit status is 1. (`jupyter nbconvert` does not tell the cell's number.)
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--limit", type=int, default=1800, help="seconds that one cell may take")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--inplace", action="store_true", help="write the outputs into the notebooks themselves")
+    where.add_argument("--inplace", action="store_true", help="write the outputs into the notebooks")
     where.add_argument("--output-dir", type=Path, help="write the executed notebooks into this folder")
     options = parser.parse_args()
     for path in options.notebooks:

@@ -1,0 +1,351 @@
+"""The renderer: frames as functions of (seed, index), sets on disk, poses, flights, and the mesh."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import cv2
+import make_xwing
+import numpy as np
+import pytest
+import render
+import trimesh
+from scipy import stats
+from scipy.spatial import KDTree
+
+import xwing_utils as xu
+from xwing import mesh as meshes
+
+
+def render_set(folder, count=2, seed=7, **arguments):
+    return render.render_set(folder, count, seed, workers=1, progress=False, **arguments)
+
+
+def files(folder):
+    """{name: bytes} of a set, without the lock."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != ".render.lock"}
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Two frames of seed 7."""
+    folder = tmp_path_factory.mktemp("rendered")
+    assert render_set(folder) == 2
+    return folder
+
+
+@pytest.fixture
+def copy(rendered, tmp_path):
+    return shutil.copytree(rendered, tmp_path / "copy")
+
+
+# ------------------------------------------------------------ sets
+
+
+def test_a_rendered_set_has_the_format(rendered, camera):
+    paths, matrices = xu.load_dataset(rendered)
+    assert sorted(files(rendered)) == ["0.jpg", "0_mat.json", "1.jpg", "1_mat.json", "camera_info.json",
+                                       "render_info.json"]
+    assert len(paths) == len(matrices) == 2 and xu.read_image(paths[0], (256, 256)).std() > 1
+    assert not np.array_equal(xu.read_image(paths[0]), xu.read_image(paths[1]))
+    np.testing.assert_array_equal(xu.load_camera(rendered), camera)
+
+
+def test_two_workers_render_the_same_files(rendered, tmp_path):
+    render.render_set(tmp_path, 2, 7, workers=2, progress=False)
+    assert files(tmp_path) == files(rendered)
+
+
+def test_a_dask_cluster_renders_the_same_files(rendered, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        assert render_set(tmp_path / "set", dask=cluster.scheduler_address) == 2
+    assert files(tmp_path / "set") == files(rendered)
+
+
+@pytest.mark.parametrize("name,index", [("test", 2), ("shifted", 1), ("frames", 1)])
+def test_committed_frames_can_be_rendered_again(root, name, index):
+    info = xu.read_json(root / "data" / name / "render_info.json")
+    image, matrix, quality = render.MAKERS[info["kind"]](info["seed"], index)
+    path = xu.load_dataset(root / "data" / name)[0][index]
+    np.testing.assert_allclose(matrix, xu.read_json(path.with_name(f"{path.stem}_mat.json")), atol=1e-12)
+    jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    again = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+    assert np.abs(again - xu.read_image(path)).mean() < 0.1  # another processor rounds otherwise now and then
+
+
+def test_rendering_again_makes_only_what_is_missing(rendered, copy):
+    (copy / "1.jpg").unlink()
+    (copy / "0.jpg").write_bytes(b"kept")
+    (copy / ".1.jpg.123.part").write_bytes(b"half, of a killed run")
+    assert render_set(copy) == 1
+    assert files(copy) == {**files(rendered), "0.jpg": b"kept"}
+
+
+@pytest.mark.parametrize("arguments", [{"seed": 8}, {"kind": "flight"}])
+def test_a_folder_of_another_set_is_refused(rendered, arguments):
+    before = files(rendered)
+    with pytest.raises(ValueError, match="give another folder"):
+        render_set(rendered, **arguments)
+    assert files(rendered) == before
+
+
+def test_a_folder_of_another_mesh_of_the_same_name_is_refused(tmp_path):
+    """The digest tells meshes apart, not the name; triangles and colours both count."""
+    obj, mtl = ((render.HERE / f"xwing.{end}").read_text() for end in ("obj", "mtl"))
+    for name, texts in (("a", (obj, mtl)), ("b", (obj.replace("v 0.0", "v 0.00"), mtl)),
+                        ("c", (obj, mtl.replace("Kd 0.8400", "Kd 0.1000")))):
+        (tmp_path / name).mkdir()
+        for end, text in zip(("obj", "mtl"), texts):
+            (tmp_path / name / f"xwing.{end}").write_text(text)
+    assert render_set(tmp_path / "set", 1, mesh_path=tmp_path / "a" / "xwing.obj") == 1
+    assert render_set(tmp_path / "set", 1) == 0  # the same mesh elsewhere
+    for name in "bc":
+        with pytest.raises(ValueError, match="give another folder"):
+            render_set(tmp_path / "set", 2, mesh_path=tmp_path / name / "xwing.obj")
+
+
+@pytest.mark.parametrize("name", ["sample", "shifted", "frames"])
+def test_committed_sets_are_still_taken_for_what_they_are(root, tmp_path, name):
+    """Their render_info.json is older than the digest."""
+    info = xu.read_json(root / "data" / name / "render_info.json")
+    for path in (root / "data" / name).glob("*0*"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(root / "data" / name / "render_info.json", tmp_path)
+    before = files(tmp_path)
+    assert "mesh_digest" not in info and render_set(tmp_path, 1, info["seed"], kind=info["kind"]) == 0
+    assert files(tmp_path) == {**before, "camera_info.json": files(tmp_path)["camera_info.json"]}
+
+
+def test_a_folder_is_rendered_into_by_one_process_at_a_time(copy):
+    """... and a lock does not outlive its process, however that ends."""
+    code = """import pathlib, sys, time
+sys.path[:0] = sys.argv[1:]
+import render
+with render._only_one(pathlib.Path(".")):
+    print(flush=True)
+    time.sleep(60)"""
+    command = [sys.executable, "-c", code, str(render.HERE), str(render.HERE.parent)]
+    holder = subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline()
+        with pytest.raises(ValueError, match="another process renders"):
+            render_set(copy)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert render_set(copy) == 0
+
+
+def test_two_seeds_started_at_once_do_not_mix(tmp_path, monkeypatch):
+    """The second starts just before the first has said in the folder what it renders."""
+    write, late = xu.write_atomically, []
+
+    def write_after_the_other(path, content):
+        if path.name == "render_info.json" and not late:
+            with pytest.raises(ValueError, match="another process renders"):
+                late.append(path)
+                render_set(tmp_path / "set", 1, seed=8)
+        write(path, content)
+
+    monkeypatch.setattr(xu, "write_atomically", write_after_the_other)
+    assert render_set(tmp_path / "set", 1, seed=7) == 1 and late
+    assert xu.read_json(tmp_path / "set" / "render_info.json")["seed"] == 7
+
+
+def test_a_full_disk_is_one_clear_error(copy, monkeypatch, capsys):
+    write = xu.write_atomically
+
+    def write_or_fail(path, content):
+        if path.suffix == ".jpg":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(xu, "write_atomically", write_or_fail)
+    before = files(copy)
+    with pytest.raises(SystemExit, match="2"):
+        render.main([str(copy), "--count", "3", "--seed", "7", "--workers", "1"])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(part in last for part in ("error: ", "No space left on device", "2.jpg", "start again"))
+    assert {name: data for name, data in files(copy).items() if name != "2_mat.json"} == before
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0_mat.json", "clip.png"])
+def test_a_folder_of_foreign_files_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"someone's")
+    with pytest.raises(ValueError, match="give another folder"):
+        render_set(tmp_path)
+    assert files(tmp_path) == {name: b"someone's"}
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"count": 0}, "count"), ({"seed": -1}, "-1"), ({"kind": "noon"}, "'noon'"),
+    ({"count": 301, "kind": "flight"}, "301"), ({"count": 301, "kind": "wild"}, "301")])
+def test_arguments_out_of_range(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        render_set(tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_mesh(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.obj"):
+        render_set(tmp_path / "new", mesh_path=tmp_path / "nothing.obj")
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------ frames
+
+
+def test_the_ship_lies_where_its_vertices_say(camera):
+    ship = render.renderer()
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        matrix = render.random_pose(rng)
+        matrix[:2, 3] *= 0.4  # the whole ship in the frame
+        coverage = ship.ship(matrix, render.random_look(rng, ship.materials))[..., 3]
+        rows, columns = np.nonzero(coverage > 0)
+        positions = xu.keypoints_of([matrix], *camera, points=ship.mesh.vertices)[0]
+        drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(drawn - np.concatenate([positions.min(0), positions.max(0)])).max() < 1.5
+
+
+def test_the_ship_covers_what_the_rasteriser_covers(camera, K, matrices):
+    ship = render.renderer()
+    look = render.random_look(np.random.default_rng(0), ship.materials)
+    for matrix in matrices[:3]:
+        pose = xu.pose_in_camera(camera[0], matrix)
+        ids, _ = meshes.rasterise(ship.mesh.triangles, pose, K * [[8], [8], [1]], 2048, 2048)
+        cover = (ids >= 0).reshape(256, 8, 256, 8).mean((1, 3))
+        truth = ship.ship(matrix, look, samples=64)[..., 3]
+        assert truth.sum() > 300 and np.abs(cover - truth).sum() < 0.05 * truth.sum()
+
+
+def test_a_ship_too_near_the_camera_is_refused():
+    ship, matrix = render.renderer(), np.eye(4)
+    matrix[2, 3] = 0.95
+    with pytest.raises(ValueError, match="model units from the camera"):
+        ship.frame(matrix, render.random_look(np.random.default_rng(0), ship.materials))
+
+
+def test_the_shifted_look_has_the_same_poses_and_other_pictures(rendered, tmp_path):
+    render_set(tmp_path / "set", 1, kind="shifted")
+    assert (tmp_path / "set" / "0_mat.json").read_bytes() == (rendered / "0_mat.json").read_bytes()
+    first, second = (xu.read_image(folder / "0.jpg").astype(int) for folder in (tmp_path / "set", rendered))
+    assert np.abs(first - second).mean() > 10
+
+
+# ------------------------------------------------------------ poses
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(0)
+    return np.array([render.random_pose(rng) for _ in range(4000)])
+
+
+def test_half_of_the_random_poses_have_z_zero(drawn):
+    z = drawn[:, 2, 3]
+    assert 0.47 < (z == 0).mean() < 0.53
+    assert stats.kstest(z[z != 0], stats.uniform(-0.4, 0.7).cdf).pvalue > 0.001
+
+
+def test_projected_centres_are_uniform_over_the_middle_of_the_frame(drawn, camera):
+    centres = xu.keypoints_of(drawn, *camera, points=np.zeros((1, 3)))[:, 0]
+    for column in centres.T:
+        assert stats.kstest(column, stats.uniform(16, 224).cdf).pvalue > 0.001
+
+
+def test_random_rotations_are_uniform(drawn):
+    rotations = drawn[:, :3, :3]
+    np.testing.assert_allclose(np.linalg.det(rotations), 1)
+    for i, j in np.ndindex(3, 3):  # each entry is uniform in [-1, 1]
+        assert stats.kstest(rotations[:, i, j], stats.uniform(-1, 2).cdf).pvalue > 0.001
+    angle = np.arccos(np.clip((np.trace(rotations, axis1=1, axis2=2) - 1) / 2, -1, 1))
+    assert stats.kstest(angle, lambda a: (a - np.sin(a)) / np.pi).pvalue > 0.001
+
+
+def steps(flight):
+    """Degrees and model units from frame to frame."""
+    turns = np.array([xu.rotation_error(a, b) for a, b in zip(flight, flight[1:])])
+    return turns, np.linalg.norm(np.diff(flight[:, :3, 3], axis=0), axis=1)
+
+
+@pytest.mark.parametrize("flight", [render.CALM, render.WILD])
+def test_flights_are_rigid_and_smooth(flight):
+    poses = render.flight_poses(flight)
+    rotations = poses[:, :3, :3]
+    squares = rotations @ rotations.transpose(0, 2, 1)
+    np.testing.assert_allclose(squares, np.tile(np.eye(3), (300, 1, 1)), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(rotations), 1)
+    np.testing.assert_array_equal(poses[:, 3], np.tile([0, 0, 0, 1], (300, 1)))
+    turns, moves = steps(poses)
+    assert np.abs(np.diff(turns)).max() < 1.5 and np.abs(np.diff(moves)).max() < 0.003
+
+
+def test_the_wild_flight_is_two_to_three_times_as_fast(camera):
+    calm, wild = render.flight_poses(render.CALM), render.flight_poses(render.WILD)
+    for slow, fast in zip(steps(calm), steps(wild)):
+        assert 2 < np.median(fast) / np.median(slow) < 3
+    near, far = 1 - calm[:, 2, 3].max(), 1 - calm[:, 2, 3].min()
+    assert 1 - wild[:, 2, 3].max() < 0.85 * near and 1 - wild[:, 2, 3].min() > 1.3 * far
+
+
+@pytest.mark.parametrize("flight,low,high", [(render.CALM, 8, 15), (render.WILD, 15, 25)])
+def test_flights_leave_the_frame_completely_once(camera, flight, low, high):
+    vertices = meshes.load_mesh(render.SHIP).vertices
+    inside = xu.in_frame(xu.keypoints_of(render.flight_poses(flight), *camera, points=vertices)).any(1)
+    assert low <= (~inside).sum() <= high and np.abs(np.diff(inside.astype(int))).sum() == 2
+
+
+def test_the_committed_clip_is_the_calm_flight(root):
+    np.testing.assert_allclose(xu.load_dataset(root / "data" / "frames")[1], render.flight_poses(), atol=1e-9)
+
+
+def test_frames_of_a_flight_have_three_digits_and_one_sky(tmp_path):
+    render_set(tmp_path, 2, 5, kind="wild")
+    paths, matrices = xu.load_dataset(tmp_path)
+    assert [path.name for path in paths] == ["000.jpg", "001.jpg"]
+    np.testing.assert_allclose(matrices, render.flight_poses(render.WILD)[:2], atol=1e-12)
+    first, second = (xu.read_image(path)[:100, :100].astype(int) for path in paths)
+    assert np.abs(first - second).mean() < 0.1 * first.std()  # far from the ship hardly anything moves
+
+
+# ------------------------------------------------------------ mesh
+
+
+def test_the_committed_mesh_is_what_the_script_writes(root, tmp_path):
+    make_xwing.write(tmp_path)
+    for name in ("xwing.obj", "xwing.mtl"):
+        assert (tmp_path / name).read_text() == (root / "data" / name).read_text()
+
+
+def test_the_mesh_fills_the_bounding_box(root):
+    vertices = meshes.load_mesh(root / "data" / "xwing.obj").vertices
+    np.testing.assert_allclose(vertices.min(0), xu.BOUNDING_BOX[0], atol=1e-3)
+    np.testing.assert_allclose(vertices.max(0), xu.BOUNDING_BOX[7], atol=1e-3)
+
+
+def test_the_mesh_is_mirror_symmetric_material_by_material(root):
+    mesh = meshes.load_mesh(root / "data" / "xwing.obj")
+    assert mesh.names == list(make_xwing.COLOURS)
+    for material, name in enumerate(mesh.names):
+        points = mesh.vertices[np.unique(mesh.faces[mesh.face_materials == material])]
+        assert KDTree(points).query(points * [-1, 1, 1])[0].max() < 1e-5, name
+
+
+def test_hull_keypoints_lie_on_the_mesh():
+    mesh = trimesh.util.concatenate(list(make_xwing.build().values()))
+    samples, _ = trimesh.sample.sample_surface(mesh, 50000, seed=0)
+    distance, _ = KDTree(samples).query(xu.KEYPOINTS[8:])
+    assert distance.max() < 0.0105  # intakes and nozzles are hollow; an intake has that radius
+
+
+def test_meshes_of_one_digest_are_the_same(root):
+    mesh = meshes.load_mesh(root / "data" / "xwing.obj")
+    other = meshes.Mesh(mesh.names, mesh.colours, mesh.vertices * 1.001, mesh.faces, mesh.face_materials)
+    assert render.mesh_digest(mesh) == render.mesh_digest(meshes.load_mesh(root / "data" / "xwing.obj"))
+    assert render.mesh_digest(mesh) != render.mesh_digest(other)
+    assert len(json.dumps(render.mesh_digest(mesh))) == 18

@@ -1,0 +1,451 @@
+"""Training runs: what they write, and that they survive what stops them; a network of one convolution."""
+
+import csv
+import fcntl
+import importlib.util
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import xwing_utils as xu
+from xwing import training
+
+keras = xu.import_keras()
+
+
+def build(seed=0, channels=36, graph=False):
+    """A network of one convolution, compiled."""
+    keras.utils.set_random_seed(seed)
+    frames = keras.Input((64, 64, 3))
+    bright = keras.layers.Rescaling(1 / 255)(frames)
+    maps = keras.layers.Conv2D(channels, 3, strides=2, padding="same")(bright)
+    small = keras.Model(frames, xu.spatial_softmax(maps, 2.0))
+    small.settings = {"backbone": "resnet18", "keypoints": channels, "sigma": 4.0, "head": "softmax",
+                      "decoder_filters": [16, 16, 8, 8, 8], "size": 64, "stride": 2}
+    xu.compile_model(small)
+    small.run_eagerly = not graph  # one convolution is trained sooner than its graph is traced
+    return small
+
+
+def make_batches(count=8, **arguments):
+    """A data set of 64-pixel frames, four a batch."""
+    paths, matrices = xu.load_dataset(xu.ROOT / "data" / "sample")
+    camera = xu.load_camera(xu.ROOT / "data" / "sample")
+    return xu.make_dataset(paths[:count], matrices[:count], *camera, batch_size=4, size=64, **arguments)
+
+
+def start(folder, epochs, seed=0, channels=36, **arguments):
+    """Train up to an epoch with a fresh network, as a new process would; the network and its run."""
+    keras.utils.clear_session()
+    model = build(seed, channels)
+    run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0], **arguments)
+    run.fit(model, make_batches(), epochs)
+    return model, run
+
+
+def rows_of(path):
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def columns(rows, *names):
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+def facts_of(folder, name="best"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def fixed_error(monkeypatch):
+    """A function that sets the validation error of the epochs to come."""
+    def fix(*errors):
+        left = list(errors)
+        monkeypatch.setattr(training.TrainingRun, "_validate", lambda run: {"val_corner_px": left.pop(0)})
+    return fix
+
+
+# ------------------------------------------------------------ what a run writes
+
+
+def test_a_run_writes_its_log_and_its_best_weights(folder):
+    _, run = start(folder, 2, facts={"data": "sample"})
+    rows = rows_of(folder / "log.csv")
+    assert columns(rows, "stage", "epoch", "samples_seen") == [("1", "0", "8"), ("1", "1", "16")]
+    assert {"loss", "nmae_argmax", "learning_rate", "val_corner_px", "val_permutation_identity"} <= {*rows[0]}
+    errors = [row["val_corner_px"] for row in run.record["rows"]]
+    assert errors == pytest.approx([float(row["val_corner_px"]) for row in rows])
+    best = facts_of(folder)
+    assert best["validation"]["corner_px"] == min(errors)
+    assert best["training"]["stages"] == [{"data": "sample", "best_epoch": int(np.argmin(errors)) + 1}]
+    assert xu.weights_settings(folder / "best.weights.h5")["model"]["size"] == 64
+
+
+def test_the_error_is_given_in_pixels_of_the_original_frames(folder, tmp_path):
+    small, large = (start(tmp_path / str(scale), 1, scale=scale)[1].record["rows"][0] for scale in (1.0, 4.0))
+    assert large["val_corner_px"] == pytest.approx(4 * small["val_corner_px"], rel=1e-3)
+
+
+def test_only_better_weights_are_kept(folder, fixed_error):
+    fixed_error(5.0, 6.0, float("nan"), 4.0)
+    start(folder, 1)
+    first = (folder / "best.weights.h5").read_bytes()
+    start(folder, 3)
+    assert (folder / "best.weights.h5").read_bytes() == first
+    start(folder, 4)
+    assert (folder / "best.weights.h5").read_bytes() != first
+    assert facts_of(folder)["training"]["stages"][0]["best_epoch"] == 4
+
+
+def test_the_learning_rate_falls_on_a_plateau_also_of_a_resumed_run(folder, tmp_path, fixed_error):
+    fixed_error(*[50.0] * 7)
+    model, _ = start(folder, 2)  # the best epoch, and one without progress
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)
+    model, run = start(folder, 3)  # the second without progress
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.3e-3)
+    assert [row["learning_rate"] for row in run.record["rows"]] == pytest.approx([1e-3] * 3)
+    model, _ = start(tmp_path / "other", 4, plateau=False)
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)
+
+
+# ------------------------------------------------------------ resuming
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder, tmp_path, capsys):
+    whole, _ = start(tmp_path / "whole", 3)
+    start(folder, 1)
+    capsys.readouterr()
+    resumed, _ = start(folder, 3, seed=1)
+    assert capsys.readouterr().out.startswith("resuming after epoch 1 of 3\n")
+    assert resumed.optimizer.iterations == 6
+    for ours, theirs in zip(resumed.get_weights(), whole.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1", "2"]
+
+
+def test_a_finished_run_is_left_alone(folder, capsys):
+    first, _ = start(folder, 2)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    second, _ = start(folder, 2, seed=1)
+    assert "already finished: 2 of 2 epochs" in capsys.readouterr().out
+    for ours, theirs in zip(second.get_weights(), first.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+class Stop(keras.callbacks.Callback):
+    """Presses Ctrl-C at the end of a batch."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step -= 1
+        if not self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step,done", [(1, 0), (2, 0), (3, 1)])
+def test_an_interruption_says_one_line_and_the_run_goes_on(folder, monkeypatch, capsys, step, done):
+    """Defect 13 of the first kind: after an interruption in the first epoch nothing could be started."""
+    model, data = build(), make_batches()
+    run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
+    monkeypatch.setattr("tqdm.keras.TqdmCallback", lambda: Stop(step))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.fit(model, data, 2)
+    line = f"interrupted after epoch {done} of 2; run this again to go on"
+    assert stopped.value._render_traceback_() == [line]
+    monkeypatch.undo()
+    run.fit(model, data, 2)  # the very same objects, as the cell of a notebook that is run again
+    assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1"]
+    assert ("resuming" in capsys.readouterr().out) == (done > 0)
+    assert model.optimizer.iterations >= 4
+
+
+def test_a_second_training_in_the_same_folder_is_refused(folder):
+    start(folder, 1)
+    before = (folder / "log.csv").read_bytes()
+    with (folder / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="run: another training is under way"):
+            start(folder, 2)
+    assert (folder / "log.csv").read_bytes() == before
+    start(folder, 2)
+
+
+@pytest.mark.parametrize("rest", ["1,0.001,8", '9,0.001,8,1,1.0,1.0,0.0000000001'])
+def test_a_half_written_row_of_the_log_changes_nothing(folder, rest):
+    """Defect 4: it broke resuming, or its cut number became an error that no epoch could beat."""
+    start(folder, 1)
+    whole = (folder / "log.csv").read_text()
+    (folder / "log.csv").write_text(whole + rest)
+    start(folder, 1)
+    assert (folder / "log.csv").read_text() == whole
+    (folder / "log.csv").write_text(whole[:-4])
+    _, run = start(folder, 2)
+    assert (folder / "log.csv").read_text().startswith(whole) and len(run.record["rows"]) == 2
+
+
+def test_an_empty_log_is_no_obstacle(folder):
+    folder.mkdir()
+    (folder / "log.csv").touch()
+    assert len(start(folder, 1)[1].record["rows"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")  # Keras, before it refuses the other network
+def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
+    start(folder, 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="run: holds a run of another network"):
+        start(folder, 2, channels=8)
+    (folder / training.BACKUP).write_bytes(before[training.BACKUP][:3000])
+    with pytest.raises(ValueError, match="backup.weights.h5: no run's backup"):
+        start(folder, 2)
+    (folder / training.BACKUP).unlink()
+    with pytest.raises(ValueError, match="run: holds a log, but no backup.weights.h5"):
+        start(folder, 2)
+    del before[training.BACKUP]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_ends_training_with_an_error_and_loses_one_epoch(folder):
+    start(folder, 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError):
+            start(folder, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(start(folder, 2)[1].record["rows"]) == 2
+
+
+# ------------------------------------------------------------ killed with -9
+
+
+def train_and_die(folder, moment, count):
+    """Train three epochs in a process that kills itself the `count`-th time that a moment comes."""
+    left = [count]
+
+    def die_in_time(*_, **__):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(path, content, write=Path.write_bytes):
+        if left[0] == 1:
+            write(path, content[: len(content) // 2])
+        die_in_time()
+        return write(path, content)
+
+    def replace(source, target, rename=os.replace):
+        rename(source, target)
+        die_in_time()
+
+    if moment == "batch":
+        training.TrainingRun.on_train_batch_end = die_in_time
+    elif moment == "write":
+        Path.write_bytes = write_half
+    elif moment == "replace":
+        os.replace = replace
+    training.TrainingRun._validate = lambda run: {"val_corner_px": 100 - int(run.model.optimizer.iterations)}
+    start(folder, 3)
+
+
+MOMENTS = [  # when the process kills itself: at which time of what, and the whole epochs that must be left
+    ("batch", 1, 0),  # in the first epoch
+    ("write", 1, 0),  # in the middle of the first backup
+    ("replace", 1, 1),  # between the first backup and its log
+    ("replace", 2, 1),  # the next start writes what is missing: between the new weights and their facts
+    ("write", 4, 1),  # log, weights and facts once more, then in the middle of the second epoch's backup
+    ("replace", 5, 2),  # between the second epoch's log and its weights
+]
+
+
+def epochs_in(backup):
+    if not backup.exists():
+        return 0
+    with h5py.File(backup) as file:
+        return len(json.loads(file["run"][()])["rows"])
+
+
+def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
+    """Defect 13: killed in the first epoch nothing went on, in a later one log and facts disagreed."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["xwing.training"])
+    for moment, count, epochs in MOMENTS:
+        process = processes.Process(target=train_and_die, args=(folder, moment, count))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, (moment, count)
+        assert epochs_in(folder / training.BACKUP) == epochs, (moment, count)
+    model, run = start(folder, 3)  # the validation error of this process is a true one
+    assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1", "2"]
+    assert model.optimizer.iterations == 6  # two steps each, those of the killed processes among them
+    errors = [float(row["val_corner_px"]) for row in run.record["rows"]]
+    assert facts_of(folder)["training"]["stages"][0]["best_epoch"] == np.argmin(errors) + 1
+    xu.weights_settings(folder / "best.weights.h5")  # the digest fits
+    assert not [path for path in folder.iterdir() if path.suffix == ".part"]
+
+
+# ------------------------------------------------------------ publishing, and going on from published weights
+
+
+def test_publishing_a_run_again_changes_nothing(folder, tmp_path):
+    """Defect 2: a run published over the weights that it began from gained a stage each time, and samples."""
+    weights = tmp_path / "weights"
+    start(folder, 1, facts={"seed": 1})
+    training.publish_weights(folder, weights)
+    assert {path.name for path in weights.iterdir()} == {"xwing.json", "xwing.weights.h5", "xwing_log.csv"}
+    assert (weights / "xwing.weights.h5").read_bytes() == (folder / "best.weights.h5").read_bytes()
+    second = {"seed": 2, "init": str(weights / "xwing.weights.h5")}
+    start(tmp_path / "second", 1, facts=second)
+    training.publish_weights(tmp_path / "second", weights)
+    once = {path.name: path.read_bytes() for path in weights.iterdir()}
+    assert columns(rows_of(weights / "xwing_log.csv"), "stage", "samples_seen") == [("1", "8"), ("2", "16")]
+    stages = [{"seed": 1, "best_epoch": 1}, {**second, "best_epoch": 1}]
+    assert facts_of(weights, "xwing")["training"] == {"samples_seen": 16, "stages": stages}
+    start(tmp_path / "second", 1, facts=second)  # finished; the weights it began from are its own by now
+    training.publish_weights(tmp_path / "second", weights)
+    assert {path.name: path.read_bytes() for path in weights.iterdir()} == once
+
+
+def test_a_run_counts_the_samples_that_its_first_weights_have_seen(folder, tmp_path, fixed_error):
+    fixed_error(5.0, 6.0, 4.0)
+    start(folder, 2)
+    start(tmp_path / "second", 1, facts={"init": str(folder / "best.weights.h5")})
+    rows = columns(rows_of(tmp_path / "second" / "log.csv"), "stage", "samples_seen", "val_corner_px")
+    assert rows == [("1", "8", "5.0"), ("2", "16", "4.0")]  # the first run was best in its first epoch
+
+
+@pytest.mark.parametrize("crop,size", [(0, 64), (1, 256)])
+def test_weights_trained_on_squares_are_published_for_whole_frames(folder, tmp_path, crop, size):
+    """Defect 11 (with `load_model` and `save_model` in test_model.py)."""
+    start(folder, 1, facts={"crop": crop})
+    training.publish_weights(folder, tmp_path / "weights")
+    assert xu.weights_settings(tmp_path / "weights" / "xwing.weights.h5")["model"]["size"] == size
+
+
+def test_an_unfinished_run_cannot_be_published(tmp_path):
+    with pytest.raises(FileNotFoundError, match="best.weights.h5"):
+        training.publish_weights(tmp_path, tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_run_that_names_its_own_weights_as_its_start_is_refused(folder):
+    """Defect 3: it recursed without end."""
+    start(folder, 1)
+    with pytest.raises(ValueError, match="init: .*best.weights.h5 are weights of this run itself"):
+        start(folder, 2, facts={"init": str(folder / "best.weights.h5")})
+
+
+def test_a_run_that_names_no_weights_as_its_start_is_refused(folder):
+    with pytest.raises(FileNotFoundError, match="nothing.weights.h5"):
+        start(folder, 1, facts={"init": "weights/nothing.weights.h5"})
+    assert not folder.exists()
+
+
+# ------------------------------------------------------------ several devices and machines
+
+
+def run_python(code, **environment):
+    """Run code in a fresh Python in the repository; its output."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("KERAS_BACKEND", "SM_FRAMEWORK")}
+    done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, cwd=xu.ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+DISTRIBUTED = """
+import sys, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+sys.path.insert(0, "tests")
+import xwing_utils as xu
+from xwing.training import TrainingRun, distribute
+from test_training import build, keras, make_batches
+half = [0, 1, 0, 1, 2, 3, 2, 3]
+for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
+    with distribute(devices):
+        model = build(graph=True)
+    run = TrainingRun(sys.argv[1] + str(len(devices)), *make_batches(4, augmented=False)[0])
+    for epochs in (1, 2):  # the second goes on where the first ended
+        rows = run.fit(model, make_batches(8, augmented=False), epochs)
+    print("devices", model.distribute_strategy.num_replicas_in_sync, *(row["loss"] for row in rows))
+"""
+
+
+def test_two_devices_train_as_one_does(tmp_path):
+    output = run_python(DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))).splitlines()
+    one, two = ([float(word) for word in line.split()[1:]] for line in output if line.startswith("devices"))
+    assert (one[0], two[0]) == (1, 2)
+    np.testing.assert_allclose(two[1:], one[1:], rtol=5e-3)
+
+
+WORKER = """
+import sys
+sys.path.insert(0, "tests")
+import xwing_utils as xu
+from xwing.training import TrainingRun, distribute, worker
+from test_training import build, make_batches
+with distribute():
+    model = build(graph=True)
+run = TrainingRun(sys.argv[1], *make_batches(4, augmented=False)[0])
+for epochs in (1, 2):  # the second goes on where the first ended
+    rows = run.fit(model, make_batches(8, augmented=False, shard=worker()), epochs)
+print("worker", *worker(), *(row[name] for name in ("loss", "val_corner_px") for row in rows))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="jax is not installed")
+def test_two_workers_over_loopback_train_as_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    quiet = {key: value for key, value in os.environ.items() if key not in ("SM_FRAMEWORK", "XLA_FLAGS")}
+    quiet |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    name = "KERAS_DISTRIBUTION_"
+    several = {f"{name}NUM_PROCESSES": "2", f"{name}JOB_ADDRESSES": address, "NPROC": "8"}
+    starts = [("two", several | {f"{name}PROCESS_ID": str(i)}) for i in (0, 1)] + [("one", {})]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / name)], cwd=xu.ROOT,
+                                env=quiet | extra, **pipes) for name, extra in starts]
+    try:
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    lines = [line.split()[1:] for out, _ in outputs for line in out.splitlines() if line.startswith("worker")]
+    assert len(lines) == 3, outputs
+    first, second, one = np.array(lines, float)
+    assert [row[:2].tolist() for row in (first, second, one)] == [[0, 2], [1, 2], [0, 1]]
+    np.testing.assert_allclose(second[2:], first[2:], rtol=1e-5)
+    np.testing.assert_allclose(first[2:], one[2:], rtol=5e-3)
+    for folder in (tmp_path / "two", tmp_path / "two" / "worker1"):
+        assert len(rows_of(folder / "log.csv")) == 2
+
+
+def test_several_machines_with_tensorflow_are_refused(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]},
+                                                "task": {"type": "worker", "index": 0}}))
+    with pytest.raises(NotImplementedError, match="20585"):
+        training.distribute()

@@ -1,0 +1,474 @@
+"""The pose moved until drawing and frame agree, and rival poses judged by what they explain of the frame.
+
+The ship's shape is known, so a pose says which pixel shows which surface. Paint and light need not be known:
+one colour per material, and light that varies smoothly with a surface's direction, enter the picture
+linearly and are solved for; what the ship does not cover is guessed from the pixels around it. What then
+differs between drawing and frame says how the pose must move (Gauss-Newton). Drawing costs most, so each
+drawing serves several steps: its pixels are points of the surface, and where the pose moves by a pixel or
+two, they are looked up elsewhere in the frame. Pixels that cannot be explained (shadows, stars) lose their
+weight. All of this happens in linear light, as in a lens; only the differences are measured in grey levels,
+as pictures hold them.
+"""
+
+import dataclasses
+import itertools
+
+import cv2
+import joblib
+import numpy as np
+from scipy.spatial import ConvexHull
+from tqdm.auto import tqdm
+
+import xwing_utils as xu
+from xwing import mesh
+
+NOISE = 4.0  # grey levels: no pixel is trusted further than that
+WORKING_SIZE = 150  # pixels: a ship that spans more is aligned on a smaller picture
+FINE, COARSE = 1, 2  # levels: by how much more the picture is shrunk
+COARSE_BLUR = 1.0  # pixels, by which the coarse picture is blurred besides
+MIN_PIXELS = 50  # of the ship, in the picture that is worked on
+EFFECTIVE_SAMPLE_RATIO = 0.09  # share of the pixels whose errors count as independent of each other
+PRIOR_STD_SCALE = 2.0  # factor on the standard deviations that a start comes with
+MAX_DRAWINGS = 4  # on one level
+MAX_STEPS = 6  # Gauss-Newton steps on one drawing
+MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is drawn anew
+NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
+KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a pose that is turned
+RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
+MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
+MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
+WELL_EXPLAINED = 0.5  # share from which no other poses are searched
+MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
+
+
+def _grey(light):
+    """The inverse of `_light`, for light (h, w, 3) float32."""
+    return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
+
+
+def _grey_slope(light):
+    """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
+    return np.float32(269 / 2.4) * np.maximum(light.mean(1), np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """The part of a frame about the ship, shrunk."""
+
+    image: np.ndarray  # (h, w, 3) float32 grey levels
+    light: np.ndarray  # (h, w, 3) float32
+    K: np.ndarray  # (3, 3) of that part
+    blur: float  # pixels of the view, standard deviation of the Gaussian filter through which it was taken
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """A painted drawing as P points of the surface, and how their colours change with the pose; float32."""
+
+    view: _View
+    pose: np.ndarray  # (4, 4)
+    pixels: np.ndarray  # (P,) flat
+    points: np.ndarray  # (P, 3) camera axes, from the ship's position
+    colours: np.ndarray  # (P, 3) grey levels
+    jacobian: np.ndarray  # (3 P, 6) for a step of `xu.move_pose`, colours and light following
+    spread: float  # grey levels, of what the drawing leaves unexplained
+
+    def positions(self, pose):
+        """Where in the view the points lie at another pose, (P, 2) pixels; None if one lies behind."""
+        turn = np.float32(pose[:3, :3] @ self.pose[:3, :3].T)
+        points = self.points @ turn.T + np.float32(pose[:3, 3])
+        if not (points[:, 2].min() > mesh.NEAR and points[:, 2].max() < 1e4):  # so for NaN
+            return None
+        return points @ np.float32(self.view.K[:2].T) / points[:, 2:]
+
+    def residual(self, positions):
+        """(P, 3) grey levels: the frame at those positions less the colours."""
+        rows = -(-len(positions) // 1024)  # OpenCV takes no row longer than 32767
+        centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))  # its whole pixels are centres
+        seen = cv2.remap(self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        return seen.reshape(-1, 3)[: len(positions)] - self.colours
+
+
+class _Prior:
+    """Where a pose is expected, and how surely; without a covariance (6, 6) not at all."""
+
+    def __init__(self, pose, covariance=None):
+        self.pose, self.information = pose, np.zeros((6, 6))
+        if covariance is not None:
+            self.information = np.linalg.inv(covariance) / PRIOR_STD_SCALE**2
+
+    def slope(self, pose):
+        return self.information @ xu.pose_step(pose, self.pose)
+
+    def cost(self, pose):
+        return 0.5 * xu.pose_step(pose, self.pose) @ self.slope(pose)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refined:
+    """Where the steps on one level ended."""
+
+    pose: np.ndarray  # (4, 4)
+    information: np.ndarray  # (6, 6)
+    template: _Template  # of the last drawing
+    residual: np.ndarray  # (P, 3) grey levels that the template leaves there
+    shift: float  # pixels, root mean square, from where the template was drawn
+    cost: float = np.inf  # negative log-likelihood but for a constant, where it was compared with others
+
+    @property
+    def covariance(self):
+        return np.linalg.inv(self.information)
+
+
+class Aligner:
+    """Refines poses on the pixels of a frame, and decides between rival ones.
+
+        aligner = Aligner(load_mesh("data/xwing.obj"))
+        pose, covariance = aligner.align(image, pose, K)
+
+    Args:
+        ship: `Mesh`.
+        blur: pixels, sigma of the filter that frames were taken through, beside the pixel's own square.
+
+    Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on brightness);
+        Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are eliminated).
+    """
+
+    def __init__(self, ship, blur=0.4):
+        self.ship, self.blur = mesh.UnpaintedMesh(ship), blur
+        self.outline = ship.vertices[ConvexHull(ship.vertices).vertices]
+        weights = [0.1] * len(ship.names) + [1.0] * mesh.UnpaintedMesh.HARMONICS
+        self.stiffness = np.diag(np.float32(weights)) * 255**2  # draws colours and light towards 0
+
+    def align(self, image, pose, K, covariance=None):
+        """Refine a pose that is off by a few pixels, on a coarse picture first.
+
+        Args:
+            image: (H, W, 3) uint8.
+            pose: (4, 4) model -> OpenCV camera.
+            K: (3, 3) pixels.
+            covariance: (6, 6) of the pose, or None; with it, what the pixels leave open stays as it is.
+        Returns:
+            pose (4, 4) and covariance (6, 6), or None where too little of the ship shows or it runs away.
+        """
+        refined = self._align(image, pose, K, covariance)
+        return None if refined is None else (refined.pose, refined.covariance)
+
+    def track(self, image, pose, K, covariance=None):
+        """Refine a pose predicted from the frames before, within a few milliseconds: a `PoseEstimate`.
+
+        Arguments as for `align`. Accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen.
+        """
+        refined = self._refine(image, pose, K, FINE, covariance, drawings=2)
+        explained = 0.0 if refined is None else _explained_contrast(refined)
+        if explained < WELL_EXPLAINED:
+            again = self._align(image, pose, K, covariance)
+            if again is not None and _explained_contrast(again) > explained:
+                refined, explained = again, _explained_contrast(again)
+        if refined is None:
+            return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
+        reason = _unexplained(explained)
+        return xu.PoseEstimate(refined.pose, refined.covariance, not reason, reason,
+                               explained_contrast=explained)
+
+    def verify(self, image, estimate, K):
+        """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
+
+        Poses that a flat ship is easily taken for are rivals always; where the best explains too little, also
+        those of the estimate and of its runner-up, from a coarse picture on. Pixels and keypoints decide
+        together. The best is accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen and no pose that
+        is turned by more than 30 degrees comes within MIN_MARGIN.
+
+        Args:
+            image: (H, W, 3) uint8.
+            estimate: from `xu.estimate_pose`; without a pose it comes back as it is.
+            K: (3, 3) pixels.
+        """
+        if estimate.pose is None:
+            return estimate
+        first = self._align(image, estimate.pose, K, estimate.covariance)
+        found = [] if first is None else [first]
+        if self._rank(image, found, K, estimate)[1] < WELL_EXPLAINED:
+            found += self._search(image, estimate, K)
+        if not found:
+            reason = estimate.reason or "too little of the ship is in sight"
+            return dataclasses.replace(estimate, accepted=False, reason=reason)
+        found += self._rivals(image, self._rank(image, found, K, estimate)[0][0], K, estimate)
+        ranked, explained = self._rank(image, found, K, estimate)
+        best, *others = _suppress_similar(ranked, 30)
+        runner_up = others[0].pose if others else estimate.runner_up
+        margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
+        reason = _unexplained(explained)
+        if not reason and margin < MIN_MARGIN:
+            reason = "a pose turned by more than 30 degrees fits nearly as well"
+        same = xu.rotation_error(best.pose, estimate.pose) < 30
+        return dataclasses.replace(
+            estimate, pose=best.pose, covariance=best.covariance, accepted=not reason, reason=reason,
+            reprojection=estimate.reprojection if same else np.nan, runner_up=runner_up,
+            log_likelihood_margin=margin, explained_contrast=explained)
+
+    def picture(self, image, pose, K):
+        """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
+        view = self._view(image, pose, K)
+        drawing = None if view is None else self._draw(view, pose)
+        if drawing is None:
+            return None
+        pictures = view.image, self._paint(view, drawing)[0]
+        return tuple(picture.clip(0, 255).astype(np.uint8) for picture in pictures)
+
+    def photometric_costs(self, image, poses, K, level=FINE):
+        """How badly each of some poses explains a frame: costs (N,), and that of a smooth sky, a number.
+
+        They are negative log-likelihoods over the same pixels, but for a constant: differences compare
+        poses; one that shows no ship costs infinity. level: FINE or COARSE, of the picture that is compared.
+        """
+        view = self._view(image, poses, K, level)
+        drawings = [None if view is None else self._draw(view, pose) for pose in poses]
+        if not any(drawings):
+            return np.full(len(poses), np.inf), 0.0
+        cover = np.max([drawing.cover for drawing in drawings if drawing], axis=0)
+        ship = np.flatnonzero(cv2.dilate(cover, np.ones((3, 3))) > 0.02)
+        seen, costs = view.image.reshape(-1, 3)[ship], np.full(len(poses), np.inf)
+        for i, drawing in enumerate(drawings):
+            if drawing is not None:
+                costs[i] = _robust_cost(seen - self._paint(view, drawing)[0].reshape(-1, 3)[ship], 2 * NOISE)
+        return costs, _smooth_sky_cost(view.image, ship)
+
+    def _search(self, image, estimate, K):
+        """Refined poses that the estimate and its runner-up are easily taken for: the best two."""
+        starts = [pose for pose in (estimate.pose, estimate.runner_up) if pose is not None]
+        found = self._refine_all(image, [p for pose in starts for p in xu.ambiguous_poses(pose)], K, COARSE)
+        best = _suppress_similar(self._rank(image, found, K, estimate, COARSE)[0], 10)[:2]
+        return self._refine_all(image, [candidate.pose for candidate in best], K)
+
+    def _rivals(self, image, best, K, estimate):
+        """The best pose and what it is easily taken for, refined as far as they compete."""
+        once = self._refine_all(image, xu.ambiguous_poses(best.pose)[1:], K, drawings=1)
+        ranked, _ = self._rank(image, [best, *once], K, estimate)
+        limit = ranked[0].cost + RULED_OUT
+        near = [rival.pose for rival in _suppress_similar(ranked, 3) if rival.cost < limit]
+        return self._refine_all(image, near, K)
+
+    def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
+        """Those of some poses that can be refined on one level, as `_Refined`."""
+        refined = [self._refine(image, pose, K, level, drawings=drawings) for pose in poses]
+        return [candidate for candidate in refined if candidate is not None]
+
+    def _rank(self, image, candidates, K, estimate, level=FINE):
+        """`_Refined` with their costs, best first, and the share of the contrast that the best explains."""
+        if not candidates:
+            return [], 0.0
+        costs, sky = self.photometric_costs(image, [candidate.pose for candidate in candidates], K, level)
+        explained = (sky - costs.min()) / max(sky, MIN_CONTRAST)
+        costs = [cost + _keypoint_penalty(c.pose, estimate) for cost, c in zip(costs.tolist(), candidates)]
+        ranked = [dataclasses.replace(c, cost=cost) for cost, c in zip(costs, candidates)]
+        return sorted(ranked, key=lambda candidate: candidate.cost), float(explained)
+
+    def _view(self, image, poses, K, level=FINE, margin=6):
+        """The part of the frame that shows the ship at one pose or several; None where that is too little.
+
+        It is shrunk, so that what shows of the ship spans no more than WORKING_SIZE.
+        """
+        size = np.array(image.shape[1::-1])
+        pixels = np.array([xu.project_pose(self.outline, pose, K) for pose in np.reshape(poses, (-1, 4, 4))])
+        if not np.isfinite(pixels).all():
+            return None
+        span = np.ptp(pixels.clip(0, size), axis=1).max()
+        shrink = level * max(1, int(np.ceil(span / WORKING_SIZE)))
+        pixels, size = pixels.reshape(-1, 2) / shrink, size // shrink
+        low = np.floor(pixels.min(0) - margin).clip(0, size).astype(int)
+        high = np.ceil(pixels.max(0) + margin).clip(0, size).astype(int)
+        if (high - low < 8).any():
+            return None
+        (left, top), (right, bottom) = low * shrink, high * shrink
+        light = cv2.LUT(image[top:bottom, left:right], mesh.to_light(np.arange(256, dtype=np.float32)))
+        light = cv2.resize(light, (high - low).tolist(), interpolation=cv2.INTER_AREA)
+        blur = self.blur / shrink
+        if level == COARSE:  # further off, so that more is pulled near
+            light, blur = cv2.GaussianBlur(light, (0, 0), COARSE_BLUR), float(np.hypot(blur, COARSE_BLUR))
+        K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
+        return _View(_grey(light), light, K, blur)
+
+    def _draw(self, view, pose):
+        """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show."""
+        height, width = view.image.shape[:2]
+        drawing = self.ship.draw(pose, view.K, width, height, view.blur)
+        return drawing if np.count_nonzero(drawing.cover) >= MIN_PIXELS else None
+
+    def _paint(self, view, drawing):
+        """Solve for colours and light: picture (h, w, 3) and the spread of what remains, grey levels."""
+        covered = np.flatnonzero(drawing.cover > 0.01)
+        picture = (1 - drawing.cover[..., None]) * _surroundings(view.light, drawing.cover)
+        basis = drawing.basis.reshape(drawing.cover.size, -1)[covered]
+        target = (view.light - picture).reshape(-1, 3)[covered]
+        unit = np.square(_grey_slope(view.light.reshape(-1, 3)[covered]))
+        weight = unit
+        for _ in range(3):  # iteratively reweighted least squares
+            weighted = basis.T * weight
+            colours = np.linalg.solve(weighted @ basis + self.stiffness, weighted @ target)
+            painted = basis @ colours
+            squared = np.square(target - painted).mean(1) * unit
+            spread = max(NOISE, 1.4826 * float(np.sqrt(np.median(squared))))
+            weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
+        picture.reshape(-1, 3)[covered] += painted
+        return _grey(picture), spread
+
+    def _align(self, image, pose, K, covariance):
+        """`_refine` on a coarse picture, then on a fine one."""
+        rough = self._refine(image, pose, K, COARSE, covariance)
+        start = pose if rough is None else rough.pose  # a small ship is seen on the fine level only
+        return self._refine(image, start, K, FINE, covariance, pose)
+
+    def _refine(self, image, pose, K, level, covariance=None, expected=None, drawings=MAX_DRAWINGS):
+        """Move a pose on one level: `_Refined`, or None where too little of the ship shows."""
+        prior = _Prior(pose if expected is None else expected, covariance)
+        for _ in range(drawings):
+            view = self._view(image, pose, K, level)
+            drawing = None if view is None else self._draw(view, pose)
+            if drawing is None:
+                return None
+            refined = _descend(self._template(view, drawing), prior)
+            pose = refined.pose
+            if refined.shift < MAX_SHIFT:
+                break
+        return refined if np.linalg.cond(refined.information) < 1e12 else None
+
+    def _template(self, view, drawing):
+        """The `_Template` of a drawing. The pixels beside the ship count too: it may move there."""
+        picture, spread = self._paint(view, drawing)
+        near = cv2.erode(drawing.depth, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
+        wide = cv2.erode(near, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
+        depth = np.where(np.isfinite(near), near, wide)  # a rim moves as its nearer side
+        pixels = np.flatnonzero((cv2.dilate(drawing.cover, np.ones((3, 3))) > 0.02) & np.isfinite(depth))
+        colours = picture.reshape(-1, 3)[pixels]
+        weight = _weight(view.image.reshape(-1, 3)[pixels] - colours, spread)
+        points, flow_x, flow_y = _flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
+        ahead, here = np.float32([-0.5, 0, 0.5]), np.float32([1])
+        slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels, :, None]
+        slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels, :, None]
+        jacobian = -(slope_x * flow_x[:, None] + slope_y * flow_y[:, None]).reshape(len(pixels), 18)
+        slope = _grey_slope(mesh.to_light(colours.clip(0)))
+        basis = drawing.basis.reshape(depth.size, -1)[pixels] * slope[:, None]
+        weighted = basis.T * weight
+        stiffness = self.stiffness * np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2)
+        jacobian -= basis @ np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian)
+        return _Template(view, drawing.pose, pixels, points, colours, jacobian.reshape(-1, 6), spread)
+
+
+def _flow(pixels, depth, K, centre):
+    """The points (P, 3) that flat pixels show, from a centre; their d column, d row / d step, (P, 6) each."""
+    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
+    z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
+    x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
+    points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
+    px, py, pz = points.T
+    a, b, c, d = fx / z, fy / z, -fx * x / z**2, -fy * y / z**2  # d / d point = (a, 0, c) and (0, b, d)
+    return (points, np.column_stack([py * c, pz * a - px * c, -py * a, a, none, c]),
+            np.column_stack([py * d - pz * b, -px * d, px * b, none, b, d]))
+
+
+def _descend(template, prior):
+    """Levenberg-Marquardt on one template: `_Refined`."""
+    pose, damping = template.pose, 1e-3
+    first = positions = template.positions(pose)
+    residual = template.residual(first)
+    cost = _robust_cost(residual, template.spread) + prior.cost(pose)
+    for _ in range(MAX_STEPS):
+        weighted, moved = template.jacobian.T * _weight(residual, template.spread).repeat(3), False
+        information = np.float64(weighted @ template.jacobian) + prior.information
+        gradient = weighted @ residual.ravel() - prior.slope(pose)
+        while damping < 10 and not moved:
+            step = np.linalg.solve(information + damping * np.diag(np.diag(information) + 1e-9), gradient)
+            if gradient @ step < 2 * NEGLIGIBLE_GAIN:
+                break
+            trial = xu.move_pose(pose, step)
+            there = template.positions(trial) if np.abs(step[:3]).max() < 0.5 else None
+            if there is not None:
+                left = template.residual(there)
+                trial_cost = _robust_cost(left, template.spread) + prior.cost(trial)
+                moved = trial_cost < cost
+            damping = damping / 10 if moved else damping * 100
+        if not moved:
+            break
+        pose, positions, residual, cost = trial, there, left, trial_cost
+    shift = float(np.sqrt(np.square(positions - first).sum(1).mean()))
+    return _Refined(pose, (information + information.T) / 2, template, residual, shift)
+
+
+def _weight(residual, spread):
+    """(P,) information of pixels that differ by so many grey levels (P, 3), under Cauchy errors."""
+    forgiven = np.square(residual).mean(1) / np.float32(xu.CAUCHY * spread) ** 2
+    return np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2) / (1 + forgiven)
+
+
+def _robust_cost(residual, spread):
+    """Negative log-likelihood, but for a constant, of differences (P, 3) in grey levels (Cauchy)."""
+    forgiven = np.square(residual).mean(1) / np.float32(xu.CAUCHY * spread) ** 2
+    return 1.5 * EFFECTIVE_SAMPLE_RATIO * xu.CAUCHY**2 * float(np.log1p(forgiven).sum(dtype=float))
+
+
+def _surroundings(light, cover):
+    """The picture (h, w, 3) without the ship: each pixel from those about it that show none of it."""
+    free = np.float32(cv2.dilate(cover, np.ones((5, 5))) < 0.01)[..., None]
+    layers, total = np.concatenate([light * free, free], axis=2), np.float32([0, 0, 0, 1e-12])
+    for reach in (3, 12, 48):
+        size = 2 * reach + 1, 2 * reach + 1
+        total = total + cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT) * np.float32(reach**-6.0)
+    return total[..., :3] / total[..., 3:]
+
+
+def _smooth_sky_cost(image, pixels):
+    """The cost of an image at some flat pixels if a smooth sky is all that there is: quadratic in x and y."""
+    row, column = np.float32(np.divmod(pixels, image.shape[1])) / max(image.shape[:2])
+    smooth, grey = np.polynomial.polynomial.polyvander2d(column, row, [2, 2]), image.reshape(-1, 3)[pixels]
+    fitted = smooth @ np.linalg.lstsq(smooth.T @ smooth, smooth.T @ grey, rcond=1e-6)[0]
+    return _robust_cost(grey - fitted, 2 * NOISE)
+
+
+def _explained_contrast(refined):
+    """Share of the contrast about the ship, against a smooth sky, that a pose explains."""
+    sky = _smooth_sky_cost(refined.template.view.image, refined.template.pixels)
+    return (sky - _robust_cost(refined.residual, 2 * NOISE)) / max(sky, MIN_CONTRAST)
+
+
+def _unexplained(share):
+    """The reason to refuse a pose that explains so little of the contrast, or nothing."""
+    return "" if share >= MIN_EXPLAINED_CONTRAST else f"the pose explains only {share:.0%} of what is seen"
+
+
+def _keypoint_penalty(pose, estimate):
+    """What the keypoints say against a pose, as negative log-likelihood: nothing where it is not turned."""
+    turned = xu.rotation_error(pose, estimate.pose) >= 30
+    return min(max(estimate.log_likelihood_margin, 0.0), KEYPOINT_PENALTY) if turned else 0.0
+
+
+def _suppress_similar(ranked, degrees):
+    """Of `_Refined`, best first, those that are turned by more than an angle against every better one."""
+    kept = []
+    for candidate in ranked:
+        if all(xu.rotation_error(candidate.pose, better.pose) > degrees for better in kept):
+            kept.append(candidate)
+    return kept
+
+
+def verify_frames(aligner, frames, estimates, K, progress=True):
+    """`Aligner.verify` for many frames, on all cores.
+
+    Args:
+        aligner: `Aligner`.
+        frames: iterable of (H, W, 3) uint8, read as needed; one that is None or missing keeps its estimate.
+        estimates: list of N `PoseEstimate`.
+        K: (3, 3) pixels.
+    Returns:
+        list of N `PoseEstimate`.
+    """
+    frames = itertools.chain(frames, itertools.repeat(None))
+    tasks = (joblib.delayed(_verify)(aligner, frame, estimate, K)
+             for estimate, frame in zip(estimates, frames))
+    verified = joblib.Parallel(n_jobs=-1, return_as="generator", max_nbytes=None)(tasks)  # none on disk
+    return list(tqdm(verified, total=len(estimates), desc="verifying", unit="frame", disable=not progress))
+
+
+def _verify(aligner, frame, estimate, K):
+    cv2.setNumThreads(1)  # the frames are what is shared out
+    return estimate if frame is None else aligner.verify(frame, estimate, K)

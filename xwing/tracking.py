@@ -1,0 +1,392 @@
+"""One ship followed in time: predicted, aligned on the pixels, judged, filtered; and the whole clip smoothed.
+
+From frame to frame a ship moves little, so the pose expected from the last frames is near enough for the
+alignment to finish on the pixels alone, in a few milliseconds. A Kalman filter on SE(3) makes the prediction.
+The network is asked where there is no track, where the alignment explains less of the frame than it did
+lately, and now and then as an independent witness: what it finds must beat the track on the pixels before it
+replaces it. A finished clip goes through the same chain, backwards too where the ship was in sight before the
+network was sure of it, and is then smoothed with what is known from both sides.
+"""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.spatial.transform import Rotation
+from tqdm.auto import tqdm
+
+import xwing_utils as xu
+
+MAX_GAP_SECONDS = 0.5  # without a measurement that are bridged by the prediction
+START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a track may start
+ACCELERATION_DENSITY = 3.0, 0.7  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
+START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
+START_FRAMES = 3  # of a new track: its velocity is not known yet, and the network looks at each
+MEASUREMENT_STD_SCALE = 1.5  # on the claimed standard deviation of a pose: its errors last for several frames
+GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may differ from the predicted one
+MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
+MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; with less the network is asked
+WITNESS_SECONDS = 1.0  # between two looks of the network at a ship that is followed; sooner at a new track
+MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
+TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedPose:
+    """One frame of a track."""
+
+    status: str  # "tracked": measured in this frame; "predicted": from the frames around it; "lost": no pose
+    seconds: float = np.nan  # time of the frame
+    pose: np.ndarray | None = None  # (4, 4) model -> OpenCV camera
+    covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation
+    velocity: np.ndarray | None = None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
+    explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, 0 to 1
+    reason: str = ""  # why it was not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Motion:
+    """A pose with its velocity, a point of SE(3) and its tangent, and the covariance (12, 12) of both."""
+
+    rotation: Rotation
+    translation: np.ndarray
+    velocity: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def standing(cls, pose, covariance):
+        """A motion of unknown velocity."""
+        spread = np.repeat(np.square(START_VELOCITY_STD), 3)
+        whole = np.block([[covariance, np.zeros((6, 6))], [np.zeros((6, 6)), np.diag(spread)]])
+        return cls(Rotation.from_matrix(pose[:3, :3]), pose[:3, 3], np.zeros(6), whole)
+
+    @property
+    def pose(self):
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = self.rotation.as_matrix(), self.translation
+        return pose
+
+    def minus(self, other):
+        """(12,) the step from another motion to this one."""
+        turn = (self.rotation * other.rotation.inv()).as_rotvec()
+        return np.concatenate([turn, self.translation - other.translation, self.velocity - other.velocity])
+
+    def plus(self, step, covariance):
+        return _Motion(Rotation.from_rotvec(step[:3]) * self.rotation, self.translation + step[3:6],
+                       self.velocity + step[6:], covariance)
+
+    def after(self, seconds):
+        """The motion a while later or earlier at constant velocity, and its errors' transition (12, 12)."""
+        turn = Rotation.from_rotvec(self.velocity[:3] * seconds)
+        transition = np.eye(12)
+        transition[:3, :3] = turn.as_matrix()
+        transition[:6, 6:] = np.eye(6) * seconds
+        t, density = abs(seconds), np.diag(np.repeat(np.square(ACCELERATION_DENSITY), 3))
+        mixed = np.sign(seconds) * t**2 / 2
+        noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
+        covariance = transition @ self.covariance @ transition.T + noise
+        translation = self.translation + self.velocity[3:] * seconds
+        return _Motion(turn * self.rotation, translation, self.velocity, covariance), transition
+
+    def distance(self, pose, covariance):
+        """The squared Mahalanobis distance of a pose with its covariance from this motion."""
+        step = xu.pose_step(pose, self.pose)
+        return float(step @ np.linalg.solve(self.covariance[:6, :6] + covariance, step))
+
+    def updated(self, pose, covariance):
+        """The motion once a pose has been measured."""
+        gain = np.linalg.solve(self.covariance[:6, :6] + covariance, self.covariance[:6]).T
+        kept = np.eye(12) - np.pad(gain, ((0, 0), (0, 6)))
+        spread = kept @ self.covariance @ kept.T + gain @ covariance @ gain.T
+        return self.plus(gain @ xu.pose_step(pose, self.pose), spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What one frame did to the filter."""
+
+    seconds: float
+    estimate: xu.PoseEstimate  # what was measured, accepted or not
+    predicted: _Motion | None
+    transition: np.ndarray | None  # (12, 12) from the frame before
+    motion: _Motion | None  # after the measurement
+    started: bool  # a new track
+    reason: str
+
+    def tracked(self, motion=None):
+        """The `TrackedPose` of this step, or of another motion in its place."""
+        motion = self.motion if motion is None else motion
+        if motion is None:
+            return TrackedPose("lost", self.seconds, reason=self.reason)
+        status = "predicted" if self.reason else "tracked"
+        return TrackedPose(status, self.seconds, motion.pose, motion.covariance[:6, :6], motion.velocity,
+                           self.estimate.explained_contrast, self.reason)
+
+
+class Tracker:
+    """Follows one ship frame by frame with what is known up to then.
+
+        tracker = Tracker(K, fps=30, detector=Detector("weights/xwing.weights.h5"), aligner=Aligner(mesh))
+        for frame in clip:
+            tracked = tracker.update(frame.image, frame.seconds)  # a TrackedPose
+
+    Gaps of up to MAX_GAP_SECONDS are bridged by the prediction; then the ship is lost, until a frame shows it
+    clearly. Without an aligner every frame is the network's. With `keep`, `steps` holds all, 4 kB a frame.
+
+    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation, 2001
+        (white-noise acceleration, gating); Sola, Deray, Atchuthan, A micro Lie theory for state estimation in
+        robotics, 2018 (errors as rotation vectors).
+    """
+
+    def __init__(self, K, fps=30.0, detector=None, aligner=None, keep=False):
+        """K (3, 3) pixels; fps: frames a second. ValueError: a wrong K, or fps not positive."""
+        if fps is None or not fps > 0:
+            raise ValueError(f"fps: expected a positive number of frames a second, got {fps}; "
+                             "a folder of frames does not say: give the camera's")
+        self.K, self.fps, self.detector, self.aligner = xu.check_camera_matrix(K), fps, detector, aligner
+        self.steps = collections.deque(maxlen=None if keep else 1)
+        self.motion, self.seconds = None, -1 / fps
+        self.seen, self.asked, self.began, self.contrast, self.against, self.age = 0.0, 0.0, 0.0, 0.0, 0, 0
+
+    def update(self, image, seconds=None, fault=""):
+        """Take the next frame, (H, W, 3) uint8: its `TrackedPose`.
+
+        seconds: the frame's time, None is one frame later; fault: why the image is None.
+        """
+        seconds = self._time(seconds)
+        if image is None:
+            return self.update_pose(xu.PoseEstimate(None, reason=fault or "the frame is missing"), seconds)
+        if self.motion is None:
+            return self.update_pose(self._detect(image), seconds)
+        predicted = self.motion.after(seconds - self.seconds)[0]
+        if self.aligner is None:
+            return self.update_pose(self._unaligned(image, predicted, seconds), seconds)
+        estimate = self.aligner.track(image, predicted.pose, self.K, predicted.covariance[:6, :6])
+        doubtful = not _convincing(estimate, predicted.pose, self.contrast)
+        if doubtful or self.age < START_FRAMES:
+            found, self.asked = self._detect(image, predicted), seconds
+            if found.accepted:
+                estimate = found
+            elif doubtful:
+                reason = estimate.reason or "the pose explains less of the frame than it did"
+                estimate = dataclasses.replace(estimate, accepted=False, reason=reason)
+        elif self._witness_is_due(seconds):
+            estimate, self.asked = self._witnessed(image, estimate), seconds
+        return self.update_pose(estimate, seconds)
+
+    def update_pose(self, estimate, seconds=None):
+        """Take the next frame's `PoseEstimate`, for callers that have made it: its `TrackedPose`."""
+        seconds = self._time(seconds)
+        predicted = transition = None
+        if self.motion is not None:
+            predicted, transition = self.motion.after(seconds - self.seconds)
+        motion, started, reason = self._filter(estimate, predicted)
+        self.age = 1 if started else self.age + 1
+        if motion is not None:
+            self.seen, share = seconds, 1.0 if started else 0.2
+            self.began, self.asked = (seconds, seconds) if started else (self.began, self.asked)
+            if np.isfinite(estimate.explained_contrast):
+                self.contrast += share * (estimate.explained_contrast - self.contrast)
+        elif predicted is not None and seconds - self.seen <= MAX_GAP_SECONDS + 1e-9:
+            motion = predicted if predicted.translation[2] > 0 else None
+        self.motion, self.seconds = motion, seconds
+        self.steps.append(_Step(seconds, estimate, predicted, transition, motion, started, reason))
+        return self.steps[-1].tracked()
+
+    def _time(self, seconds):
+        """The time of the next frame, which is always later than that of the one before."""
+        return max(self.seconds + 1 / self.fps if seconds is None else seconds, self.seconds + 1e-3)
+
+    def _filter(self, estimate, predicted):
+        """The motion with this frame's estimate, whether it starts a track, and why there is none."""
+        if not estimate.accepted:
+            return None, False, estimate.reason or "not measured"
+        covariance = estimate.covariance * MEASUREMENT_STD_SCALE**2
+        if predicted is not None:
+            excess = predicted.distance(estimate.pose, covariance) / GATE
+            aligned = np.isfinite(estimate.explained_contrast)
+            if excess > 1 and aligned and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN:
+                spread = predicted.covariance * excess  # a manoeuvre
+                predicted, excess = dataclasses.replace(predicted, covariance=spread), 1
+            if excess <= 1:
+                return predicted.updated(estimate.pose, covariance), False, ""
+            if not aligned:
+                return None, False, "too far from where it should be"
+        if estimate.log_likelihood_margin < START_MARGIN:
+            return None, False, "not clear enough to start from"
+        return _Motion.standing(estimate.pose, covariance), True, ""
+
+    def _detect(self, image, predicted=None, prior=True):
+        """The network's `PoseEstimate` near a prediction, verified on the pixels if there is an aligner."""
+        if self.detector is None:
+            return xu.PoseEstimate(None, reason="there is no detector to find the ship with")
+        pose = None if predicted is None else predicted.pose
+        keypoints, confidence, sigma = self.detector(image, None if pose is None else self._box(pose))
+        estimate = xu.estimate_pose(keypoints, self.K, confidence, sigma, prior=pose if prior else None)
+        return estimate if self.aligner is None else self.aligner.verify(image, estimate, self.K)
+
+    def _witness_is_due(self, seconds):
+        """Whether the network should look again: after a second, or when a new track is twice as old."""
+        interval = min(WITNESS_SECONDS, self.asked - self.began)
+        return self.detector is not None and seconds - self.asked >= interval
+
+    def _unaligned(self, image, predicted, seconds):
+        """The network's estimate near the prediction; drops a track that frames alone speak against."""
+        if self._witness_is_due(seconds):
+            alone = self._detect(image, predicted, prior=False)
+            against = alone.accepted and xu.rotation_error(alone.pose, predicted.pose) > 30
+            self.against = self.against + 1 if against else 0
+            if self.against >= TRACK_DROP_EVIDENCE:
+                self.motion, self.against, self.asked = None, 0, seconds
+                return alone
+            self.asked = self.asked if against else seconds
+        return self._detect(image, predicted)
+
+    def _witnessed(self, image, tracked):
+        """The track's estimate, or the network's where that explains the frame clearly better."""
+        keypoints, confidence, sigma = self.detector(image, self._box(tracked.pose))
+        other = xu.estimate_pose(keypoints, self.K, confidence, sigma)
+        if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
+            return tracked
+        other = self.aligner.verify(image, other, self.K)
+        if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
+            return tracked
+        costs, _ = self.aligner.photometric_costs(image, [tracked.pose, other.pose], self.K)
+        return other if costs[1] + MIN_COST_GAIN < costs[0] else tracked
+
+    def _box(self, pose):
+        """The box (2, 2), top left and bottom right, of the ship at a pose; None where it is not in front."""
+        corners = xu.project_pose(xu.BOUNDING_BOX, pose, self.K)
+        return np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
+
+
+def _convincing(estimate, predicted, contrast):
+    """Whether an alignment from a predicted pose is believed; contrast: explained in the frames before."""
+    return (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
+            and xu.rotation_error(estimate.pose, predicted) < MAX_TURN)
+
+
+def smooth(steps):
+    """A list of `TrackedPose`, each with what is known from before and after it, of a tracker's `steps`.
+
+    Frames predicted after the ship was last seen stay as they are.
+    Source: Rauch, Tung, Striebel, AIAA Journal 3(8), 1965.
+    """
+    steps, smoothed, later = list(steps), [], None
+    for step, following in zip(reversed(steps), [None, *reversed(steps)]):
+        motion = step.motion
+        if motion is not None and later is not None and not following.started:
+            gain = np.linalg.solve(following.predicted.covariance, following.transition @ motion.covariance).T
+            change = gain @ later.minus(following.predicted)
+            spread = motion.covariance + gain @ (later.covariance - following.predicted.covariance) @ gain.T
+            motion = motion.plus(change, spread)
+        later = motion
+        smoothed.append(step.tracked(motion))
+    return smoothed[::-1]
+
+
+def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
+    """Track a finished clip, every frame with what is known from both sides.
+
+    Args:
+        clip: `Clip`, or another iterable of `Frame`.
+        K, detector, aligner: see `Tracker`.
+        fps: frames a second where the clip does not say.
+        progress: show a bar.
+    Returns:
+        list of N `TrackedPose`. Gaps of up to MAX_GAP_SECONDS between tracked frames are "predicted"; longer
+        ones, and what comes before the first or after the last tracked frame, are "lost" and have no pose.
+    Raises:
+        ValueError: a wrong K, or fps not positive.
+    """
+    fps = getattr(clip, "fps", None) or fps
+    tracker, estimates = Tracker(K, fps, detector, aligner, keep=True), []
+    recent = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
+    for frame in tqdm(clip, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress):
+        tracked = tracker.update(frame.image, frame.seconds, frame.fault)
+        estimates.append(tracker.steps[-1].estimate)
+        recent.append((len(estimates) - 1, tracked.seconds, frame.image))
+        if aligner is not None and tracked.status == "tracked" and tracker.age == START_FRAMES:
+            _go_back(tracker, recent, estimates)
+    return _smoothed(estimates, [step.seconds for step in tracker.steps], K, fps)
+
+
+def _go_back(tracker, recent, estimates):
+    """Follow the ship backwards from where a track has just started, as long as the pixels confirm it.
+
+    recent: (index, seconds, image) of frames before the start, and of the START_FRAMES from it on. Replaces
+    estimates that are missing or explain less of their frames.
+    """
+    start = smooth(list(tracker.steps)[-START_FRAMES:])[0]
+    motion = dataclasses.replace(_Motion.standing(start.pose, start.covariance), velocity=start.velocity)
+    seconds, contrast = start.seconds, start.explained_contrast
+    for index, moment, image in list(recent)[-START_FRAMES - 1 :: -1]:
+        if image is None:
+            break
+        predicted = motion.after(moment - seconds)[0]
+        estimate = tracker.aligner.track(image, predicted.pose, tracker.K, predicted.covariance[:6, :6])
+        known = estimates[index]
+        better = not known.accepted or estimate.explained_contrast > known.explained_contrast
+        if not (better and _convincing(estimate, predicted.pose, contrast)):
+            break
+        motion, seconds = predicted.updated(estimate.pose, estimate.covariance), moment
+        estimates[index] = estimate
+
+
+def _smoothed(estimates, seconds, K, fps):
+    """The smoothed track of a clip's estimates; what is not between two tracked frames is lost."""
+    tracker = Tracker(K, fps, keep=True)
+    for estimate, time in zip(estimates, seconds):
+        tracker.update_pose(estimate, time)
+    track = smooth(tracker.steps)
+    gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
+    for start, end in zip(gaps[::2], gaps[1::2]):
+        inner = start > 0 and end < len(track)
+        if not inner or track[end].seconds - track[start - 1].seconds > MAX_GAP_SECONDS + 1.5 / fps:
+            track[start:end] = [TrackedPose("lost", t.seconds, reason=t.reason) for t in track[start:end]]
+    return track
+
+
+def summary(track):
+    """One line on a track: how many frames are tracked, predicted and lost."""
+    counts = collections.Counter(t.status for t in track)
+    return f"{len(track)} frames: " + ", ".join(f"{counts[s]} {s}" for s in ("tracked", "predicted", "lost"))
+
+
+def export_track(path, track, K, width, height):
+    """Write poses to a `.csv` or `.json` file, replaced only when whole.
+
+    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), translation tx ty tz
+    (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by rows, reason. Pose: model -> camera, x
+    right, y down, z forward; empty (null) where lost. The JSON file holds {"schema": 2, "camera": {K, width,
+    height}, "frames": [...]} with the matrix as four rows. ValueError: another suffix; OSError: no room.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError(f"{path}: expected a .csv or .json file")
+    if path.suffix == ".json":
+        camera = {"K": np.asarray(K).tolist(), "width": int(width), "height": int(height)}
+        rows = [{"frame": i, "seconds": round(t.seconds, 6), "status": t.status, **_numbers(t.pose),
+                 "reason": t.reason} for i, t in enumerate(track)]
+        text = json.dumps({"schema": 2, "camera": camera, "frames": rows}, indent=1)
+    else:
+        rows = []
+        for t in track:
+            numbers = [np.ravel(value) for value in _numbers(t.pose).values()]
+            numbers = [None] * 23 if t.pose is None else np.concatenate(numbers)
+            rows.append([round(t.seconds, 6), t.status, *numbers, t.reason])
+        names = [f"t{axis}" for axis in "xyz"] + [f"q{axis}" for axis in "wxyz"]
+        names += [f"m{row}{column}" for row in range(4) for column in range(4)]
+        table = pd.DataFrame(rows, columns=["seconds", "status", *names, "reason"])
+        text = table.to_csv(index_label="frame")
+    xu.write_atomically(path, text)
+
+
+def _numbers(pose):
+    if pose is None:
+        return {"translation": None, "quaternion": None, "matrix": None}
+    quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True), 1)
+    return {"translation": pose[:3, 3].tolist(), "quaternion": quaternion.tolist(), "matrix": pose.tolist()}
