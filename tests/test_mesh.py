@@ -161,15 +161,6 @@ def test_nothing_is_drawn_of_what_lies_behind_the_camera(ship, K):
     assert (ids == -1).all() and np.isinf(depth).all()
 
 
-def test_points_of_the_surface_lie_where_its_pixels_are(ship, poses, K):
-    ids, depth = mesh.rasterise(ship.triangles, poses[0], K, 256, 256)
-    points = mesh.surface_points(ids, ship.triangles, poses[0], K)
-    row, column = np.nonzero(ids >= 0)
-    pixels = points @ K[:2].T / points[:, 2:]
-    np.testing.assert_allclose(pixels, np.column_stack([column, row]) + 0.5, atol=1e-6)
-    np.testing.assert_allclose(points[:, 2], depth[row, column], atol=1e-4)
-
-
 def test_front_facing_is_counter_clockwise_as_seen(K):
     triangle = np.array([[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], float)  # counter-clockwise seen from +z
     above, below = np.diag([1.0, -1, -1, 1]), np.eye(4)

@@ -1,7 +1,9 @@
 """Notebooks without a browser: nothing in them hangs, and the command that runs them says where it stops."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 import run_notebook
 
-from xwing.film import viewer
+import xwing_utils as xu
+from xwing.film import viewer, write_clip
 
 NAMES = ("reference", "train", "eval", "pnp")
 VIEWER = """import numpy as np
@@ -100,3 +103,27 @@ def test_everything_is_pinned_and_both_opencv_are_one_version(root):
     asked = re.findall(r"^([\w-]+)", (root / "requirements.in").read_text(), re.M)
     assert set(asked) <= set(pinned)
     assert pinned["opencv-python"] == pinned["opencv-python-headless"]
+
+
+@pytest.fixture(scope="module")
+def clips(root, tmp_path_factory):
+    """A flight as a video, and one that shows nothing."""
+    folder = tmp_path_factory.mktemp("clips")
+    frames = [xu.read_image(path) for path in xu.list_frames(root / "data" / "frames")[60:120]]
+    write_clip(frames, folder / "flight.mp4", 30)
+    write_clip([0 * frame for frame in frames[:20]], folder / "black.mp4", 30)
+    return folder
+
+
+@pytest.mark.parametrize("settings,says", [
+    ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "both sides: 12 frames: 12 tracked"),
+    ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "both sides: 12 frames: 12 tracked"),
+    ({"SOURCE": "black.mp4"}, "no frame shows this ship clearly")], ids=["keypoints", "view", "no ship"])
+def test_pnp_runs_with_other_settings(root, clips, tmp_path, settings, says):
+    settings = {**settings, "SOURCE": str(clips / settings["SOURCE"]), "SMOKE": "1"}
+    environment = {**os.environ, **{f"XWING_{name}": value for name, value in settings.items()}}
+    command = [sys.executable, "tests/run_notebook.py", "--limit", "300", "--output-dir", str(tmp_path)]
+    done = subprocess.run([*command, "notebooks/pnp.ipynb"], cwd=root, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert says in (tmp_path / "pnp.ipynb").read_text()

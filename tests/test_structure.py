@@ -24,7 +24,7 @@ ARROWS = {  # file -> the project's own modules that it may import
     "data/make_xwing": set(),
 }
 OUTSIDERS = {"render": "data/render", "make_xwing": "data/make_xwing", "conftest": "tests", "bench": "tests"}
-CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 3400
+CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4050
 COLUMNS = 110
 FUNCTION_LINES, PARAMETERS = 40, 8
 MANY_PARAMETERS = {"animate", "make_dataset"}  # others script against these names

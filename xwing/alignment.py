@@ -6,8 +6,7 @@ linearly and are solved for; what the ship does not cover is guessed from the pi
 differs between drawing and frame says how the pose must move (Gauss-Newton). Drawing costs most, so each
 drawing serves several steps: its pixels are points of the surface, and where the pose moves by a pixel or
 two, they are looked up elsewhere in the frame. Pixels that cannot be explained (shadows, stars) lose their
-weight. All of this happens in linear light, as in a lens; only the differences are measured in grey levels,
-as pictures hold them.
+weight. All of this happens in linear light, as in a lens; only differences are measured in grey levels.
 """
 
 import dataclasses
@@ -37,12 +36,13 @@ KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a 
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
+DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that are enough
 WELL_EXPLAINED = 0.5  # share from which no other poses are searched
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
 
 def _grey(light):
-    """The inverse of `_light`, for light (h, w, 3) float32."""
+    """The inverse of `mesh.to_light`, for light (h, w, 3) float32."""
     return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
 
 
@@ -89,13 +89,12 @@ class _Template:
         return seen.reshape(-1, 3)[: len(positions)] - self.colours
 
 
+@dataclasses.dataclass(frozen=True)
 class _Prior:
-    """Where a pose is expected, and how surely; without a covariance (6, 6) not at all."""
+    """Where a pose is expected, and how surely."""
 
-    def __init__(self, pose, covariance=None):
-        self.pose, self.information = pose, np.zeros((6, 6))
-        if covariance is not None:
-            self.information = np.linalg.inv(covariance) / PRIOR_STD_SCALE**2
+    pose: np.ndarray  # (4, 4)
+    information: np.ndarray  # (6, 6)
 
     def slope(self, pose):
         return self.information @ xu.pose_step(pose, self.pose)
@@ -126,9 +125,7 @@ class Aligner:
         aligner = Aligner(load_mesh("data/xwing.obj"))
         pose, covariance = aligner.align(image, pose, K)
 
-    Args:
-        ship: `Mesh`.
-        blur: pixels, sigma of the filter that frames were taken through, beside the pixel's own square.
+    ship: `Mesh`; blur: pixels, sigma of the filter that frames were taken through beside the pixel's square.
 
     Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on brightness);
         Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are eliminated).
@@ -144,9 +141,7 @@ class Aligner:
         """Refine a pose that is off by a few pixels, on a coarse picture first.
 
         Args:
-            image: (H, W, 3) uint8.
-            pose: (4, 4) model -> OpenCV camera.
-            K: (3, 3) pixels.
+            image: (H, W, 3) uint8; pose: (4, 4) model -> OpenCV camera; K: (3, 3) pixels.
             covariance: (6, 6) of the pose, or None; with it, what the pixels leave open stays as it is.
         Returns:
             pose (4, 4) and covariance (6, 6), or None where too little of the ship shows or it runs away.
@@ -160,10 +155,10 @@ class Aligner:
         Arguments as for `align`. Accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen.
         """
         refined = self._refine(image, pose, K, FINE, covariance, drawings=2)
-        explained = 0.0 if refined is None else _explained_contrast(refined)
+        explained = _explained_contrast(refined)
         if explained < WELL_EXPLAINED:
             again = self._align(image, pose, K, covariance)
-            if again is not None and _explained_contrast(again) > explained:
+            if _explained_contrast(again) > explained:
                 refined, explained = again, _explained_contrast(again)
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
@@ -177,12 +172,7 @@ class Aligner:
         Poses that a flat ship is easily taken for are rivals always; where the best explains too little, also
         those of the estimate and of its runner-up, from a coarse picture on. Pixels and keypoints decide
         together. The best is accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen and no pose that
-        is turned by more than 30 degrees comes within MIN_MARGIN.
-
-        Args:
-            image: (H, W, 3) uint8.
-            estimate: from `xu.estimate_pose`; without a pose it comes back as it is.
-            K: (3, 3) pixels.
+        is turned by more than 30 degrees comes within MIN_MARGIN. Without a pose it comes back as it is.
         """
         if estimate.pose is None:
             return estimate
@@ -196,32 +186,28 @@ class Aligner:
         found += self._rivals(image, self._rank(image, found, K, estimate)[0][0], K, estimate)
         ranked, explained = self._rank(image, found, K, estimate)
         best, *others = _suppress_similar(ranked, 30)
-        runner_up = others[0].pose if others else estimate.runner_up
         margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
-        reason = _unexplained(explained)
+        reason = _unexplained(explained, MIN_EXPLAINED_CONTRAST * (0.8 if margin >= DECISIVE_MARGIN else 1))
         if not reason and margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
         same = xu.rotation_error(best.pose, estimate.pose) < 30
         return dataclasses.replace(
             estimate, pose=best.pose, covariance=best.covariance, accepted=not reason, reason=reason,
-            reprojection=estimate.reprojection if same else np.nan, runner_up=runner_up,
-            log_likelihood_margin=margin, explained_contrast=explained)
+            reprojection=estimate.reprojection if same else np.nan, log_likelihood_margin=margin,
+            runner_up=others[0].pose if others else estimate.runner_up, explained_contrast=explained)
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
         view = self._view(image, pose, K)
-        drawing = None if view is None else self._draw(view, pose)
+        drawing = view and self._draw(view, pose)
         if drawing is None:
             return None
         pictures = view.image, self._paint(view, drawing)[0]
         return tuple(picture.clip(0, 255).astype(np.uint8) for picture in pictures)
 
     def photometric_costs(self, image, poses, K, level=FINE):
-        """How badly each of some poses explains a frame: costs (N,), and that of a smooth sky, a number.
-
-        They are negative log-likelihoods over the same pixels, but for a constant: differences compare
-        poses; one that shows no ship costs infinity. level: FINE or COARSE, of the picture that is compared.
-        """
+        """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
+        one; negative log-likelihoods over the same pixels, but for a constant."""
         view = self._view(image, poses, K, level)
         drawings = [None if view is None else self._draw(view, pose) for pose in poses]
         if not any(drawings):
@@ -251,7 +237,7 @@ class Aligner:
 
     def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
         """Those of some poses that can be refined on one level, as `_Refined`."""
-        refined = [self._refine(image, pose, K, level, drawings=drawings) for pose in poses]
+        refined = (self._refine(image, pose, K, level, drawings=drawings) for pose in poses)
         return [candidate for candidate in refined if candidate is not None]
 
     def _rank(self, image, candidates, K, estimate, level=FINE):
@@ -265,10 +251,7 @@ class Aligner:
         return sorted(ranked, key=lambda candidate: candidate.cost), float(explained)
 
     def _view(self, image, poses, K, level=FINE, margin=6):
-        """The part of the frame that shows the ship at one pose or several; None where that is too little.
-
-        It is shrunk, so that what shows of the ship spans no more than WORKING_SIZE.
-        """
+        """The part of the frame about the ship at some poses, shrunk to WORKING_SIZE; None for too little."""
         size = np.array(image.shape[1::-1])
         pixels = np.array([xu.project_pose(self.outline, pose, K) for pose in np.reshape(poses, (-1, 4, 4))])
         if not np.isfinite(pixels).all():
@@ -321,10 +304,11 @@ class Aligner:
 
     def _refine(self, image, pose, K, level, covariance=None, expected=None, drawings=MAX_DRAWINGS):
         """Move a pose on one level: `_Refined`, or None where too little of the ship shows."""
-        prior = _Prior(pose if expected is None else expected, covariance)
+        known = 0 if covariance is None else np.linalg.inv(covariance) / PRIOR_STD_SCALE**2
+        prior = _Prior(pose if expected is None else expected, np.zeros((6, 6)) + known)
         for _ in range(drawings):
             view = self._view(image, pose, K, level)
-            drawing = None if view is None else self._draw(view, pose)
+            drawing = view and self._draw(view, pose)
             if drawing is None:
                 return None
             refined = _descend(self._template(view, drawing), prior)
@@ -391,8 +375,8 @@ def _descend(template, prior):
         if not moved:
             break
         pose, positions, residual, cost = trial, there, left, trial_cost
-    shift = float(np.sqrt(np.square(positions - first).sum(1).mean()))
-    return _Refined(pose, (information + information.T) / 2, template, residual, shift)
+    shift = np.sqrt(np.square(positions - first).sum(1).mean())
+    return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
 
 
 def _weight(residual, spread):
@@ -426,14 +410,15 @@ def _smooth_sky_cost(image, pixels):
 
 
 def _explained_contrast(refined):
-    """Share of the contrast about the ship, against a smooth sky, that a pose explains."""
+    """Share of the contrast about the ship, against a smooth sky, that a refined pose or None explains."""
+    if refined is None:
+        return 0.0
     sky = _smooth_sky_cost(refined.template.view.image, refined.template.pixels)
     return (sky - _robust_cost(refined.residual, 2 * NOISE)) / max(sky, MIN_CONTRAST)
 
 
-def _unexplained(share):
-    """The reason to refuse a pose that explains so little of the contrast, or nothing."""
-    return "" if share >= MIN_EXPLAINED_CONTRAST else f"the pose explains only {share:.0%} of what is seen"
+def _unexplained(share, least=MIN_EXPLAINED_CONTRAST):
+    return "" if share >= least else f"the pose explains only {share:.0%} of what is seen"
 
 
 def _keypoint_penalty(pose, estimate):
@@ -446,25 +431,16 @@ def _suppress_similar(ranked, degrees):
     """Of `_Refined`, best first, those that are turned by more than an angle against every better one."""
     kept = []
     for candidate in ranked:
-        if all(xu.rotation_error(candidate.pose, better.pose) > degrees for better in kept):
-            kept.append(candidate)
+        apart = all(xu.rotation_error(candidate.pose, better.pose) > degrees for better in kept)
+        kept += [candidate] if apart else []
     return kept
 
 
 def verify_frames(aligner, frames, estimates, K, progress=True):
-    """`Aligner.verify` for many frames, on all cores.
-
-    Args:
-        aligner: `Aligner`.
-        frames: iterable of (H, W, 3) uint8, read as needed; one that is None or missing keeps its estimate.
-        estimates: list of N `PoseEstimate`.
-        K: (3, 3) pixels.
-    Returns:
-        list of N `PoseEstimate`.
-    """
-    frames = itertools.chain(frames, itertools.repeat(None))
-    tasks = (joblib.delayed(_verify)(aligner, frame, estimate, K)
-             for estimate, frame in zip(estimates, frames))
+    """`Aligner.verify` on all cores for N estimates: a list. frames: any iterable, read as needed; one that
+    is None or missing keeps its estimate."""
+    pairs = zip(itertools.chain(frames, itertools.repeat(None)), estimates)
+    tasks = (joblib.delayed(_verify)(aligner, frame, estimate, K) for frame, estimate in pairs)
     verified = joblib.Parallel(n_jobs=-1, return_as="generator", max_nbytes=None)(tasks)  # none on disk
     return list(tqdm(verified, total=len(estimates), desc="verifying", unit="frame", disable=not progress))
 
