@@ -39,10 +39,10 @@ def lap():
     return paths + paths[-2:0:-1], poses + poses[-2:0:-1], K
 
 
-def timed_film(frames, K, blur=0.4):
+def timed_film(frames, K):
     """The track of some frames, and the seconds that it took to track and film them."""
     mesh = load_mesh(SHIP)
-    tracker = Tracker(K, 30.0, Detector(WEIGHTS), Aligner(mesh, blur))
+    tracker = Tracker(K, 30.0, Detector(WEIGHTS), Aligner(mesh))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         track = film.film(frames, tracker, Path(folder) / "a.mp4", mesh=mesh, progress=False)
@@ -71,8 +71,7 @@ def large(count, width, height):
     wide = (np.pad(square, [(0, 0), (left, width - height - left), (0, 0)]) for square in squares)
     with tempfile.TemporaryDirectory() as folder:
         film.write_clip(wide, Path(folder) / "a.mp4", 30)
-        soft = 0.5 * height / xu.FRAME_SIZE  # pixels: enlarging blurs
-        track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K, soft)
+        track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K)
     return {"fps": count / seconds, "tracked": sum(t.status == "tracked" for t in track)}
 
 
