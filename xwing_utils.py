@@ -86,10 +86,10 @@ def read_json(path):
 @contextlib.contextmanager
 def part_files(*paths):
     """Paths to write to, which replace `paths` together if all goes well; sweeps what killed runs left."""
-    parts = {Path(path): Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part") for path in paths}
+    parts = {Path(p): Path(p).with_name(f".{Path(p).name}.{os.getpid()}-{id(paths)}.part") for p in paths}
     for path in parts:
         for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
-            if not psutil.pid_exists(int(old.name.split(".")[-2])):
+            if not psutil.pid_exists(int(old.name.split(".")[-2].split("-")[0])):
                 old.unlink(missing_ok=True)
     try:
         yield list(parts.values())

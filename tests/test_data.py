@@ -483,3 +483,11 @@ def test_colours_blur_noise_and_compression_leave_keypoints_alone():
 def test_a_mirrored_dot_is_at_its_mirrored_keypoint():
     keypoints = xu.mirror_keypoints(np.array([[88.3, 171.9]]), 256, [0])
     assert np.abs(centroid(dot(88.3, 171.9)[:, ::-1]) - keypoints[0]).max() < 0.01
+
+
+def test_two_writers_of_one_file_in_one_process_do_not_share_its_part(tmp_path):
+    path = tmp_path / "a.txt"
+    with xu.part_files(path) as (first,), xu.part_files(path) as (second,):
+        first.write_text("first")
+        second.write_text("second")
+    assert first != second and path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
