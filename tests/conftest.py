@@ -1,6 +1,7 @@
 """Paths, environment and fixtures that several test files share."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,3 +86,17 @@ def oracle_frames():
     def frames(count, size=256):
         return np.stack([np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)])
     return frames
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """A function: code, environment variables -> what it prints in a fresh Python in the repository."""
+    def run(code, **environment):
+        chosen = ("KERAS_BACKEND", "SM_FRAMEWORK")
+        clean = {key: value for key, value in os.environ.items() if key not in chosen}
+        done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, cwd=xu.ROOT,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

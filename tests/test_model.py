@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -17,15 +15,6 @@ import xwing_utils as xu
 
 keras = xu.import_keras()
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
-
-
-def run_python(code, **environment):
-    """Run code in a fresh Python in the repository; its output."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("KERAS_BACKEND", "SM_FRAMEWORK")}
-    done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, cwd=xu.ROOT,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +36,7 @@ def batches(sample, camera):
 # ------------------------------------------------------------ imports, settings
 
 
-def test_the_core_works_without_a_learning_framework_until_a_model_is_asked_for():
+def test_the_core_works_without_a_learning_framework_until_a_model_is_asked_for(run_python):
     heavy = ("tensorflow", "keras", "torch", "jax", "segmentation_models", "albumentations", "h5py")
     output = run_python(f"""
 import sys, numpy as np, xwing_utils as xu
@@ -152,7 +141,7 @@ print(keras.backend.backend(), int(model.optimizer.iterations), bool(np.isfinite
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_two_steps_of_training_with_another_backend(backend):
+def test_two_steps_of_training_with_another_backend(run_python, backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     assert run_python(BACKEND_TRAINING, KERAS_BACKEND=backend).split() == [backend, "2", "True"]

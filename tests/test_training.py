@@ -366,15 +366,6 @@ def test_a_run_that_names_no_weights_as_its_start_is_refused(folder):
 # ------------------------------------------------------------ several devices and machines
 
 
-def run_python(code, **environment):
-    """Run code in a fresh Python in the repository; its output."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("KERAS_BACKEND", "SM_FRAMEWORK")}
-    done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, cwd=xu.ROOT,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 DISTRIBUTED = """
 import sys, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -394,7 +385,7 @@ for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
 """
 
 
-def test_two_devices_train_as_one_does(tmp_path):
+def test_two_devices_train_as_one_does(run_python, tmp_path):
     output = run_python(DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))).splitlines()
     one, two = ([float(word) for word in line.split()[1:]] for line in output if line.startswith("devices"))
     assert (one[0], two[0]) == (1, 2)

@@ -224,9 +224,13 @@ class Tracker:
         if self.detector is None:
             return xu.PoseEstimate(None, reason="there is no detector to find the ship with")
         pose = None if predicted is None else predicted.pose
-        keypoints, confidence, sigma = self.detector(image, None if pose is None else self._box(pose))
-        estimate = xu.estimate_pose(keypoints, self.K, confidence, sigma, prior=pose if prior else None)
+        estimate = self._look(image, pose, pose if prior else None)
         return estimate if self.aligner is None else self.aligner.verify(image, estimate, self.K)
+
+    def _look(self, image, near, prior=None):
+        """The `PoseEstimate` from what the network finds in a frame, or near a pose."""
+        keypoints, confidence, sigma = self.detector(image, None if near is None else self._box(near))
+        return xu.estimate_pose(keypoints, self.K, confidence, sigma, prior=prior)
 
     def _witness_is_due(self, seconds):
         """Whether the network should look again: after a second, or when a new track is twice as old."""
@@ -247,8 +251,7 @@ class Tracker:
 
     def _witnessed(self, image, tracked):
         """The track's estimate, or the network's where that explains the frame clearly better."""
-        keypoints, confidence, sigma = self.detector(image, self._box(tracked.pose))
-        other = xu.estimate_pose(keypoints, self.K, confidence, sigma)
+        other = self._look(image, tracked.pose)
         if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
             return tracked
         other = self.aligner.verify(image, other, self.K)
