@@ -4,9 +4,9 @@ The ship's shape is known, so a pose says which pixel shows which surface. Paint
 one colour per material, and light that varies smoothly with a surface's direction, enter the picture
 linearly and are solved for; what the ship does not cover is guessed from the pixels around it. What then
 differs between drawing and frame says how the pose must move (Gauss-Newton). Drawing costs most, so each
-drawing serves several steps: its pixels are points of the surface, and where the pose moves by a pixel or
-two, they are looked up elsewhere in the frame. Pixels that cannot be explained (shadows, stars) lose their
-weight. All of this happens in linear light, as in a lens; only differences are measured in grey levels.
+drawing serves several steps: its pixels are points of the surface, looked up elsewhere in the frame where the
+pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. All of this happens in linear
+light, as in a lens; only differences are measured in grey levels.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ def _grey(light):
 
 def _grey_slope(light):
     """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
-    return np.float32(269 / 2.4) * np.maximum(light.mean(1), np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
+    brightness = light @ np.full(3, 1 / 3, np.float32)
+    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Template:
     pixels: np.ndarray  # (P,) flat
     points: np.ndarray  # (P, 3) camera axes, from the ship's position
     colours: np.ndarray  # (P, 3) grey levels
-    jacobian: np.ndarray  # (3 P, 6) for a step of `xu.move_pose`, colours and light following
+    jacobian: np.ndarray  # (6, 3 P) for a step of `xu.move_pose`, colours and light following
     spread: float  # grey levels, of what the drawing leaves unexplained
 
     def positions(self, pose):
@@ -150,10 +151,8 @@ class Aligner:
         return None if refined is None else (refined.pose, refined.covariance)
 
     def track(self, image, pose, K, covariance=None):
-        """Refine a pose predicted from the frames before, within a few milliseconds: a `PoseEstimate`.
-
-        Arguments as for `align`. Accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen.
-        """
+        """Refine a pose predicted from the frames before, within a few milliseconds: a `PoseEstimate`,
+        accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen. Arguments as for `align`."""
         refined = self._refine(image, pose, K, FINE, covariance, drawings=2)
         explained = _explained_contrast(refined)
         if explained < WELL_EXPLAINED:
@@ -170,9 +169,8 @@ class Aligner:
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
 
         Poses that a flat ship is easily taken for are rivals always; where the best explains too little, also
-        those of the estimate and of its runner-up, from a coarse picture on. Pixels and keypoints decide
-        together. The best is accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen and no pose that
-        is turned by more than 30 degrees comes within MIN_MARGIN. Without a pose it comes back as it is.
+        those of the runner-up, from a coarse picture on. Pixels and keypoints decide together. Accepted if it
+        explains MIN_EXPLAINED_CONTRAST, and no pose turned by over 30 degrees comes within MIN_MARGIN.
         """
         if estimate.pose is None:
             return estimate
@@ -202,8 +200,7 @@ class Aligner:
         drawing = view and self._draw(view, pose)
         if drawing is None:
             return None
-        pictures = view.image, self._paint(view, drawing)[0]
-        return tuple(picture.clip(0, 255).astype(np.uint8) for picture in pictures)
+        return tuple(p.clip(0, 255).astype(np.uint8) for p in (view.image, self._paint(view, drawing)[0]))
 
     def photometric_costs(self, image, poses, K, level=FINE):
         """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
@@ -237,8 +234,7 @@ class Aligner:
 
     def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
         """Those of some poses that can be refined on one level, as `_Refined`."""
-        refined = (self._refine(image, pose, K, level, drawings=drawings) for pose in poses)
-        return [candidate for candidate in refined if candidate is not None]
+        return [r for pose in poses if (r := self._refine(image, pose, K, level, drawings=drawings))]
 
     def _rank(self, image, candidates, K, estimate, level=FINE):
         """`_Refined` with their costs, best first, and the share of the contrast that the best explains."""
@@ -274,8 +270,7 @@ class Aligner:
 
     def _draw(self, view, pose):
         """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show."""
-        height, width = view.image.shape[:2]
-        drawing = self.ship.draw(pose, view.K, width, height, view.blur)
+        drawing = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
         return drawing if np.count_nonzero(drawing.cover) >= MIN_PIXELS else None
 
     def _paint(self, view, drawing):
@@ -290,7 +285,7 @@ class Aligner:
             weighted = basis.T * weight
             colours = np.linalg.solve(weighted @ basis + self.stiffness, weighted @ target)
             painted = basis @ colours
-            squared = np.square(target - painted).mean(1) * unit
+            squared = _mean_square(target - painted) * unit
             spread = max(NOISE, 1.4826 * float(np.sqrt(np.median(squared))))
             weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
         picture.reshape(-1, 3)[covered] += painted
@@ -328,27 +323,27 @@ class Aligner:
         weight = _weight(view.image.reshape(-1, 3)[pixels] - colours, spread)
         points, flow_x, flow_y = _flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
         ahead, here = np.float32([-0.5, 0, 0.5]), np.float32([1])
-        slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels, :, None]
-        slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels, :, None]
-        jacobian = -(slope_x * flow_x[:, None] + slope_y * flow_y[:, None]).reshape(len(pixels), 18)
+        slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels].T
+        slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels].T
+        jacobian = -(slope_x * flow_x[:, None] + slope_y * flow_y[:, None]).reshape(18, len(pixels))
         slope = _grey_slope(mesh.to_light(colours.clip(0)))
         basis = drawing.basis.reshape(depth.size, -1)[pixels] * slope[:, None]
         weighted = basis.T * weight
         stiffness = self.stiffness * np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2)
-        jacobian -= basis @ np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian)
-        return _Template(view, drawing.pose, pixels, points, colours, jacobian.reshape(-1, 6), spread)
+        jacobian -= np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian.T).T @ basis.T
+        return _Template(view, drawing.pose, pixels, points, colours, jacobian.reshape(6, -1), spread)
 
 
 def _flow(pixels, depth, K, centre):
-    """The points (P, 3) that flat pixels show, from a centre; their d column, d row / d step, (P, 6) each."""
+    """The points (P, 3) that flat pixels show, from a centre; their d column, d row / d step, (6, P) each."""
     row, column = np.float32(np.divmod(pixels, depth.shape[1]))
     z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
     x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
     points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
     px, py, pz = points.T
     a, b, c, d = fx / z, fy / z, -fx * x / z**2, -fy * y / z**2  # d / d point = (a, 0, c) and (0, b, d)
-    return (points, np.column_stack([py * c, pz * a - px * c, -py * a, a, none, c]),
-            np.column_stack([py * d - pz * b, -px * d, px * b, none, b, d]))
+    return (points, np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
+            np.stack([py * d - pz * b, -px * d, px * b, none, b, d]))
 
 
 def _descend(template, prior):
@@ -358,9 +353,9 @@ def _descend(template, prior):
     residual = template.residual(first)
     cost = _robust_cost(residual, template.spread) + prior.cost(pose)
     for _ in range(MAX_STEPS):
-        weighted, moved = template.jacobian.T * _weight(residual, template.spread).repeat(3), False
-        information = np.float64(weighted @ template.jacobian) + prior.information
-        gradient = weighted @ residual.ravel() - prior.slope(pose)
+        weighted, moved = template.jacobian * np.tile(_weight(residual, template.spread), 3), False
+        information = np.float64(weighted @ template.jacobian.T) + prior.information
+        gradient = weighted @ residual.T.ravel() - prior.slope(pose)
         while damping < 10 and not moved:
             step = np.linalg.solve(information + damping * np.diag(np.diag(information) + 1e-9), gradient)
             if gradient @ step < 2 * NEGLIGIBLE_GAIN:
@@ -379,15 +374,19 @@ def _descend(template, prior):
     return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
 
 
+def _mean_square(colours):
+    return np.einsum("pc,pc->p", colours, colours) / np.float32(3)  # numpy's own sums of three are slow
+
+
 def _weight(residual, spread):
     """(P,) information of pixels that differ by so many grey levels (P, 3), under Cauchy errors."""
-    forgiven = np.square(residual).mean(1) / np.float32(xu.CAUCHY * spread) ** 2
+    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
     return np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2) / (1 + forgiven)
 
 
 def _robust_cost(residual, spread):
     """Negative log-likelihood, but for a constant, of differences (P, 3) in grey levels (Cauchy)."""
-    forgiven = np.square(residual).mean(1) / np.float32(xu.CAUCHY * spread) ** 2
+    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
     return 1.5 * EFFECTIVE_SAMPLE_RATIO * xu.CAUCHY**2 * float(np.log1p(forgiven).sum(dtype=float))
 
 
@@ -404,8 +403,9 @@ def _surroundings(light, cover):
 def _smooth_sky_cost(image, pixels):
     """The cost of an image at some flat pixels if a smooth sky is all that there is: quadratic in x and y."""
     row, column = np.float32(np.divmod(pixels, image.shape[1])) / max(image.shape[:2])
-    smooth, grey = np.polynomial.polynomial.polyvander2d(column, row, [2, 2]), image.reshape(-1, 3)[pixels]
-    fitted = smooth @ np.linalg.lstsq(smooth.T @ smooth, smooth.T @ grey, rcond=1e-6)[0]
+    powers = (np.stack([x**0, x, x * x]) for x in (column - 0.5, row - 0.5))
+    smooth, grey = np.einsum("ip,jp->ijp", *powers).reshape(9, -1), image.reshape(-1, 3)[pixels]
+    fitted = smooth.T @ np.linalg.lstsq(smooth @ smooth.T, smooth @ grey, rcond=1e-6)[0]
     return _robust_cost(grey - fitted, 2 * NOISE)
 
 

@@ -5,9 +5,11 @@ in perspective, hidden where the mesh lies before it; all that this needs of a f
 `animate` draws a finished track; `film` tracks, draws and writes in one pass, with constant memory.
 """
 
+import collections
 import dataclasses
 import errno
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import av
 import cv2
 import numpy as np
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
@@ -101,8 +104,7 @@ def draw_bolts(image, bolts, K, depth=None, radius=Lasers.radius, colour=Lasers.
     units, it tapers towards the tail and narrows with the distance; colour: of the glow.
     """
     image, core = np.array(image, order="C"), np.zeros(image.shape[:2], np.uint8)
-    for segment in _before_the_camera(bolts):
-        _fill_bolt(core, segment, radius, K, depth)
+    _fill_bolts(core, _before_the_camera(bolts), radius, K, depth)
     left, top, width, height = cv2.boundingRect(core)
     if width:
         scale = max(core.shape) / xu.FRAME_SIZE
@@ -133,29 +135,35 @@ def _before_the_camera(bolts):
     return segments
 
 
-def _fill_bolt(canvas, segment, radius, K, depth=None):
-    """Draw one bolt where nothing hides it: a polygon of perspective width, at least a third of a pixel."""
-    tail, head = (segment / segment[:, 2:]) @ K[:2].T
-    thin, thick = np.maximum(K[0, 0] * radius / segment[:, 2] * [0.35, 1.0], 0.33)
-    length = max(np.linalg.norm(head - tail), 1e-9)
-    along = (head - tail) / length
-    across = np.array([-along[1], along[0]])
-    outline = np.array([tail + across * thin, head + across * thick, head + along * thick,
-                        head - across * thick, tail - across * thin])
-    low, high = np.floor(outline.min(0)) - 2, np.ceil(outline.max(0)) + 2
-    (left, top), (right, bottom) = np.clip([low, high], 0, canvas.shape[::-1]).astype(int)
-    if left >= right or top >= bottom:
-        return
-    box = np.s_[top:bottom, left:right]
-    bolt = np.zeros((bottom - top, right - left), np.uint8)
-    corners = np.array([xu.cv_point(point - [left, top]) for point in outline], np.int32)
-    cv2.fillConvexPoly(bolt, corners, 255, cv2.LINE_AA, xu.CV_SHIFT)
-    if depth is not None and np.isfinite(depth[box]).any():
-        x, y = np.arange(left, right) + 0.5 - tail[0], np.arange(top, bottom)[:, None] + 0.5 - tail[1]
-        share = np.clip((x * along[0] + y * along[1]) / length, 0, 1)
-        inverse = (1 - share) / segment[0, 2] + share / segment[1, 2]  # 1 / depth is linear in the picture
-        bolt[1 / inverse >= depth[box] + 0.004] = 0
-    np.maximum(canvas[box], bolt, out=canvas[box])
+def _fill_bolts(canvas, segments, radius, K, depth=None):
+    """Draw bolts where nothing hides them: polygons of perspective width, at least a third of a pixel."""
+    ends = (segments / segments[..., 2:]) @ K[:2].T
+    thin, thick = np.maximum(K[0, 0] * radius / segments[..., 2].T * [[0.35], [1.0]], 0.33)[..., None]
+    (tail, head), way = ends.swapaxes(0, 1), ends[:, 1] - ends[:, 0]
+    along = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
+    across = along[:, ::-1] * [-1, 1]
+    outlines = np.stack([tail + across * thin, head + across * thick, head + along * thick,
+                         head - across * thick, tail - across * thin], axis=1)
+    fixed = np.round((outlines.clip(-(2**20), 2**20) - 0.5) * 2**xu.CV_SHIFT).astype(np.int32)
+    boxes = np.stack([np.floor(outlines.min(1)) - 2, np.ceil(outlines.max(1)) + 2], axis=1)
+    boxes = boxes.clip(0, canvas.shape[::-1]).astype(int)
+    for segment, line, outline, (low, high) in zip(segments, ends, fixed, boxes):
+        box = np.s_[low[1] : high[1], low[0] : high[0]]
+        if depth is None or not np.isfinite(depth[box]).any():
+            cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, xu.CV_SHIFT)
+            continue
+        bolt = np.zeros(depth[box].shape, np.uint8)
+        cv2.fillConvexPoly(bolt, outline - np.int32(low << xu.CV_SHIFT), 255, cv2.LINE_AA, xu.CV_SHIFT)
+        bolt[_depth_along(segment, line, low, high) >= depth[box] + 0.004] = 0
+        np.maximum(canvas[box], bolt, out=canvas[box])
+
+
+def _depth_along(segment, line, low, high):
+    """Depth (h, w) of a bolt at the pixels of a box, from its ends (2, 3) and where they show (2, 2)."""
+    x, y = np.arange(low[0], high[0]) - line[0, 0], np.arange(low[1], high[1])[:, None] - line[0, 1]
+    x, y, way = x + 0.5, y + 0.5, line[1] - line[0]
+    share = np.clip((x * way[0] + y * way[1]) / max(way @ way, 1e-18), 0, 1)
+    return 1 / ((1 - share) / segment[0, 2] + share / segment[1, 2])  # 1 / depth is linear in the picture
 
 
 def _with_bolts(image, bolts, lasers, mesh, pose, K):
@@ -182,25 +190,20 @@ def _hull_depth(mesh, bolts, pose, K, shape, edge=4):
     return depth
 
 
-def draw_tracked(image, tracked, K, box=True, axes=True, ellipses=True, path=0.5):
-    """Return a copy of the frame with what a `TrackedPose` says; each overlay can be left out.
-
-    box: green where tracked, yellow where predicted; axes: see `draw_axes`; ellipses: two standard deviations
-    of the corners; path: where the ship's middle will be for so many seconds at its present velocity.
-    """
+def draw_tracked(image, tracked, K):
+    """Return a copy of the frame with what a `TrackedPose` says: its box, green where tracked, yellow where
+    predicted, with two standard deviations of the corners, its axes, and its way in the next half second."""
     image, pose = np.array(image, order="C"), tracked.pose
     if pose is None:
         return image
     corners = xu.project_pose(xu.BOUNDING_BOX, pose, K)
-    if box:
-        image = xu.draw_box(image, corners, GREEN if tracked.status == "tracked" else YELLOW)
-    if ellipses and tracked.covariance is not None:
+    image = xu.draw_box(image, corners, GREEN if tracked.status == "tracked" else YELLOW)
+    image = xu.draw_axes(image, pose, K)
+    if tracked.covariance is not None:
         for corner, covariance in zip(corners, corner_covariance(pose, tracked.covariance, K)):
             _draw_ellipse(image, corner, covariance)
-    if axes:
-        image = xu.draw_axes(image, pose, K)
-    if path and tracked.velocity is not None:
-        ahead = pose[:3, 3] + np.linspace(0, path, 9)[:, None] * tracked.velocity[3:]
+    if tracked.velocity is not None:
+        ahead = pose[:3, 3] + np.linspace(0, 0.5, 9)[:, None] * tracked.velocity[3:]
         ahead = ahead[ahead[:, 2] > NEAR]
         points = np.array([xu.cv_point(point) for point in (ahead / ahead[:, 2:]) @ K[:2].T], np.int32)
         cv2.polylines(image, [points.reshape(-1, 1, 2)], False, PINK, 1, cv2.LINE_AA, xu.CV_SHIFT)
@@ -388,37 +391,55 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     Raises:
         ValueError: another suffix, or no frame can be read. OSError: no such folder, not a file.
     """
-    path, fps = _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
-    track = []
+    track, (path, fps) = [], _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
     pictures = _filmed(clip, tracker, fps, lasers or Lasers(), mesh, progress, track)
-    try:
-        with xu.part_files(path) as (part,):
-            _write_mp4(pictures, part, fps)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        warnings.warn(f"not written: {error}", stacklevel=2)
-        for _ in pictures:  # the track is worth having without the film
-            pass
+    with threadpool_limits(1, "blas"):  # what is done at once are reading, tracking, drawing with writing
+        try:
+            with xu.part_files(path) as (part,):
+                _write_mp4(pictures, part, fps)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            warnings.warn(f"not written: {error}", stacklevel=2)
+            for _ in pictures:  # the track is worth having without the film
+                pass
     return track
 
 
 def _filmed(clip, tracker, fps, lasers, mesh, progress, track):
     """Yield each picture and its seconds, and put each `TrackedPose` on `track`."""
-    shot, image, unread, count = lasers.shot(fps), None, [], getattr(clip, "count", None)
-    for frame in tqdm(_to_the_fault(clip), "tracking", count, unit="frame", disable=not progress):
-        if image is not None and frame.image is not None and frame.image.shape != image.shape:
-            frame = Frame(None, frame.seconds, f"its shape is {frame.image.shape}, not {image.shape}")
-        seconds = len(track) / fps if frame.seconds is None else frame.seconds
-        tracked = tracker.update(frame.image, seconds)
-        known = {"covariance": None, "velocity": None, "reason": frame.fault or tracked.reason}
-        track.append(dataclasses.replace(tracked, **known))
-        bolts = shot.step(tracked.pose, seconds)
-        image, unread = image if frame.image is None else frame.image, [*unread, seconds]
+    shot, unread, count = lasers.shot(fps), [], getattr(clip, "count", None)
+    followed = _prefetch(_followed(_prefetch(_to_the_fault(clip)), tracker, fps))
+    for image, seconds, tracked in tqdm(followed, "tracking", count, unit="frame", disable=not progress):
+        track.append(tracked)
+        bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
         if image is not None:  # what could not be read at the start shows the first frame
             picture = _with_bolts(image, bolts, lasers, mesh, tracked.pose, tracker.K)
             yield from ((picture, moment) for moment in unread)
             unread = []
+
+
+def _followed(frames, tracker, fps):
+    """Yield the image of each frame, or the last one that could be read, its seconds and `TrackedPose`."""
+    image = None
+    for number, frame in enumerate(frames):
+        if image is not None and frame.image is not None and frame.image.shape != image.shape:
+            frame = Frame(None, frame.seconds, f"its shape is {frame.image.shape}, not {image.shape}")
+        seconds = number / fps if frame.seconds is None else frame.seconds
+        tracked = tracker.update(frame.image, seconds)
+        known = {"covariance": None, "velocity": None, "reason": frame.fault or tracked.reason}
+        image = image if frame.image is None else frame.image
+        yield image, seconds, dataclasses.replace(tracked, **known)
+
+
+def _prefetch(items, ahead=2):
+    """Yield what an iterable gives, made by a thread of its own while the one before is used."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = collections.deque(thread.submit(next, items, end) for _ in range(ahead))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item
 
 
 def _to_the_fault(clip):

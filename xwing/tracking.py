@@ -165,14 +165,11 @@ class Tracker:
         if self.aligner is None:
             return self.update_pose(self._unaligned(image, predicted, seconds), seconds)
         estimate = self.aligner.track(image, predicted.pose, self.K, predicted.covariance[:6, :6])
-        doubtful = not _convincing(estimate, predicted.pose, self.contrast)
-        if doubtful or self.age < START_FRAMES:
+        if not _convincing(estimate, predicted.pose, self.contrast):
             found, self.asked = self._detect(image, predicted), seconds
-            if found.accepted:
-                estimate = found
-            elif doubtful:
-                reason = estimate.reason or "the pose explains less of the frame than it did"
-                estimate = dataclasses.replace(estimate, accepted=False, reason=reason)
+            reason = estimate.reason or "the pose explains less of the frame than it did"
+            unsure = dataclasses.replace(estimate, accepted=False, reason=reason)
+            estimate = found if found.accepted else unsure
         elif self._witness_is_due(seconds):
             estimate, self.asked = self._witnessed(image, estimate), seconds
         return self.update_pose(estimate, seconds)
