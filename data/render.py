@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import joblib
+import looks
 import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.ndimage import map_coordinates
@@ -437,6 +438,15 @@ def shifted_frame(seed, index, mesh_path=SHIP):
     return cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA), matrix, look.quality
 
 
+def looks_frame(seed, index, mesh_path=SHIP):
+    """As `random_frame`, but everything is one ray-traced scene, as looks.py says."""
+    ship = renderer(mesh_path)
+    rng = np.random.default_rng([seed, index])
+    matrix = random_pose(rng)
+    image, quality = looks.looks_image(ship.mi, ship.mesh, matrix, rng, SIZE, FOCAL)
+    return image, matrix, quality
+
+
 def flight_frame(seed, index, mesh_path=SHIP, flight=CALM):
     """Frame `index` of a flight before the sky of `seed`, as `random_frame`; the sky turns slowly."""
     ship = renderer(mesh_path)
@@ -452,7 +462,7 @@ def flight_frame(seed, index, mesh_path=SHIP, flight=CALM):
 
 
 FLIGHTS = {"flight": flight_frame, "wild": functools.partial(flight_frame, flight=WILD)}
-MAKERS = {"random": random_frame, "shifted": shifted_frame, **FLIGHTS}
+MAKERS = {"random": random_frame, "shifted": shifted_frame, "looks": looks_frame, **FLIGHTS}
 
 
 def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, progress=True, dask=None):
@@ -473,7 +483,8 @@ def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, p
     folder, digest = Path(folder), mesh_digest(load_mesh(mesh_path))
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        _claim(folder, {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": SAMPLES,
+        samples = looks.SAMPLES if kind == "looks" else SAMPLES
+        _claim(folder, {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": samples,
                         "size": SIZE, "mesh_digest": digest})
         names = [f"{i:03d}" if kind in FLIGHTS else str(i) for i in range(count)]
         missing = [i for i, name in enumerate(names)
@@ -552,7 +563,7 @@ def main(arguments=None):
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=MAKERS, default="random",
-                        help="random poses; the same in a shifted look; the flight of the clip; a wilder one")
+                        help="random poses; in a shifted look; in scenes; the clip's flight; a wilder one")
     parser.add_argument("--mesh", type=Path, default=SHIP, help="a Wavefront OBJ mesh in model units")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
     parser.add_argument("--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786")

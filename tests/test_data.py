@@ -28,7 +28,8 @@ def folder(root, tmp_path):
 # ------------------------------------------------------------ sets on disk
 
 
-@pytest.mark.parametrize("name,count", [("sample", 512), ("test", 512), ("shifted", 256), ("frames", 300)])
+@pytest.mark.parametrize("name,count", [("sample", 512), ("test", 512), ("shifted", 256), ("looks", 256),
+                                        ("frames", 300)])
 def test_committed_sets_load(root, name, count):
     paths, matrices = xu.load_dataset(root / "data" / name)
     assert len(paths) == count and matrices.shape == (count, 4, 4)
@@ -37,11 +38,12 @@ def test_committed_sets_load(root, name, count):
 
 
 def test_committed_data_stay_below_45_mb(root):
-    folders = [root / "data" / name for name in ("sample", "test", "shifted", "frames")]
+    folders = [root / "data" / name for name in ("sample", "test", "shifted", "looks", "frames")]
+    assert sum(file.stat().st_size for file in folders[3].iterdir()) < 5e6
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 45e6
 
 
-@pytest.mark.parametrize("name", ["sample", "test", "shifted"])
+@pytest.mark.parametrize("name", ["sample", "test", "shifted", "looks"])
 def test_poses_of_the_committed_sets_follow_the_documented_distribution(root, name, camera):
     matrices = xu.load_dataset(root / "data" / name)[1]
     z = matrices[:, 2, 3]
@@ -51,7 +53,7 @@ def test_poses_of_the_committed_sets_follow_the_documented_distribution(root, na
 
 
 def test_committed_sets_share_no_frame(root):
-    sets = [xu.load_dataset(root / "data" / name)[1] for name in ("sample", "test", "shifted")]
+    sets = [xu.load_dataset(root / "data" / name)[1] for name in ("sample", "test", "shifted", "looks")]
     for first, second in itertools.combinations(sets, 2):
         assert np.abs(first[:, None] - second[None]).max((2, 3)).min() > 1e-3
 

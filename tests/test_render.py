@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cv2
+import looks
 import make_xwing
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_a_dask_cluster_renders_the_same_files(rendered, tmp_path):
     assert files(tmp_path / "set") == files(rendered)
 
 
-@pytest.mark.parametrize("name,index", [("test", 2), ("shifted", 1), ("frames", 1)])
+@pytest.mark.parametrize("name,index", [("test", 2), ("shifted", 1), ("looks", 1), ("frames", 1)])
 def test_committed_frames_can_be_rendered_again(root, name, index):
     info = xu.read_json(root / "data" / name / "render_info.json")
     image, matrix, quality = render.MAKERS[info["kind"]](info["seed"], index)
@@ -235,6 +236,56 @@ def test_the_shifted_look_has_the_same_poses_and_other_pictures(rendered, tmp_pa
     assert (tmp_path / "set" / "0_mat.json").read_bytes() == (rendered / "0_mat.json").read_bytes()
     first, second = (xu.read_image(folder / "0.jpg").astype(int) for folder in (tmp_path / "set", rendered))
     assert np.abs(first - second).mean() > 10
+
+
+def test_scenes_have_the_same_poses_other_pictures_and_their_own_rays(rendered, tmp_path):
+    render_set(tmp_path / "set", 1, kind="looks")
+    again, _, quality = render.looks_frame(7, 0)
+    jpeg = cv2.imencode(".jpg", again[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    assert (tmp_path / "set" / "0.jpg").read_bytes() == jpeg and 60 <= quality <= 95
+    assert (tmp_path / "set" / "0_mat.json").read_bytes() == (rendered / "0_mat.json").read_bytes()
+    assert np.abs(again.astype(int) - xu.read_image(rendered / "0.jpg")).mean() > 10
+    assert xu.read_json(tmp_path / "set" / "render_info.json")["samples"] == looks.SAMPLES
+
+
+class Fog:
+    """Nothing but the ship, before white light from all round."""
+
+    def __init__(self, mi, rng, position):
+        self.shapes = {"light": {"type": "constant", "radiance": 1.0}}
+
+    def before(self, distance):
+        pass
+
+
+def test_scenes_show_the_ship_at_its_pose(camera, K, matrices, monkeypatch):
+    """... also through a lens and a shutter that blur: there the ship's outline is the middle of the blur."""
+    monkeypatch.setattr(looks, "Place", Fog)
+    monkeypatch.setattr(looks, "SAMPLES", 6)
+    ship, fov = render.renderer(), float(np.degrees(2 * np.arctan(1 / render.FOCAL)))
+    for seed, matrix in enumerate(matrices[:6]):
+        image = looks.exposures(ship.mi, ship.mesh, matrix, np.random.default_rng(seed), 256, fov)
+        seen = np.abs(image.mean(2) - 1) > 0.04
+        pose = xu.pose_in_camera(camera[0], matrix)
+        wanted = meshes.rasterise(ship.mesh.triangles, pose, K, 256, 256)[0] >= 0
+        near = cv2.dilate(wanted.astype(np.uint8), np.ones((9, 9))) > 0
+        assert wanted.sum() > 300 and not (seen & ~near).any() and (seen & wanted).sum() > 0.9 * wanted.sum()
+        rows = [np.mean(np.nonzero(mask), 1) for mask in (seen, wanted)]
+        assert np.abs(rows[0] - rows[1]).max() < 1
+
+
+@pytest.mark.parametrize("place", ["desert", "hangar", "clouds", "studio", "rocks"])
+def test_nothing_in_a_place_hides_the_ship(place):
+    """... nor holds the eye: along the ray to the ship's centre nothing comes before it."""
+    ship = render.renderer()
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        matrix = render.random_pose(rng)
+        scene = looks.Place(ship.mi, rng, matrix[:3, 3], place)
+        towards = ship.mi.ScalarVector3f(matrix[:3, 3] - [0, 0, 1])
+        hit = ship.mi.load_dict({"type": "scene", **scene.shapes}).ray_intersect(
+            ship.mi.Ray3f(ship.mi.ScalarPoint3f(0, 0, 1), towards))
+        assert not hit.is_valid() or hit.t > 1.1, (place, seed)
 
 
 # ------------------------------------------------------------ poses
