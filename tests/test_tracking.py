@@ -252,16 +252,24 @@ def clip_frames(root):
 
 
 class NoNetwork:
-    """A detector that gives the keypoints of a true pose when asked, and counts how often."""
+    """A detector that gives the keypoints of a true pose when asked, and counts how often.
+
+    `elsewhere` is the pose of a second ship, which it sees in whole frames where the first is painted over.
+    """
 
     def __init__(self, K):
-        self.K, self.asked, self.pose = K, 0, None
+        self.K, self.asked, self.pose, self.elsewhere = K, 0, None, None
 
     def __call__(self, image, box=None):
         self.asked += 1
-        if self.pose is None:
+        pose = self.pose
+        if pose is not None and box is None:
+            x, y = xu.project_pose(np.zeros((1, 3)), pose, self.K)[0].astype(int)
+            painted_over = not np.ptp(image[y - 2 : y + 3, x - 2 : x + 3].astype(int), axis=(0, 1)).any()
+            pose = self.elsewhere if painted_over else pose
+        if pose is None:
             return np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)
-        return xu.project_pose(xu.KEYPOINTS, self.pose, self.K), facing(self.pose) * 0.9, np.ones(36)
+        return xu.project_pose(xu.KEYPOINTS, pose, self.K), facing(pose) * 0.9, np.ones(36)
 
 
 def play(images, poses, K, aligner, known=lambda i: True):
@@ -278,7 +286,7 @@ def test_the_pixels_follow_the_ship_without_the_network(K, clip_frames, aligner)
     images, truth = (part[60:100] for part in clip_frames)
     live, detector = play(images, truth, K, aligner, known=lambda i: i == 0)
     assert all(t.status == "tracked" for t in live)
-    assert detector.asked == 7  # at the start, and after 1, 2, 4, 8, 16 and 32 frames
+    assert detector.asked == 8  # at the start, after 1, 2, 4, 8, 16 and 32 frames; and once for another ship
     assert np.median(errors(live, truth)) < 0.3 and errors(live, truth).max() < 1
 
 
@@ -312,6 +320,33 @@ def test_a_flash_is_bridged(K, clip_frames, aligner):
     live, _ = play(images, truth, K, aligner, known=lambda i: i != 10)
     assert [t.status for t in live] == ["tracked"] * 10 + ["predicted"] + ["tracked"] * 9
     assert errors(live, truth).max() < 2
+
+
+def test_a_ship_that_leaves_and_comes_back_elsewhere_is_found_there(K, clip_frames, aligner):
+    order = [*range(60, 90), *[225] * 30, *range(150, 170)]  # frame 225 shows no ship
+    images, truth = ([part[i] for i in order] for part in clip_frames)
+    live, _ = play(images, truth, K, aligner, known=lambda i: not 30 <= i < 60)
+    runs = [("tracked", 30), ("predicted", 15), ("lost", 15), ("tracked", 20)]
+    assert [t.status for t in live] == [status for status, count in runs for _ in range(count)]
+    assert errors(live, truth)[[*range(30), *range(60, 80)]].max() < 2
+
+
+def test_a_second_ship_is_told_and_the_first_one_followed(K, clip_frames, aligner):
+    """It shows in frames 20 to 55; the network looks for one each second."""
+    images, truth = (part[60:130] for part in clip_frames)
+    second, detector = clip_frames[1][150], NoNetwork(K)
+    tracker, live = Tracker(K, FPS, detector, aligner), []
+    for i, (image, pose) in enumerate(zip(images, truth)):
+        shown = 20 <= i < 56
+        image = np.maximum(image, clip_frames[0][150]) if shown else image
+        detector.pose = pose
+        detector.elsewhere = second if shown else None
+        live.append(tracker.update(image))
+    assert all(t.status == "tracked" for t in live) and errors(live, truth).max() < 2
+    told = [t.another is not None for t in live]
+    assert not any(told[:20]) and all(told[35:55]) and not any(told[-7:])
+    assert xu.rotation_error(live[40].another, second) < 2
+    assert "another ship in sight in" in tracking.summary(live)
 
 
 def test_a_frame_that_repeats_is_a_pause(K, clip_frames, aligner):
@@ -350,6 +385,16 @@ def test_a_finished_clip_goes_back_to_where_the_network_was_not_sure(K, clip_fra
     track = track_clip(Clip(), K, detector, aligner, progress=False)
     assert all(t.status == "tracked" for t in track)
     assert np.median(errors(track, truth)) < 0.3 and errors(track, truth).max() < 1
+
+
+@pytest.mark.parametrize("wrong", [0.7, 1.0, 1.3])
+def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, wrong):
+    images, truth = (part[30:110:10] for part in clip_frames)
+    scaled, started = K * [[wrong, 1, 1], [1, wrong, 1], [1, 1, 1]], np.array(truth)
+    started[:, 2, 3] *= wrong  # the distance that is found with it
+    best, factors, explained = tracking.compare_focal_lengths(images, started, scaled, aligner)
+    assert best * wrong == pytest.approx(1, abs=0.04)
+    assert explained.shape == factors.shape and factors[explained.argmax()] == pytest.approx(best, rel=0.12)
 
 
 # ------------------------------------------------------------ files

@@ -13,6 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
@@ -45,6 +46,7 @@ class TrackedPose:
     velocity: np.ndarray | None = None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
     explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, 0 to 1
     reason: str = ""  # why it was not measured
+    another: np.ndarray | None = None  # (4, 4) pose of a second ship, where the network saw one lately
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +117,16 @@ class _Step:
     motion: _Motion | None  # after the measurement
     started: bool  # a new track
     reason: str
+    another: np.ndarray | None  # (4, 4) of a second ship
 
     def tracked(self, motion=None):
         """The `TrackedPose` of this step, or of another motion in its place."""
         motion = self.motion if motion is None else motion
         if motion is None:
-            return TrackedPose("lost", self.seconds, reason=self.reason)
+            return TrackedPose("lost", self.seconds, reason=self.reason, another=self.another)
         status = "predicted" if self.reason else "tracked"
         return TrackedPose(status, self.seconds, motion.pose, motion.covariance[:6, :6], motion.velocity,
-                           self.estimate.explained_contrast, self.reason)
+                           self.estimate.explained_contrast, self.reason, another=self.another)
 
 
 class Tracker:
@@ -148,7 +151,7 @@ class Tracker:
                              "a folder of frames does not say: give the camera's")
         self.K, self.fps, self.detector, self.aligner = xu.check_camera_matrix(K), fps, detector, aligner
         self.steps = collections.deque(maxlen=None if keep else 1)
-        self.motion, self.seconds = None, -1 / fps
+        self.motion, self.seconds, self.another = None, -1 / fps, None
         self.seen, self.asked, self.began, self.contrast, self.against, self.age = 0.0, 0.0, 0.0, 0.0, 0, 0
 
     def update(self, image, seconds=None, fault=""):
@@ -190,7 +193,9 @@ class Tracker:
         elif predicted is not None and seconds - self.seen <= MAX_GAP_SECONDS + 1e-9:
             motion = predicted if predicted.translation[2] > 0 else None
         self.motion, self.seconds = motion, seconds
-        self.steps.append(_Step(seconds, estimate, predicted, transition, motion, started, reason))
+        self.another = None if motion is None else self.another
+        filtered = predicted, transition, motion, started, reason, self.another
+        self.steps.append(_Step(seconds, estimate, *filtered))
         return self.steps[-1].tracked()
 
     def _time(self, seconds):
@@ -248,6 +253,8 @@ class Tracker:
 
     def _witnessed(self, image, tracked):
         """The track's estimate, or the network's where that explains the frame clearly better."""
+        if self.seconds - self.began >= WITNESS_SECONDS:
+            self.another = self._elsewhere(image, tracked.pose)
         other = self._look(image, tracked.pose)
         if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
             return tracked
@@ -256,6 +263,14 @@ class Tracker:
             return tracked
         costs, _ = self.aligner.photometric_costs(image, [tracked.pose, other.pose], self.K)
         return other if costs[1] + MIN_COST_GAIN < costs[0] else tracked
+
+    def _elsewhere(self, image, pose):
+        """The pose (4, 4) of a ship in the frame beside the one at a pose, or None."""
+        corners = xu.project_pose(xu.BOUNDING_BOX, pose, self.K)
+        hull = cv2.convexHull(corners.clip(-1e4, 1e4).round().astype(np.int32))
+        rest = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
+        found = self.aligner.verify(rest, self._look(rest, None), self.K)
+        return found.pose if found.accepted else None
 
     def _box(self, pose):
         """The box (2, 2), top left and bottom right, of the ship at a pose; None where it is not in front."""
@@ -311,7 +326,8 @@ def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
         recent.append((len(estimates) - 1, tracked.seconds, frame.image))
         if aligner is not None and tracked.status == "tracked" and tracker.age == START_FRAMES:
             _go_back(tracker, recent, estimates)
-    return _smoothed(estimates, [step.seconds for step in tracker.steps], K, fps)
+    seconds, others = ([getattr(step, name) for step in tracker.steps] for name in ("seconds", "another"))
+    return _smoothed(estimates, seconds, others, K, fps)
 
 
 def _go_back(tracker, recent, estimates):
@@ -336,10 +352,10 @@ def _go_back(tracker, recent, estimates):
         estimates[index] = estimate
 
 
-def _smoothed(estimates, seconds, K, fps):
+def _smoothed(estimates, seconds, others, K, fps):
     """The smoothed track of a clip's estimates; what is not between two tracked frames is lost."""
     tracker = Tracker(K, fps, keep=True)
-    for estimate, time in zip(estimates, seconds):
+    for estimate, time, tracker.another in zip(estimates, seconds, others):
         tracker.update_pose(estimate, time)
     track = smooth(tracker.steps)
     gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
@@ -352,8 +368,35 @@ def _smoothed(estimates, seconds, K, fps):
 
 def summary(track):
     """One line on a track: how many frames are tracked, predicted and lost."""
-    counts = collections.Counter(t.status for t in track)
-    return f"{len(track)} frames: " + ", ".join(f"{counts[s]} {s}" for s in ("tracked", "predicted", "lost"))
+    counts, more = collections.Counter(t.status for t in track), sum(t.another is not None for t in track)
+    found = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
+    return f"{len(track)} frames: " + ", ".join(found + [f"another ship in sight in {more}"] * bool(more))
+
+
+def compare_focal_lengths(images, poses, K, aligner):
+    """Which focal length would explain some frames best: the factor on that of K, and what it rests on.
+
+    A focal length that is wrong shows in the perspective of the ship: whatever the distance, no pose explains
+    the frames as well. Bars, a crop or a zoom are the usual causes.
+
+    Args:
+        images: N frames (H, W, 3) uint8 that show the whole ship; a dozen are plenty.
+        poses: N (4, 4), as they were tracked with K (3, 3); aligner: `Aligner`.
+    Returns:
+        best: factor by which to multiply fx and fy of K; factors (F,) that were tried; explained (F,), the
+        mean share of the frames' contrast that the ship explains with each.
+    """
+    factors, explained = np.geomspace(0.5, 2, 13), []
+    for factor in factors:
+        scaled, started = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]], np.array(poses)
+        started[:, 2, 3] *= factor  # as large in the picture as before
+        found = [aligner.track(*pair, scaled).explained_contrast for pair in zip(images, started)]
+        explained.append(np.nan_to_num(found).mean())
+    middle = int(np.clip(np.argmax(explained), 1, len(factors) - 2))
+    near = slice(middle - 1, middle + 2)  # the peak of a parabola through the best and its neighbours
+    a, b, _ = np.polyfit(np.log(factors[near]), np.array(explained)[near], 2)
+    best = np.exp(np.clip(-b / (2 * min(a, -1e-9)), *np.log(factors[[0, -1]])))
+    return float(best), factors, np.array(explained)
 
 
 def export_track(path, track, K, width, height):
