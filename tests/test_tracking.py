@@ -11,7 +11,7 @@ import xwing_utils as xu
 from xwing import tracking
 from xwing.alignment import Aligner
 from xwing.footage import Frame
-from xwing.mesh import load_mesh
+from xwing.mesh import load_mesh, rasterise
 from xwing.tracking import Tracker, track_clip
 
 FPS = 30
@@ -88,7 +88,7 @@ def test_smoothing_a_straight_flight_is_batch_least_squares(K):
         pose = np.eye(4)
         pose[:3, 3] = position + rng.normal(0, 0.01, 3)
         covariance = np.diag(np.concatenate([[1e-4] * 3, rng.uniform(0.5, 2, 3) * 1e-4]))
-        tracker.update_pose(xu.PoseEstimate(pose, covariance / tracking.MEASUREMENT_STD_SCALE**2, True))
+        tracker.update_pose(xu.PoseEstimate(pose, covariance, True))
         measured.append(pose[:3, 3])
         spread.append(np.diag(covariance)[3:])
     smoothed = np.array([t.pose[:3, 3] for t in tracking.smooth(tracker.steps)])
@@ -117,8 +117,7 @@ def test_claimed_covariance_is_honest(K):
     for t, pose in list(zip(tracking.smooth(tracker.steps), truth))[10:50]:
         step = xu.pose_step(pose, t.pose)
         distance.append(step @ np.linalg.solve(t.covariance, step))
-    cautious = tracking.MEASUREMENT_STD_SCALE**2
-    assert 6 / (3 * cautious) < np.mean(distance) < 6 * 1.5  # 6 if nothing were scaled
+    assert 6 / 1.5 < np.mean(distance) < 6 * 1.5
 
 
 def test_frames_may_come_at_any_time(K):
@@ -249,6 +248,17 @@ def clip_frames(root):
     paths, matrices = xu.load_dataset(root / "data" / "frames")
     model_view, _ = xu.load_camera(root / "data" / "frames")
     return [xu.read_image(path) for path in paths], [xu.pose_in_camera(model_view, m) for m in matrices]
+
+
+def flat_picture(ship, pose, K):
+    """(256, 256, 3) uint8: each triangle in one colour, by material and by how it faces the camera."""
+    triangles = ship.triangles
+    ids, _ = rasterise(triangles, pose, K, 256, 256)
+    sides = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) @ pose[:3, :3].T
+    shade = 0.5 + 0.4 * sides @ [0.3, -0.8, -0.5] / np.linalg.norm(sides, axis=1)
+    colours = 255 * np.float32(ship.colours)[ship.face_materials] * shade[:, None]
+    picture = np.vstack([colours, [[12, 14, 30]]])[ids]  # the last one where there is no triangle
+    return picture.clip(0, 255).astype(np.uint8)
 
 
 class NoNetwork:
@@ -395,6 +405,48 @@ def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, w
     best, factors, explained = tracking.compare_focal_lengths(images, started, scaled, aligner)
     assert best * wrong == pytest.approx(1, abs=0.04)
     assert explained.shape == factors.shape and factors[explained.argmax()] == pytest.approx(best, rel=0.12)
+# ------------------------------------------------------------ how sure
+
+
+def probability(live):
+    return np.array([t.probability for t in live])
+
+
+def test_a_probability_is_one_and_a_lost_frame_has_none(K, clip_frames, aligner):
+    images, truth = (list(part[60:120]) for part in clip_frames)
+    images[10:40] = [np.zeros_like(images[0])] * 30
+    live, _ = play(images, truth, K, aligner, known=lambda i: not 10 <= i < 40)
+    lost = np.array([t.status == "lost" for t in live])
+    sure = probability(live)
+    assert lost.any() and (sure[lost] == 0).all()
+    assert ((sure > 0) & (sure < 1))[~lost].all()
+    assert sure[5:10].min() > 0.9 and sure[45:].min() > 0.9
+    assert (np.diff(sure[11:25]) <= 0).all() and sure[24] < 0.5  # ever less, the longer nothing is seen
+
+
+@pytest.mark.parametrize("turned", [1, 2, 3])
+def test_a_wrong_track_is_not_trusted(K, root, turned):
+    """A toy ship, flat-coloured on a plain sky; the track begins with a pose that it is taken for."""
+    ship = load_mesh(root / "data" / "xwing.obj")
+    aligner, truth = Aligner(ship), flight(12)
+    images = [flat_picture(ship, pose, K) for pose in truth]
+    for start, right in ((truth[0], True), (xu.ambiguous_poses(truth[0])[turned], False)):
+        tracker = Tracker(K, FPS, None, aligner)
+        tracker.update_pose(xu.PoseEstimate(start, np.eye(6) * 1e-4, True, explained_contrast=0.6))
+        live = [tracker.update(image) for image in images[1:]]
+        assert (errors(live, truth[1:])[-1] < 5) == right
+        sure = probability(live)
+        assert sure.min() > 0.8 if right else sure.max() < 0.3
+
+
+def test_a_smoothed_track_is_as_sure(K):
+    truth = flight(60)
+    oracle = Oracle(truth, K)
+    oracle.confidence[20:24], oracle.confidence[50:] = 0, 0
+    track = track_clip(oracle.frames(), K, oracle, fps=FPS, progress=False)
+    sure = probability(track)
+    assert ((sure > 0) & (sure < 1))[:50].all() and (sure[50:] == 0).all()
+    assert sure[21:23].max() < np.median(sure[:20])
 
 
 # ------------------------------------------------------------ files
@@ -402,12 +454,14 @@ def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, w
 
 def test_an_exported_track_holds_the_poses(K, tmp_path):
     poses = flight(3)
-    track = [tracking.TrackedPose("tracked", i * 0.04, pose) for i, pose in enumerate(poses)]
+    track = [tracking.TrackedPose("tracked", i * 0.04, pose, probability=0.75)
+             for i, pose in enumerate(poses)]
     track.append(tracking.TrackedPose("lost", 0.12, reason="0 points are found, 4 are needed"))
     tracking.export_track(tmp_path / "a.json", track, K, 256, 256)
     tracking.export_track(tmp_path / "a.csv", track, K, 256, 256)
     rows = json.loads((tmp_path / "a.json").read_text())["frames"]
     table = pd.read_csv(tmp_path / "a.csv", index_col="frame")
+    assert [row["probability"] for row in rows] == table["probability"].tolist() == [0.75, 0.75, 0.75, 0]
     for row, (_, line), pose in zip(rows, table.iterrows(), poses):
         np.testing.assert_allclose(row["matrix"], pose, atol=1e-12)
         w, x, y, z = row["quaternion"]

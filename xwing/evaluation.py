@@ -74,6 +74,12 @@ def speed_score(estimate, truth):
     return float(np.radians(xu.rotation_error(estimate, truth)) + relative)
 
 
+def within(poses, truth, degrees=5.0, distance=0.05):
+    """(N,) bool: which of N poses or None are right. Source: Shotton et al., CVPR 2013 (5 degrees, 5 cm)."""
+    return np.array([p is not None and xu.rotation_error(p, true) <= degrees
+                     and translation_error(p, true) <= distance for p, true in zip(poses, truth)], bool)
+
+
 def muzzle_error(estimate, truth, K):
     """Largest distance in pixels from a true muzzle to the nearest estimated one; infinite behind the camera.
 
@@ -250,6 +256,23 @@ def jitter(poses, truth, fps=30.0):
     return tuple(_figure("mean", kind) ** 0.5 for kind in squares)
 
 
+def reliability(probability, right, count=10):
+    """Bins of a probability (N,), a DataFrame. Source: DeGroot and Fienberg, The Statistician 32, 1983."""
+    claims = pd.DataFrame({"claimed": probability, "right": right, "frames": 1})
+    bins = pd.cut(claims["claimed"], np.linspace(0, 1, count + 1), include_lowest=True)
+    return claims.groupby(bins, observed=True).agg({"claimed": "mean", "right": "mean", "frames": "sum"})
+
+
+def roc(score, true):
+    """Shares (T,) of false and of true alarms as a limit on a score (N,) falls, and the area below.
+
+    Source: Fawcett, An Introduction to ROC Analysis, Pattern Recognition Letters 27, 2006.
+    """
+    limits = np.append(np.inf, np.unique(score)[::-1])
+    false, hits = ((score[kind, None] >= limits).mean(0) for kind in (~true, true))
+    return false, hits, float(np.trapezoid(hits, false))
+
+
 def compare_tracks(ways, truth, seen, K, fps=30.0):
     """What several ways of tracking a clip achieve: a DataFrame, one row a way.
 
@@ -324,6 +347,13 @@ def write_results(folder, figures, intervals, readme=None):
             raise ValueError(f"{readme}: expected the markers <!-- results --> and <!-- /results --> once")
     for path, text in files.items():
         xu.write_atomically(path, text)
+
+
+def load_flight(path):
+    """The video of a flight, its N true poses (4, 4), and K (3, 3), from a file like data/wild.json."""
+    info, (view, projection) = xu.read_json(path), xu.load_camera(path)
+    K, matrices = xu.camera_matrix(projection, info["width"], info["height"]), np.array(info["matrices"])
+    return Path(path).with_name(info["video"]), [xu.pose_in_camera(view, m) for m in matrices], K
 
 
 @dataclass(frozen=True)

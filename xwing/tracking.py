@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
+from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
@@ -26,13 +27,19 @@ START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a trac
 ACCELERATION_DENSITY = 3.0, 0.7  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
 START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
 START_FRAMES = 3  # of a new track: its velocity is not known yet, and the network looks at each
-MEASUREMENT_STD_SCALE = 1.5  # on the claimed standard deviation of a pose: its errors last for several frames
 GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may differ from the predicted one
 MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
 MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; with less the network is asked
 WITNESS_SECONDS = 1.0  # between two looks of the network at a ship that is followed; sooner at a new track
 MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
 TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
+PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`: logistic models, fitted
+    # by tests/calibrate_probability.py to 13,463 poses, 2,021 of them wrong, of ten flights rendered for it
+    ("tracked", True): (-4.44, 6.18, -2.02, 0.0),
+    ("tracked", False): (-8.5, 0.0, -7.45, 0.0),
+    ("predicted", True): (-4.84, 0.0, 0.0, -2.48),
+    ("predicted", False): (-3.92, 0.0, 0.0, -2.4),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,7 @@ class TrackedPose:
     velocity: np.ndarray | None = None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
     explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, 0 to 1
     reason: str = ""  # why it was not measured
+    probability: float = 0.0  # that the pose is within 5 degrees and 0.05 model units of the true one
     another: np.ndarray | None = None  # (4, 4) pose of a second ship, where the network saw one lately
 
 
@@ -125,8 +133,22 @@ class _Step:
         if motion is None:
             return TrackedPose("lost", self.seconds, reason=self.reason, another=self.another)
         status = "predicted" if self.reason else "tracked"
-        return TrackedPose(status, self.seconds, motion.pose, motion.covariance[:6, :6], motion.velocity,
-                           self.estimate.explained_contrast, self.reason, another=self.another)
+        covariance, contrast = motion.covariance[:6, :6], self.estimate.explained_contrast
+        return TrackedPose(status, self.seconds, motion.pose, covariance, motion.velocity, contrast,
+                           self.reason, _probability(status, covariance, contrast), self.another)
+
+
+def trust_features(covariance, contrast):
+    """(4,) what tells a right pose: 1, the explained contrast, log10 of both standard deviations (radians and
+    model units), of a covariance (6, 6). A contrast that is not known is 0."""
+    spread = [np.log10(np.trace(covariance[part, part])) / 2 for part in (slice(3), slice(3, 6))]
+    return np.array([1.0, np.nan_to_num(contrast), *spread])
+
+
+def _probability(status, covariance, contrast):
+    """That a pose is right: a logistic model of its features, see PROBABILITY."""
+    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
+    return float(expit(np.dot(weights, trust_features(covariance, contrast))))
 
 
 class Tracker:
@@ -206,7 +228,7 @@ class Tracker:
         """The motion with this frame's estimate, whether it starts a track, and why there is none."""
         if not estimate.accepted:
             return None, False, estimate.reason or "not measured"
-        covariance = estimate.covariance * MEASUREMENT_STD_SCALE**2
+        covariance = estimate.covariance
         if predicted is not None:
             excess = predicted.distance(estimate.pose, covariance) / GATE
             aligned = np.isfinite(estimate.explained_contrast)
@@ -402,28 +424,30 @@ def compare_focal_lengths(images, poses, K, aligner):
 def export_track(path, track, K, width, height):
     """Write poses to a `.csv` or `.json` file, replaced only when whole.
 
-    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), translation tx ty tz
-    (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by rows, reason. Pose: model -> camera, x
-    right, y down, z forward; empty (null) where lost. The JSON file holds {"schema": 2, "camera": {K, width,
-    height}, "frames": [...]} with the matrix as four rows. ValueError: another suffix; OSError: no room.
+    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), probability that the
+    pose is right, translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by
+    rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null) where lost. The JSON file
+    holds {"schema": 2, "camera": {K, width, height}, "frames": [...]} with the matrix as four rows.
+    ValueError: another suffix; OSError: no room.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"{path}: expected a .csv or .json file")
     if path.suffix == ".json":
         camera = {"K": np.asarray(K).tolist(), "width": int(width), "height": int(height)}
-        rows = [{"frame": i, "seconds": round(t.seconds, 6), "status": t.status, **_numbers(t.pose),
-                 "reason": t.reason} for i, t in enumerate(track)]
+        rows = [{"frame": i, "seconds": round(t.seconds, 6), "status": t.status,
+                 "probability": round(t.probability, 4), **_numbers(t.pose), "reason": t.reason}
+                for i, t in enumerate(track)]
         text = json.dumps({"schema": 2, "camera": camera, "frames": rows}, indent=1)
     else:
         rows = []
         for t in track:
             numbers = [np.ravel(value) for value in _numbers(t.pose).values()]
             numbers = [None] * 23 if t.pose is None else np.concatenate(numbers)
-            rows.append([round(t.seconds, 6), t.status, *numbers, t.reason])
+            rows.append([round(t.seconds, 6), t.status, round(t.probability, 4), *numbers, t.reason])
         names = [f"t{axis}" for axis in "xyz"] + [f"q{axis}" for axis in "wxyz"]
         names += [f"m{row}{column}" for row in range(4) for column in range(4)]
-        table = pd.DataFrame(rows, columns=["seconds", "status", *names, "reason"])
+        table = pd.DataFrame(rows, columns=["seconds", "status", "probability", *names, "reason"])
         text = table.to_csv(index_label="frame")
     xu.write_atomically(path, text)
 
