@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,8 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import evaluation
+from xwing.footage import Clip
+from xwing.mesh import load_mesh, rasterise
 
 
 def turned(degrees, axis=(1, 2, 3), shift=(0, 0, 0), start=None):
@@ -36,6 +39,12 @@ def grid():
 
 
 # ------------------------------------------------------------ one pose
+
+
+def test_a_pose_is_right_within_both_bounds():
+    found = [turned(4.9), turned(5.1), turned(0, shift=(0, 0, 0.049)), turned(0, shift=(0, 0, 0.051)), None]
+    assert evaluation.within(found, [np.eye(4)] * 5).tolist() == [True, False, True, False, False]
+    assert evaluation.within([], []).dtype == bool
 
 
 def test_translation_error():
@@ -411,3 +420,36 @@ def test_the_command_line_names_the_bad_frame(folder, model, monkeypatch, capsys
     (folder / "4_mat.json").write_text("[[1]]")
     assert "4_mat.json" in fails(capsys, folder, "--json", json_file)
     assert not json_file.exists()
+
+
+# ------------------------------------------------------------ probabilities, and a flight
+
+
+def test_reliability_counts_and_averages():
+    table = evaluation.reliability([0.0, 0.08, 0.95, 0.97, 1.0], [False, True, True, True, False])
+    assert table["frames"].tolist() == [2, 3]
+    np.testing.assert_allclose(table[["claimed", "right"]], [[0.04, 0.5], [0.97333, 2 / 3]], atol=1e-4)
+
+
+def test_the_roc_s_area_is_the_chance_that_a_wrong_pose_scores_higher():
+    rng = np.random.default_rng(0)
+    wrong = rng.random(200) < 0.3
+    score = np.round(rng.normal(wrong, 1.0), 1)  # with ties
+    false, hits, area = evaluation.roc(score, wrong)
+    assert false[0] == hits[0] == 0 and false[-1] == hits[-1] == 1
+    pairs = score[wrong][:, None] - score[~wrong]
+    assert area == pytest.approx((pairs > 0).mean() + (pairs == 0).mean() / 2)
+    assert evaluation.roc(np.array([3.0, 2, 1]), np.array([True, True, False]))[2] == 1
+
+
+def test_the_wild_flight_shows_the_ship_where_its_matrices_say(root):
+    """The ship's pixels are brighter than the sky around them, in frames all along the video."""
+    video, truth, K = evaluation.load_flight(root / "data" / "wild.json")
+    clip = Clip(video)
+    assert len(truth) == clip.count == 300 and clip.fps == 30 and (clip.width, clip.height) == (256, 256)
+    ship = load_mesh(root / "data" / "xwing.obj")
+    for i, frame in enumerate(clip):
+        if i % 50 == 20:
+            cover = rasterise(ship.triangles, truth[i], K, 256, 256)[0] >= 0
+            near = cv2.dilate(np.uint8(cover), np.ones((15, 15))) > 0
+            assert frame.image[cover].min(1).mean() > 2 * frame.image[near & ~cover].min(1).mean() + 20

@@ -21,7 +21,8 @@ from PIL import Image
 
 import xwing_utils as xu
 from xwing import footage
-from xwing.footage import Clip, Detector, Frame, frames_at, letterbox, picture_area
+from xwing.footage import Clip, Detector, Frame, frames_at, letterbox
+from xwing.lens import picture_area
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ ARROWS = {  # file -> the project's own modules that it may import
     "xwing/alignment": {"xwing_utils", "xwing/mesh"},
     "xwing/tracking": {"xwing_utils", "xwing/alignment"},
     "xwing/footage": {"xwing_utils"},
+    "xwing/lens": {"xwing/footage"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/tracking"},
     "xwing/evaluation": {"xwing_utils", "xwing/alignment"},
     "xwing/training": {"xwing_utils", "xwing/evaluation"},
@@ -26,7 +27,7 @@ ARROWS = {  # file -> the project's own modules that it may import
 }
 OUTSIDERS = {"render": "data/render", "looks": "data/looks", "make_xwing": "data/make_xwing",
              "conftest": "tests", "bench": "tests"}
-CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4050
+CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4110
 COLUMNS = 110
 FUNCTION_LINES, PARAMETERS = 40, 8
 MANY_PARAMETERS = {"animate", "make_dataset"}  # others script against these names

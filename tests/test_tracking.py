@@ -8,9 +8,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import tracking
+from xwing import evaluation, tracking
 from xwing.alignment import Aligner
 from xwing.footage import Frame
+from xwing.lens import compare_focal_lengths
 from xwing.mesh import load_mesh, rasterise
 from xwing.tracking import Tracker, track_clip
 
@@ -255,7 +256,7 @@ def flat_picture(ship, pose, K):
     triangles = ship.triangles
     ids, _ = rasterise(triangles, pose, K, 256, 256)
     sides = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) @ pose[:3, :3].T
-    shade = 0.5 + 0.4 * sides @ [0.3, -0.8, -0.5] / np.linalg.norm(sides, axis=1)
+    shade = 0.5 + 0.4 * sides @ [0.3, -0.8, -0.5] / (np.linalg.norm(sides, axis=1) + 1e-12)
     colours = 255 * np.float32(ship.colours)[ship.face_materials] * shade[:, None]
     picture = np.vstack([colours, [[12, 14, 30]]])[ids]  # the last one where there is no triangle
     return picture.clip(0, 255).astype(np.uint8)
@@ -402,7 +403,7 @@ def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, w
     images, truth = (part[30:110:10] for part in clip_frames)
     scaled, started = K * [[wrong, 1, 1], [1, wrong, 1], [1, 1, 1]], np.array(truth)
     started[:, 2, 3] *= wrong  # the distance that is found with it
-    best, factors, explained = tracking.compare_focal_lengths(images, started, scaled, aligner)
+    best, factors, explained = compare_focal_lengths(images, started, scaled, aligner)
     assert best * wrong == pytest.approx(1, abs=0.04)
     assert explained.shape == factors.shape and factors[explained.argmax()] == pytest.approx(best, rel=0.12)
 # ------------------------------------------------------------ how sure
@@ -422,6 +423,17 @@ def test_a_probability_is_one_and_a_lost_frame_has_none(K, clip_frames, aligner)
     assert ((sure > 0) & (sure < 1))[~lost].all()
     assert sure[5:10].min() > 0.9 and sure[45:].min() > 0.9
     assert (np.diff(sure[11:25]) <= 0).all() and sure[24] < 0.5  # ever less, the longer nothing is seen
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_probability_is_about_the_share_of_right_poses(K, clip_frames, aligner, step):
+    images, truth = (part[:180:step] for part in clip_frames)
+    live, _ = play(images, truth, K, aligner, known=lambda i: i % 3)  # and now and then it sees nothing
+    seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
+    right = evaluation.within([t.pose for t in live], truth)[seen]
+    sure = probability(live)[seen]
+    assert abs(sure.mean() - right.mean()) < 0.05
+    assert right[sure > 0.9].mean() > 0.97
 
 
 @pytest.mark.parametrize("turned", [1, 2, 3])

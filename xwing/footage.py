@@ -294,23 +294,6 @@ def frames_at(clip, indices):
         yield image
 
 
-def picture_area(clip, black=16):
-    """Where the picture lies between black bars: (left, top, width, height); the whole frame without.
-
-    Bars are equal on both sides, and no frame of a dozen is brighter there than `black`. Where they take part
-    of the longer side, `lens_camera` needs the focal length of the lens times the share that is left.
-    """
-    numbers = np.linspace(0, clip.count - 1, min(clip.count, 12)).astype(int)
-    brightest = np.max([image.max(-1) for image in frames_at(clip, numbers)], axis=0)
-    spans = []
-    for axis, size in ((0, clip.width), (1, clip.height)):
-        lit = np.flatnonzero(brightest.max(axis) > black)
-        low, high = (int(lit[0]), int(size - 1 - lit[-1])) if len(lit) else (0, 0)
-        spans.append((low, size - low - high) if abs(low - high) <= 2 else (0, size))
-    (left, width), (top, height) = spans
-    return left, top, width, height
-
-
 def letterbox(image, size):
     """The frame in the middle of a black square of `size` pixels, with its scale and offset.
 

@@ -33,7 +33,7 @@ MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; wit
 WITNESS_SECONDS = 1.0  # between two looks of the network at a ship that is followed; sooner at a new track
 MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
 TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
-PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`: logistic models, fitted
+PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
     # by tests/calibrate_probability.py to 13,463 poses, 2,021 of them wrong, of ten flights rendered for it
     ("tracked", True): (-4.44, 6.18, -2.02, 0.0),
     ("tracked", False): (-8.5, 0.0, -7.45, 0.0),
@@ -393,32 +393,6 @@ def summary(track):
     counts, more = collections.Counter(t.status for t in track), sum(t.another is not None for t in track)
     found = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
     return f"{len(track)} frames: " + ", ".join(found + [f"another ship in sight in {more}"] * bool(more))
-
-
-def compare_focal_lengths(images, poses, K, aligner):
-    """Which focal length would explain some frames best: the factor on that of K, and what it rests on.
-
-    A focal length that is wrong shows in the perspective of the ship: whatever the distance, no pose explains
-    the frames as well. Bars, a crop or a zoom are the usual causes.
-
-    Args:
-        images: N frames (H, W, 3) uint8 that show the whole ship; a dozen are plenty.
-        poses: N (4, 4), as they were tracked with K (3, 3); aligner: `Aligner`.
-    Returns:
-        best: factor by which to multiply fx and fy of K; factors (F,) that were tried; explained (F,), the
-        mean share of the frames' contrast that the ship explains with each.
-    """
-    factors, explained = np.geomspace(0.5, 2, 13), []
-    for factor in factors:
-        scaled, started = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]], np.array(poses)
-        started[:, 2, 3] *= factor  # as large in the picture as before
-        found = [aligner.track(*pair, scaled).explained_contrast for pair in zip(images, started)]
-        explained.append(np.nan_to_num(found).mean())
-    middle = int(np.clip(np.argmax(explained), 1, len(factors) - 2))
-    near = slice(middle - 1, middle + 2)  # the peak of a parabola through the best and its neighbours
-    a, b, _ = np.polyfit(np.log(factors[near]), np.array(explained)[near], 2)
-    best = np.exp(np.clip(-b / (2 * min(a, -1e-9)), *np.log(factors[[0, -1]])))
-    return float(best), factors, np.array(explained)
 
 
 def export_track(path, track, K, width, height):
