@@ -24,7 +24,7 @@ import xwing_utils as xu  # noqa: E402
 from xwing import film  # noqa: E402
 from xwing.alignment import Aligner  # noqa: E402
 from xwing.footage import Clip, Detector, Frame, letterbox  # noqa: E402
-from xwing.mesh import load_mesh  # noqa: E402
+from xwing.mesh import load_mesh, rasterise  # noqa: E402
 from xwing.tracking import Tracker  # noqa: E402
 
 WEIGHTS = Path(os.environ.get("XWING_WEIGHTS") or xu.ROOT / "weights" / "xwing.weights.h5")
@@ -63,16 +63,33 @@ def live(count):
 
 
 def large(count, width, height):
-    """The clip enlarged to the height of a large frame, as a video whose making is not timed."""
-    paths, _, K = lap()
-    left, K[:2] = (width - height) // 2, K[:2] * height / xu.FRAME_SIZE
+    """The clip's flight drawn from the mesh at the size of a large frame, as a video; that is not timed."""
+    _, poses, K = lap()
+    K[:2] *= height / xu.FRAME_SIZE
     K[0, 2] = width / 2
-    squares = (cv2.resize(xu.read_image(path), (height, height)) for path in paths[60 : 60 + count])
-    wide = (np.pad(square, [(0, 0), (left, width - height - left), (0, 0)]) for square in squares)
+    sky = cv2.GaussianBlur(np.random.default_rng(0).normal(0, 1, (height, width, 3)), (0, 0), height / 20)
+    sky = np.float32([10, 15, 50]) * np.exp(0.4 * np.float32(sky / sky.std()))
     with tempfile.TemporaryDirectory() as folder:
-        film.write_clip(wide, Path(folder) / "a.mp4", 30)
+        film.write_clip((draw(pose, K, sky) for pose in poses[60 : 60 + count]), Path(folder) / "a.mp4", 30)
         track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K)
-    return {"fps": count / seconds, "tracked": sum(t.status == "tracked" for t in track)}
+    off = [np.inf if t.pose is None else xu.rotation_error(t.pose, p) for t, p in zip(track, poses[60:])]
+    return {"fps": count / seconds, "rotation_deg_median": np.median(off),
+            "tracked": sum(t.status == "tracked" for t in track)}
+
+
+def draw(pose, K, sky):
+    """(H, W, 3) uint8: the ship under one light before a sky (H, W, 3), four samples a pixel."""
+    ship, (height, width) = load_mesh(SHIP), sky.shape[:2]
+    a, b, c = np.moveaxis(ship.triangles @ pose[:3, :3].T + pose[:3, 3], 1, 0)
+    normals = np.cross(b - a, c - a)
+    normals *= -np.sign((normals * a).sum(1, keepdims=True)) / np.linalg.norm(normals, axis=1, keepdims=True)
+    light = 0.45 + 0.55 * (normals @ [0.3, -0.8, -0.5]).clip(0)
+    colours = 255 * ship.colours[ship.face_materials] * light[:, None]
+    ids, _ = rasterise(ship.triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)
+    colours = np.vstack([colours, [[np.nan] * 3]]).astype(np.float32)[ids]
+    behind = cv2.resize(sky, (2 * width, 2 * height))
+    return cv2.resize(np.where(np.isnan(colours), behind, colours), (width, height),
+                      interpolation=cv2.INTER_AREA).clip(0, 255).astype(np.uint8)
 
 
 def plain(count):
