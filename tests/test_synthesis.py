@@ -5,7 +5,7 @@ import pytest
 
 import xwing_utils as xu
 from xwing import mesh as meshes
-from xwing import synthesis
+from xwing import scenery, synthesis
 
 PLAIN = synthesis.Light(np.array([0.0, 0, 1]), 1.0, strength=0.0, shadows=False, shine=0.0, exponent=1.0)
 
@@ -17,7 +17,7 @@ def ship(root):
 
 @pytest.fixture(scope="module")
 def randomiser(ship):
-    return synthesis.Randomiser(ship, 1.0)
+    return synthesis.Randomiser(ship)
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +47,6 @@ def test_the_state_of_the_generator_decides_the_frame(randomiser, frames, K):
         assert first.shape == image.shape and first.dtype == np.uint8
         np.testing.assert_array_equal(first, again)
         assert (first != other).mean() > 0.5
-
-
-@pytest.mark.parametrize("share,low,high", [(0, 0, 0), (0.3, 15, 50), (1, 100, 100)])
-def test_a_share_of_the_frames_is_changed(randomiser, frames, K, monkeypatch, share, low, high):
-    monkeypatch.setattr(randomiser, "share", share)
-    monkeypatch.setattr(randomiser, "randomise", lambda image, pose, K, rng: None)
-    (image, pose), rng = frames[0], np.random.default_rng(0)
-    results = [randomiser(image, pose, K, rng) for _ in range(100)]
-    assert low <= sum(result is None for result in results) <= high
-    assert all(result is image for result in results if result is not None)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_that_is_none_is_refused(ship, share):
-    with pytest.raises(ValueError, match=f"share.*{share}"):
-        synthesis.Randomiser(ship, share)
 
 
 def test_plain_light_and_true_paint_leave_the_ship_as_it_is(randomiser, frames, ship, K, fixed):
@@ -155,7 +139,7 @@ def test_frames_of_any_size_and_lens(randomiser, frames, ship, fixed):
 
 @pytest.mark.parametrize("width,height", [(256, 256), (33, 70), (640, 360)])
 def test_backgrounds_are_many(width, height):
-    drawn = [synthesis.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)]
+    drawn = [scenery.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)]
     assert all(picture.shape == (height, width, 3) and picture.dtype == np.uint8 for picture in drawn)
     means = np.array([picture.mean((0, 1)) for picture in drawn])
     assert means.min() < 40 and means.max() > 215  # dark ones and bright ones
@@ -165,8 +149,8 @@ def test_backgrounds_are_many(width, height):
 def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
     """Randomised frames come with the keypoints of the frames that they were."""
     paths, matrices = sample[0][:8], sample[1][:8]
-    arguments = {"batch_size": 8, "randomise": synthesis.Randomiser(ship, 1.0)}
-    monkeypatch.setattr(xu, "augmentation", lambda seed: None)
+    arguments = {"batch_size": 8, "randomise": synthesis.Randomiser(ship), "shares": (1, 0)}
+    monkeypatch.setattr(xu, "augmentation", lambda seed, without: None)
     monkeypatch.setattr(xu, "augment", lambda image, keypoints, transform: (image, keypoints))
     images, keypoints = xu.make_dataset(paths, matrices, *camera, **arguments)[0]
     corners = xu.keypoints_of(matrices, *camera)
@@ -181,5 +165,5 @@ def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
 def test_frames_that_are_not_augmented_are_not_randomised(sample, camera, ship):
     paths, matrices = sample
     dataset = xu.make_dataset(paths[:4], matrices[:4], *camera, batch_size=4, augmented=False,
-                              randomise=synthesis.Randomiser(ship, 1.0))
+                              randomise=synthesis.Randomiser(ship), shares=(1, 0))
     np.testing.assert_array_equal(dataset[0][0], [xu.read_image(path) for path in paths[:4]])
