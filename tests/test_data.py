@@ -219,7 +219,7 @@ def next_epoch(dataset):
 def mirror_only(monkeypatch):
     """Leaves the mirror as the only augmentation."""
     nothing = A.Compose([], keypoint_params=KEYPOINT_PARAMS)
-    monkeypatch.setattr(xu, "augmentation", lambda seed: nothing)
+    monkeypatch.setattr(xu, "augmentation", lambda seed, without: nothing)
 
 
 def test_shapes_and_types_of_a_batch(sample, camera):

@@ -176,7 +176,7 @@ def _flare(height, width, rng):
         cv2.circle(flare, centre.astype(int).tolist(), radius, colour, -1, cv2.LINE_AA)
     lamp = (start * (width, height)).astype(int).tolist()
     cv2.circle(flare, lamp, width // 20, [3.0] * 3, -1, cv2.LINE_AA)
-    return cv2.GaussianBlur(flare, (0, 0), width * np.exp(rng.uniform(-5, -2.5)))
+    return cv2.GaussianBlur(flare, (0, 0), width * np.exp(rng.uniform(-4, -2.5)))
 
 
 def _vignette(height, width, rng):

@@ -21,7 +21,7 @@ from xwing import mesh as meshes
 from xwing import scenery
 
 SUPERSAMPLING = 2  # samples per pixel and direction
-MIN_DETAIL = 1.0  # samples: triangles that show less wherever they are seen from are not drawn
+MIN_DETAIL = 0.1  # samples: triangles that show less wherever they are seen from are not drawn
 SHADOW_SIZE, SHADOW_BIAS = 160, 0.006  # pixels of the shadow map, model units: see `sunlit`
 MAX_TRIANGLES = 200_000  # of a mesh: more take too long for training
 TAME_SHARE = 0.3  # of the synthetic squares: true paint, soft light and a night sky, like the rendered frames
@@ -253,7 +253,7 @@ class Synthesiser(_Ship):
     def _thing(self, pose, K, size, rng):
         """A solid or a part of the ship, before or behind it: corners in camera axes, colours, openness."""
         distance, behind = pose[2, 3], rng.random() < 0.65
-        scale = self.reach * np.exp(rng.uniform(-2.5, 0.3 if behind else -1))
+        scale = self.reach * np.exp(rng.uniform(-2.2, 0.5 if behind else -0.8))
         depth = distance + self.reach + scale * rng.uniform(1, 6)
         depth = depth if behind else distance * rng.uniform(0.4, 0.7)
         solid = self.solids[rng.integers(len(self.solids))]
