@@ -71,14 +71,14 @@ def illuminate(triangles, light, openness=1.0):
     halfway = _unit(views + light.sun.astype(a.dtype))
     direct = np.clip(normals @ light.sun.astype(a.dtype), 0, None)
     soft = light.ambient * (1 - meshes.OCCLUSION * (1 - openness)) + np.clip(normals @ light.lamp, 0, None)
-    soft = soft + light.rim * (1 - np.clip((normals * views).sum(1), 0, 1)) ** 3
-    highlight = np.clip((normals * halfway).sum(1), 0, None) ** light.exponent * (direct > 0)
+    soft = soft + light.rim * (1 - np.clip(np.einsum("fi,fi->f", normals, views), 0, 1)) ** 3
+    highlight = np.clip(np.einsum("fi,fi->f", normals, halfway), 0, None) ** light.exponent * (direct > 0)
     sun = light.strength * direct[:, None] * light.tints[0]
     return soft[:, None] * light.tints[1], sun, light.shine * highlight
 
 
 def _unit(vectors):
-    return vectors / (np.sqrt((vectors * vectors).sum(-1, keepdims=True)) + 1e-12)
+    return vectors / (np.sqrt(np.einsum("...i,...i->...", vectors, vectors))[..., None] + 1e-12)
 
 
 def random_paint(materials, rng):
@@ -168,7 +168,7 @@ class _Ship:
             samples (P,) that meet one, counted along the rows of a picture of `shape`; which they meet (P,);
             points (P, 3) in model units; whether the sun reaches them (P, 1): other things cast no shadows.
         """
-        ids, depth = meshes.rasterise(corners, np.eye(4), K, shape[1], shape[0])
+        ids, depth = meshes.rasterise(corners, np.eye(4, dtype=corners.dtype), K, shape[1], shape[0])
         samples = np.flatnonzero(ids.ravel() >= 0)
         ids, row, column = ids.ravel()[samples], samples // shape[1], samples % shape[1]
         rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]).astype(np.float32)
@@ -237,7 +237,7 @@ class Synthesiser(_Ship):
         corners = self.sides[shown] @ rotation.T + np.float32(pose[:3, 3])
         paint = random_colours(self.colours, rng, tame)
         parts = [(corners, paint[self.materials[shown]].astype(np.float32), self.openness[shown])]
-        if not tame and rng.random() < 0.5:
+        if not tame and rng.random() < 0.6:
             parts += [self._thing(pose, K, size, rng) for _ in range(rng.integers(1, 7))]
         corners, colours, openness = (np.concatenate(part) for part in zip(*parts))
         samples, ids, points, lit = self.cast(corners, len(shown), light, pose, large, (side, side))
@@ -247,18 +247,18 @@ class Synthesiser(_Ship):
             decorate(colours, points / np.float32(2 * self.reach), rng)
         scene = np.zeros((side * side, 4), np.float32)
         sunshine = colours * sun[ids] + highlight[ids, None] / 255
-        scene[samples] = np.pad(colours * soft[ids] + lit * sunshine, ((0, 0), (0, 1)), constant_values=1)
+        scene[samples, :3], scene[samples, 3] = colours * soft[ids] + lit * sunshine, 1
         return cv2.resize(scene.reshape(side, side, 4), (size, size), interpolation=cv2.INTER_AREA)
 
     def _thing(self, pose, K, size, rng):
         """A solid or a part of the ship, before or behind it: corners in camera axes, colours, openness."""
         distance, behind = pose[2, 3], rng.random() < 0.65
-        scale = self.reach * np.exp(rng.uniform(-2.2, 0.5 if behind else -0.8))
+        scale = self.reach * np.exp(rng.uniform(-1.8, 0.6 if behind else -0.7))
         depth = distance + self.reach + scale * rng.uniform(1, 6)
         depth = depth if behind else distance * rng.uniform(0.4, 0.7)
         solid = self.solids[rng.integers(len(self.solids))]
         shape, groups = self._part(rng) if rng.random() < 0.35 else solid
-        stretch = np.diag(np.exp(rng.uniform(-1.5, 0, 3)) * min(scale * depth / distance, 0.8 * depth))
+        stretch = np.diag(np.exp(rng.uniform(-1, 0, 3)) * min(scale * depth / distance, 0.8 * depth))
         centre = np.linalg.inv(K) @ [*rng.uniform(-0.2 * size, 1.2 * size, 2), 1] * depth
         corners = shape @ stretch @ Rotation.random(rng=rng).as_matrix() + centre
         shown = meshes.front_facing_triangles(corners, np.eye(4))
