@@ -20,11 +20,11 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import io
 import json
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -307,7 +307,8 @@ def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
 
 def front_facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
     """(N, K) bool: which points (K, 3) turn their normals (K, 3) to the camera; a zero normal always does."""
-    poses, normals = np.array([pose_in_camera(model_view_matrix, m) for m in matrices]), np.asarray(normals)
+    poses, normals = [pose_in_camera(model_view_matrix, m) for m in matrices], np.asarray(normals)
+    poses = np.array(poses).reshape(-1, 4, 4)
     turn = poses[:, :3, :3].swapaxes(1, 2)
     away = ((points @ turn + poses[:, None, :3, 3]) * (normals @ turn)).sum(-1)
     return (away < 0) | ~normals.any(-1)
@@ -471,22 +472,31 @@ def mirror_permutation(points):
     return distance.argmin(1)
 
 
-def augmentation(seed=None):
-    """The albumentations pipeline. The mirror is not part of it: identities must be swapped with it."""
+def augmentation(seed=None, without=()):
+    """The albumentations pipeline but for the steps named in `without`; ValueError for names that are none.
+
+    The mirror is not part of it: identities must be swapped with it.
+    Source: Labbe et al., CosyPose, ECCV 2020 (strong colours); DeVries and Taylor, 2017 (erasing).
+    """
     import albumentations as A
 
-    light = [A.RandomBrightnessContrast((-0.15, 0.3), (-0.3, 0.4)), A.RandomGamma((65, 140)),
-             A.RandomToneCurve(0.2)]
-    colour = [A.HueSaturationValue(20, 60, 20), A.RGBShift(25, 25, 25), A.ToGray()]
-    blur = [A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.3, 1.2)), A.MotionBlur(blur_limit=(3, 5)),
-            A.Downscale(scale_range=(0.5, 0.9))]
-    return A.Compose([
-        A.Affine(rotate=(-180, 180), scale=(0.7, 1.3), translate_percent=(-0.08, 0.08), keep_ratio=True,
-                 p=0.6),
-        A.OneOf(light, p=0.6), A.OneOf(colour, p=0.5), A.OneOf(blur, p=0.25),
-        A.OneOf([A.GaussNoise(std_range=(0.01, 0.06)), A.ISONoise()], p=0.25),
-        A.ImageCompression(quality_range=(55, 98), p=0.3),
-    ], keypoint_params=A.KeypointParams(format="xy", remove_invisible=False), seed=seed)
+    steps = {
+        "geometry": A.Affine(rotate=(-180, 180), scale=(0.7, 1.3), translate_percent=(-0.08, 0.08),
+                             keep_ratio=True, p=0.6),
+        "flare": A.RandomSunFlare((0, 0, 1, 1), 60, num_flare_circles_range=(2, 6), p=0.1),
+        "light": A.OneOf([A.ColorJitter((0.3, 2.2), (0.3, 3), 0, 0), A.RandomBrightnessContrast(0.4, 0.4),
+                          A.RandomGamma((50, 170)), A.RandomToneCurve(0.3)], p=0.7),
+        "colour": A.OneOf([A.ColorJitter(0, 0, (0, 5), 0), A.HueSaturationValue(30, 60, 20),
+                           A.RGBShift(30, 30, 30), A.ToGray()], p=0.5),
+        "sharpness": A.OneOf([A.Sharpen((0.3, 0.9)), A.GaussianBlur((3, 7), (0.3, 2)), A.MotionBlur((3, 7)),
+                              A.Downscale((0.4, 0.9))], p=0.4),
+        "noise": A.OneOf([A.GaussNoise((0.01, 0.08)), A.ISONoise()], p=0.25),
+        "erasing": A.CoarseDropout((1, 5), (0.04, 0.2), (0.04, 0.2), "random_uniform", p=0.3),
+        "compression": A.ImageCompression(quality_range=(40, 98), p=0.3)}
+    if unknown := set(without) - set(steps):
+        raise ValueError(f"without: expected some of {', '.join(steps)}, got {', '.join(sorted(unknown))}")
+    return A.Compose([step for name, step in steps.items() if name not in without], seed=seed,
+                     keypoint_params=A.KeypointParams(format="xy", remove_invisible=False))
 
 
 def augment(image, keypoints, transform):
@@ -502,9 +512,9 @@ def crop(image, corner, size):
 
 
 def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, size=FRAME_SIZE,
-                 crop=False, augmented=True, points=KEYPOINTS, randomise=None, seed=0, shard=(0, 1),
-                 workers=2):
-    """A `keras.utils.PyDataset` that reads, augments and batches frames on `workers` threads.
+                 crop=False, augmented=True, points=KEYPOINTS, randomise=None, synthesise=None,
+                 shares=(0, 0), epoch_size=None, without=(), seed=0, shard=(0, 1), workers=2):
+    """A `keras.utils.PyDataset` that reads or draws, augments and batches frames on `workers` threads.
 
     Args:
         paths, matrices: from `load_dataset`; model_view_matrix, projection_matrix: from `load_camera`.
@@ -512,7 +522,10 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         crop: cut a square of that size round the ship instead: all the detail at a part of the cost.
         augmented: shuffle, mirror (identities swapped) and `augmentation`; False leaves the frames alone.
         points: (K, 3) model points, the corners first. Those of `KEYPOINTS` are hidden where they face away.
-        randomise: a function (image, pose, K, rng) -> image for frames that are augmented, or None.
+        randomise: a function (image, pose, K, rng) -> image that changes frames before they are augmented.
+        synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame that wide.
+        shares: how many samples are changed, how many drawn (and not augmented); the rest are plain frames.
+        epoch_size: samples of an epoch, by default as many as frames. without: see `augmentation`.
         shard: (index, count), to yield only one of so many parts of every batch.
     Yields:
         images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in
@@ -521,8 +534,13 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         ValueError: arguments that do not fit; points without the corners or without a mirror image.
     """
     points, keras = check_array(points, (None, 3), "points"), import_keras()
-    if len(paths) == 0 or len(paths) != len(matrices):
-        raise ValueError(f"expected frames with matrices, got {len(paths)} frames, {len(matrices)} matrices")
+    epoch_size = epoch_size or len(paths)
+    if len(paths) != len(matrices) or epoch_size < 1 or not (len(paths) or augmented and shares[1] == 1):
+        raise ValueError(f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
+                         "matrix a frame (render some: make data), or an epoch_size and all samples drawn")
+    missing = (shares[0] and not randomise) or (shares[1] and not synthesise)
+    if missing or not (min(shares) >= 0 and sum(shares) < 1 + 1e-9):
+        raise ValueError(f"shares: expected 0 or more, 1 or less together, and their functions; got {shares}")
     if size < 1 or (crop and size > FRAME_SIZE):
         raise ValueError(f"size: expected pixels, at most {FRAME_SIZE} for squares of a frame, got {size}")
     if batch_size < 1 or batch_size % shard[1]:
@@ -536,7 +554,9 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE), permutation=mirror_permutation(points),
         keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
         facing=front_facing(matrices, model_view_matrix, points, normals), batch_size=batch_size, size=size,
-        crop=crop, augmented=augmented, randomise=randomise, seed=seed, shard=shard, epoch=0)
+        crop=crop, augmented=augmented, randomise=randomise, synthesise=synthesise, shares=shares,
+        epoch_size=epoch_size, without=without, seed=seed, shard=shard, epoch=0, finished={},
+        points=points, normals=normals)
     return dataset
 
 
@@ -544,7 +564,7 @@ class _Batches:
     """The batches of `make_dataset`: functions of (seed, epoch, index) alone, for workers in any order."""
 
     def __len__(self):
-        return -(-len(self.paths) // self.batch_size)
+        return -(-self.epoch_size // self.batch_size)
 
     def on_epoch_end(self):
         self.epoch += 1
@@ -554,16 +574,23 @@ class _Batches:
         if self.augmented:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
         rng = np.random.default_rng([self.seed, self.epoch, index, part])
-        transform = augmentation(int(rng.integers(2**31))) if self.augmented else None
-        chosen = order[index * self.batch_size : (index + 1) * self.batch_size][part::parts]
+        transform = augmentation(int(rng.integers(2**31)), self.without) if self.augmented else None
+        first = index * self.batch_size
+        chosen = np.resize(order, self.epoch_size)[first : first + self.batch_size][part::parts]
         images, targets = zip(*(self._example(i, rng, transform) for i in chosen))
+        self.finished[self.epoch, index] = time.perf_counter()  # for those who wait for it
         return np.stack(images), np.stack(targets)
 
     def _example(self, i, rng, transform):
-        """One frame: (size, size, 3) uint8 and (K, 3) float32."""
+        """One sample: (size, size, 3) uint8 and (K, 3) float32."""
+        lot = rng.random() if self.augmented else 1.0
+        if lot < self.shares[1]:
+            image, pose, K = self.synthesise(self.size, rng, FRAME_SIZE if self.crop else self.size)
+            facing = front_facing([pose], OPENCV, self.points, self.normals)[0]
+            return image, self._targets(project_pose(self.points, pose, K), facing)
         image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
         keypoints, facing = self.keypoints[i], self.facing[i]
-        if self.augmented and self.randomise is not None:
+        if lot < sum(self.shares):
             image = self.randomise(image, self.poses[i], self.K, rng)
         if self.augmented and rng.random() < 0.5:
             image, facing = np.ascontiguousarray(image[:, ::-1]), facing[self.permutation]
@@ -578,9 +605,13 @@ class _Batches:
         elif self.size != FRAME_SIZE:
             keypoints = keypoints * (self.size / FRAME_SIZE)
             image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        return image, self._targets(keypoints, facing)
+
+    def _targets(self, keypoints, facing):
+        """(K, 3) float32 of the keypoints (K, 2) of a square and whether they face the camera (K,)."""
         keypoints = np.where(facing[:, None], keypoints, _FAR)
         visible = in_frame(keypoints, self.size, self.size)
-        return image, np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
+        return np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
 
 
 # ============================================================ network
@@ -753,38 +784,7 @@ def _argmax(maps):
     return ops.cast(ops.stack([flat % width, flat // width], axis=-1), "float32")
 
 
-class WeightsInMemory(io.BytesIO):
-    """An HDF5 file in memory, under a name that Keras takes for weights: HDF5 crashes on a full disk."""
-
-    def __str__(self):
-        return "memory.weights.h5"
-
-
-def save_model(model, path, **facts):
-    """Write `NAME.weights.h5`, kernels as float16, and `NAME.json` with settings, digest and any `facts`."""
-    import h5py
-
-    path, settings_path = _weights_files(path)
-    settings = {**model.settings, "size": getattr(model, "trained_size", model.settings["size"])}
-    if settings["keypoints"] <= len(KEYPOINTS):
-        settings["points"] = KEYPOINTS[: settings["keypoints"]].tolist()
-    full, slim = WeightsInMemory(), io.BytesIO()
-    model.save_weights(full)
-    with h5py.File(full) as source, h5py.File(slim, "w") as target:
-        source.visititems(functools.partial(_copy_slim, target))
-    info = {"model": settings, "sha256": hashlib.sha256(slim.getvalue()).hexdigest(), **facts}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_files({path: slim.getvalue(), settings_path: json.dumps(info, indent=1) + "\n"})
-
-
-def _copy_slim(target, name, item):
-    """Copy a tensor of the network into an HDF5 file; kernels (two or more dimensions) as packed float16."""
-    if hasattr(item, "shape") and not name.startswith("optimizer"):
-        packed = dict(dtype=np.float16, compression="gzip", shuffle=True) if item.ndim >= 2 else {}
-        target.create_dataset(name, data=item[()], **packed)
-
-
-def _weights_files(path):
+def weights_files(path):
     """The two files of weights: NAME.weights.h5, NAME.json."""
     path = Path(path)
     if not path.name.endswith(".weights.h5"):
@@ -794,7 +794,7 @@ def _weights_files(path):
 
 def weights_settings(path):
     """What `NAME.json` says of `NAME.weights.h5`: a dict, its "model" the arguments of `build_model`."""
-    path, settings_path = _weights_files(path)
+    path, settings_path = weights_files(path)
     for file in (path, settings_path):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; run notebooks/train.ipynb, or {_RESTORE}")

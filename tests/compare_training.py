@@ -38,7 +38,7 @@ class Frames:
         self.name, self.count = folder.name, len(paths) - KEPT
         trained, kept = slice(None, -KEPT), slice(-KEPT, None)
         self.batches = xu.make_dataset(paths[trained], matrices[trained], *camera, **options,
-                                       randomise=randomise)
+                                       randomise=randomise, shares=(0.3, 0))
         held = xu.make_dataset(paths[kept], matrices[kept], *camera, augmented=False, **options)
         self.images, self.truth = (np.concatenate(part) for part in zip(*(held[i] for i in range(len(held)))))
 

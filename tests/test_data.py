@@ -221,7 +221,7 @@ def next_epoch(dataset):
 def mirror_only(monkeypatch):
     """Leaves the mirror as the only augmentation."""
     nothing = A.Compose([], keypoint_params=KEYPOINT_PARAMS)
-    monkeypatch.setattr(xu, "augmentation", lambda seed: nothing)
+    monkeypatch.setattr(xu, "augmentation", lambda seed, without: nothing)
 
 
 def test_shapes_and_types_of_a_batch(sample, camera):
@@ -408,7 +408,7 @@ def test_frames_are_randomised_as_they_are_on_disk(sample, camera, K):
         seen.append((image.copy(), pose, K, rng.random()))
         return np.zeros_like(image)
 
-    dataset = dataset_of(sample, camera, count=8, batch_size=8, seed=3, randomise=randomise)
+    dataset = dataset_of(sample, camera, count=8, batch_size=8, seed=3, randomise=randomise, shares=(1, 0))
     images, _ = dataset[0]
     frames = {xu.read_image(path).tobytes(): matrix for path, matrix in zip(*sample)}
     assert len(seen) == 8 and images.mean() < 40

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import xwing_utils as xu
+from xwing import training
 
 keras = xu.import_keras()
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
@@ -153,7 +154,7 @@ def test_two_steps_of_training_with_another_backend(run_python, backend):
 @pytest.fixture(scope="module")
 def saved_once(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    xu.save_model(model, folder / "a.weights.h5", epochs=3)
+    training.save_model(model, folder / "a.weights.h5", epochs=3)
     return folder
 
 
@@ -185,7 +186,7 @@ def test_two_files_tell_all(model, saved):
 def test_kernels_are_stored_as_float16_the_rest_as_float32_the_optimizer_not(saved, tmp_path):
     network = xu.compile_model(xu.load_model(saved))
     network.optimizer.build(network.trainable_variables)
-    xu.save_model(network, tmp_path / "b.weights.h5")
+    training.save_model(network, tmp_path / "b.weights.h5")
     items = []
     with h5py.File(tmp_path / "b.weights.h5") as file:
         assert "optimizer" not in file
@@ -198,7 +199,7 @@ def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, 
     """Defect 11: a model that was loaded for larger frames was saved as one for larger frames."""
     larger = xu.load_model(saved, size=96)
     assert larger.input_shape == (None, 96, 96, 3) and larger.settings == {**model.settings, "size": 96}
-    xu.save_model(larger, tmp_path / "b.weights.h5")
+    training.save_model(larger, tmp_path / "b.weights.h5")
     assert xu.load_model(tmp_path / "b.weights.h5").settings == model.settings
 
 
@@ -221,7 +222,7 @@ def test_a_file_with_another_suffix(model, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}.*weights.h5"):
         xu.load_model(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}.*weights.h5"):
-        xu.save_model(model, tmp_path / name)
+        training.save_model(model, tmp_path / name)
 
 
 def change_settings(path, digest=None, **changes):
@@ -312,7 +313,7 @@ def test_settings_with_a_bad_value_are_refused(saved, name, value):
 def test_facts_that_cannot_be_stored_leave_both_files_alone(saved, model):
     before = contents(saved.parent)
     with pytest.raises(TypeError):
-        xu.save_model(model, saved, error=np.float32(1))
+        training.save_model(model, saved, error=np.float32(1))
     assert contents(saved.parent) == before
 
 
@@ -323,7 +324,7 @@ def test_a_full_disk_is_an_error_and_leaves_both_files_and_nothing_else(saved, m
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, unlimited[1]))
     try:
         with pytest.raises(OSError, match="a.weights.h5"):
-            xu.save_model(model, saved, epochs=4)
+            training.save_model(model, saved, epochs=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert contents(saved.parent) == before
@@ -342,11 +343,11 @@ def test_a_kill_between_weights_and_settings_is_noticed(saved, model, monkeypatc
     other = xu.build_model(**TINY)
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Killed):
-        xu.save_model(other, saved)
+        training.save_model(other, saved)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="a.weights.h5: not the weights of a.json"):
         xu.load_model(saved)
-    xu.save_model(other, saved)
+    training.save_model(other, saved)
     assert xu.load_model(saved).settings == other.settings
 
 

@@ -13,7 +13,8 @@ ARROWS = {  # file -> the project's own modules that it may import
     "xwing_utils": set(),
     "xwing/__init__": set(),
     "xwing/mesh": {"xwing_utils"},
-    "xwing/synthesis": {"xwing_utils", "xwing/mesh"},
+    "xwing/scenery": {"xwing_utils"},
+    "xwing/synthesis": {"xwing_utils", "xwing/mesh", "xwing/scenery"},
     "xwing/alignment": {"xwing_utils", "xwing/mesh"},
     "xwing/tracking": {"xwing_utils", "xwing/alignment"},
     "xwing/footage": {"xwing_utils"},
@@ -27,7 +28,7 @@ ARROWS = {  # file -> the project's own modules that it may import
 }
 OUTSIDERS = {"render": "data/render", "looks": "data/looks", "make_xwing": "data/make_xwing",
              "conftest": "tests", "bench": "tests"}
-CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4110
+CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4550
 COLUMNS = 110
 FUNCTION_LINES, PARAMETERS = 40, 8
 MANY_PARAMETERS = {"animate", "make_dataset"}  # others script against these names

@@ -1,11 +1,17 @@
-"""Domain randomisation: what is changed, what stays, and what decides it."""
+"""Frames drawn and frames changed while batches are made: what they show, and what decides it."""
 
+import dataclasses
+import time
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
+import skimage
 
 import xwing_utils as xu
 from xwing import mesh as meshes
-from xwing import synthesis
+from xwing import scenery, synthesis
 
 PLAIN = synthesis.Light(np.array([0.0, 0, 1]), 1.0, strength=0.0, shadows=False, shine=0.0, exponent=1.0)
 
@@ -17,7 +23,12 @@ def ship(root):
 
 @pytest.fixture(scope="module")
 def randomiser(ship):
-    return synthesis.Randomiser(ship, 1.0)
+    return synthesis.Randomiser(ship)
+
+
+@pytest.fixture(scope="module")
+def synthesiser(ship):
+    return synthesis.Synthesiser(ship)
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +58,6 @@ def test_the_state_of_the_generator_decides_the_frame(randomiser, frames, K):
         assert first.shape == image.shape and first.dtype == np.uint8
         np.testing.assert_array_equal(first, again)
         assert (first != other).mean() > 0.5
-
-
-@pytest.mark.parametrize("share,low,high", [(0, 0, 0), (0.3, 15, 50), (1, 100, 100)])
-def test_a_share_of_the_frames_is_changed(randomiser, frames, K, monkeypatch, share, low, high):
-    monkeypatch.setattr(randomiser, "share", share)
-    monkeypatch.setattr(randomiser, "randomise", lambda image, pose, K, rng: None)
-    (image, pose), rng = frames[0], np.random.default_rng(0)
-    results = [randomiser(image, pose, K, rng) for _ in range(100)]
-    assert low <= sum(result is None for result in results) <= high
-    assert all(result is image for result in results if result is not None)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_that_is_none_is_refused(ship, share):
-    with pytest.raises(ValueError, match=f"share.*{share}"):
-        synthesis.Randomiser(ship, share)
 
 
 def test_plain_light_and_true_paint_leave_the_ship_as_it_is(randomiser, frames, ship, K, fixed):
@@ -155,7 +150,7 @@ def test_frames_of_any_size_and_lens(randomiser, frames, ship, fixed):
 
 @pytest.mark.parametrize("width,height", [(256, 256), (33, 70), (640, 360)])
 def test_backgrounds_are_many(width, height):
-    drawn = [synthesis.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)]
+    drawn = [scenery.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)]
     assert all(picture.shape == (height, width, 3) and picture.dtype == np.uint8 for picture in drawn)
     means = np.array([picture.mean((0, 1)) for picture in drawn])
     assert means.min() < 40 and means.max() > 215  # dark ones and bright ones
@@ -165,8 +160,8 @@ def test_backgrounds_are_many(width, height):
 def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
     """Randomised frames come with the keypoints of the frames that they were."""
     paths, matrices = sample[0][:8], sample[1][:8]
-    arguments = {"batch_size": 8, "randomise": synthesis.Randomiser(ship, 1.0)}
-    monkeypatch.setattr(xu, "augmentation", lambda seed: None)
+    arguments = {"batch_size": 8, "randomise": synthesis.Randomiser(ship), "shares": (1, 0)}
+    monkeypatch.setattr(xu, "augmentation", lambda seed, without: None)
     monkeypatch.setattr(xu, "augment", lambda image, keypoints, transform: (image, keypoints))
     images, keypoints = xu.make_dataset(paths, matrices, *camera, **arguments)[0]
     corners = xu.keypoints_of(matrices, *camera)
@@ -181,5 +176,174 @@ def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
 def test_frames_that_are_not_augmented_are_not_randomised(sample, camera, ship):
     paths, matrices = sample
     dataset = xu.make_dataset(paths[:4], matrices[:4], *camera, batch_size=4, augmented=False,
-                              randomise=synthesis.Randomiser(ship, 1.0))
+                              randomise=synthesis.Randomiser(ship), shares=(1, 0))
     np.testing.assert_array_equal(dataset[0][0], [xu.read_image(path) for path in paths[:4]])
+
+
+# ------------------------------------------------------------ synthetic squares
+
+
+def draw(synthesiser, seed, size=128, frame=256):
+    return synthesiser(size, np.random.default_rng([0, seed]), frame)
+
+
+def test_the_state_of_the_generator_decides_the_square(synthesiser):
+    for seed in range(8):
+        (image, pose, K), again, other = (draw(synthesiser, s) for s in (seed, seed, seed + 100))
+        assert image.shape == (128, 128, 3) and image.dtype == np.uint8
+        np.testing.assert_array_equal(image, again[0])
+        np.testing.assert_array_equal(np.stack([pose[:3, :3], K]), np.stack([again[1][:3, :3], again[2]]))
+        assert (image != other[0]).mean() > 0.1 and np.abs(pose - other[1]).max() > 0.01
+        xu.check_camera_matrix(K)
+        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
+
+
+@pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
+def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame):
+    """A white ship in the dark fills what the mesh covers at the square's pose and camera, and no more."""
+    monkeypatch.setattr(synthesis, "TAME_SHARE", 1.0)
+    monkeypatch.setattr(synthesis, "random_light", lambda rng, tame: PLAIN)
+    monkeypatch.setattr(synthesis, "random_colours", lambda true, rng, tame: np.full(true.shape, 100.0))
+    monkeypatch.setattr(scenery, "random_background", lambda w, h, rng, tame: np.zeros((h, w, 3), np.uint8))
+    monkeypatch.setattr(scenery, "expose", lambda light, rng, tame: np.uint8(255 * light.clip(0, 1)))
+    whole = 0
+    for seed in range(30):
+        image, pose, K = draw(synthesiser, seed, size, frame)
+        expected = (samples(ship, pose, K, size, size) >= 0).any(-1)
+        drawn = image[..., 0] > 0
+        assert not (drawn & ~cv2.dilate(expected.astype(np.uint8), np.ones((3, 3))).astype(bool)).any()
+        whole += (drawn & expected).sum() > 0.93 * expected.sum() > 0  # else the frame ends, or it is outside
+    assert whole > 15
+
+
+def test_squares_show_the_ship_whole_or_cut_near_and_far(synthesiser):
+    corners = [xu.project_pose(xu.BOUNDING_BOX, *draw(synthesiser, seed)[1:]) for seed in range(100)]
+    inside, span = xu.in_frame(corners, 128, 128).sum(1), np.ptp(corners, axis=1).max(1)
+    assert 20 < (inside == 8).sum() < 90 and (inside < 4).sum() >= 1 and (inside > 0).mean() > 0.9
+    assert span.min() < 40 and span.max() > 120
+
+
+def test_squares_come_fast(synthesiser):
+    spent = []
+    for seed in range(40):
+        start = time.thread_time()
+        draw(synthesiser, seed)
+        spent.append(time.thread_time() - start)
+    assert np.median(spent) < 0.04
+
+
+def test_looks_are_many(synthesiser):
+    images = np.stack([draw(synthesiser, seed)[0] for seed in range(60)]).astype(float)
+    means = images.mean((1, 2))
+    assert means.mean(1).min() < 15 and means.mean(1).max() > 120 and np.ptp(means, axis=1).max() > 40
+
+
+def test_other_things_stand_before_and_behind_the_ship(synthesiser):
+    rng, depths = np.random.default_rng(0), []
+    _, pose, K = draw(synthesiser, 0)
+    for _ in range(40):
+        corners, colours, openness = synthesiser._thing(pose, K, 128, rng)
+        assert len(corners) == len(colours) == len(openness) > 0 and colours.shape[1] == 3
+        depths.append(corners[..., 2].mean() / pose[2, 3])
+    assert min(depths) < 0.75 and max(depths) > 1.3
+
+
+def test_solids_turn_their_outer_sides_outwards(synthesiser):
+    for triangles, groups in synthesiser.solids:
+        normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+        assert ((triangles.mean(1) - triangles.mean((0, 1))) * normals).sum(1).min() > -1e-9
+        assert len(groups) == len(triangles)
+
+
+def test_every_picture_comes_with_scikit_image_and_none_is_behind_shifted_ships():
+    there = {path.name for path in (Path(skimage.__file__).parent / "data").iterdir()}
+    assert set(scenery.PICTURES) <= there
+    assert not {"hubble_deep_field.jpg", "moon.png", "gravel.png"} & set(scenery.PICTURES)
+
+
+@pytest.mark.parametrize("text", ["v 0 0 0\nv .1 0 0\nv 0 .1 0\nf 1 2 3\n", None], ids=["triangle", "grey"])
+def test_any_mesh_is_drawn(tmp_path, root, text):
+    """One triangle; the ship without its materials."""
+    path = tmp_path / "a.obj"
+    lines = (root / "data" / "xwing.obj").read_text().splitlines()
+    path.write_text(text or "\n".join(line for line in lines if line[:2] in ("v ", "f ")))
+    other = synthesis.Synthesiser(meshes.load_mesh(path))
+    assert all(draw(other, seed)[0].std() > 0 for seed in range(10))
+
+
+def test_meshes_that_cannot_be_drawn(ship, monkeypatch):
+    many = dataclasses.replace(ship, faces=np.tile(ship.faces, (200, 1)))
+    with pytest.raises(ValueError, match="at most 200,000 triangles.* got 1,208,400.*simplify"):
+        synthesis.Synthesiser(many)
+    vertices = ship.vertices.copy()
+    vertices[7, 1] = np.nan
+    with pytest.raises(ValueError, match="1 not finite"):
+        synthesis.Randomiser(dataclasses.replace(ship, vertices=vertices))
+
+
+# ------------------------------------------------------------ mixed batches
+
+
+def mixed(sample, camera, shares, count=64, **arguments):
+    """Frames of which some turn into 1 and some are 2 throughout, unless they are as they were."""
+    pose = xu.pose_in_camera(camera[0], sample[1][0])
+    functions = {"randomise": lambda image, pose, K, rng: np.full_like(image, 1),
+                 "synthesise": lambda size, rng, frame: (
+                     np.full((size, size, 3), 2, np.uint8), pose, xu.lens_camera(size, size))}
+    return xu.make_dataset(sample[0][:count], sample[1][:count], *camera, batch_size=16, shares=shares,
+                           **{**functions, **arguments})
+
+
+@pytest.mark.parametrize("shares", [(0, 0), (0.25, 0.25), (0, 1), (1, 0), (0.5, 0.5)])
+def test_batches_have_their_shares(sample, camera, monkeypatch, shares):
+    monkeypatch.setattr(xu, "augmentation", lambda seed, without: None)
+    monkeypatch.setattr(xu, "augment", lambda image, keypoints, transform: (image, keypoints))
+    dataset = mixed(sample, camera, shares, epoch_size=160)
+    assert len(dataset) == 10
+    images = np.concatenate([dataset[i][0] for i in range(10)])
+    found = [(images == value).all((1, 2, 3)).mean() for value in (1, 2)]
+    assert np.abs(np.subtract(found, shares)).max() < (0.1 if 0 < sum(shares) and max(shares) < 1 else 1e-9)
+
+
+def test_drawn_squares_have_the_targets_of_their_pose(sample, camera):
+    dataset = mixed(sample, camera, (0, 1), count=0, epoch_size=20)
+    assert len(dataset) == 2 and len(dataset[1][0]) == 4
+    expected = xu.keypoints_of(sample[1][:1], *camera, points=xu.KEYPOINTS)[0]
+    facing = xu.front_facing(sample[1][:1], camera[0])[0]
+    for keypoints in dataset[0][1]:
+        np.testing.assert_allclose(keypoints[facing, :2], expected[facing], atol=0.02)
+        np.testing.assert_array_equal(keypoints[:, 2], facing & xu.in_frame(expected))
+        assert (keypoints[~facing, :2] < -1000).all()
+
+
+def test_drawn_batches_repeat_for_a_seed_and_never_otherwise(camera, synthesiser):
+    def batch(seed, epoch, index):
+        dataset = xu.make_dataset([], [], *camera, batch_size=4, size=64, crop=True, synthesise=synthesiser,
+                                  shares=(0, 1), epoch_size=8, seed=seed)
+        dataset.epoch = epoch
+        return dataset[index][0]
+
+    batches = [batch(*key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]
+    np.testing.assert_array_equal(batches[0], batch(0, 0, 0))
+    assert len({image.tobytes() for images in batches for image in images}) == 16
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"shares": (0.6, 0.5)}, "shares.*1 or less together.*0.6, 0.5"), ({"shares": (-0.1, 0)}, "shares"),
+    ({"shares": (float("nan"), 0)}, "shares"), ({"shares": (0, 1), "synthesise": None}, "functions"),
+    ({"shares": (1, 0), "randomise": None}, "functions"),
+    ({"shares": (0, 0.5), "count": 0, "epoch_size": 9}, "0 frames.*make data"),
+    ({"shares": (0, 1), "count": 0}, "0 frames"),
+    ({"shares": (0, 1), "count": 0, "epoch_size": 9, "augmented": False}, "0 frames"),
+    ({"shares": (0, 1), "epoch_size": -1}, "epoch_size"),
+])
+def test_shares_that_cannot_be(sample, camera, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(sample, camera, **arguments)
+
+
+def test_augmentation_leaves_out_what_it_is_told_to():
+    everything = len(xu.augmentation().transforms)
+    assert len(xu.augmentation(without=["erasing", "flare"]).transforms) == everything - 2
+    with pytest.raises(ValueError, match="erasing.*got rain"):
+        xu.augmentation(without=["rain"])

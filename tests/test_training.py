@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -99,6 +100,20 @@ def test_a_run_writes_its_log_and_its_best_weights(folder):
 def test_the_error_is_given_in_pixels_of_the_original_frames(folder, tmp_path):
     small, large = (start(tmp_path / str(scale), 1, scale=scale)[1].record["rows"][0] for scale in (1.0, 4.0))
     assert large["val_corner_px"] == pytest.approx(4 * small["val_corner_px"], rel=1e-3)
+
+
+@pytest.mark.parametrize("pause,least,most", [(0.0, 0.0, 0.9), (1.0, 0.5, 1.0)])
+def test_the_log_tells_the_speed_and_the_time_spent_waiting(folder, monkeypatch, capsys, pause, least, most):
+    batches = make_batches(16)
+    monkeypatch.setattr(type(batches), "_example", lambda *arguments: (
+        time.sleep(pause / 4), (np.zeros((64, 64, 3), np.uint8), np.zeros((36, 3), np.float32)))[1])
+    run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
+    begun = time.perf_counter()
+    run.fit(build(0, 36), batches, 1)
+    row = rows_of(folder / "log.csv")[0]
+    assert least <= float(row["waiting_share"]) <= most
+    assert 16 / (time.perf_counter() - begun) < float(row["samples_per_second"])
+    assert "samples/s" in capsys.readouterr().out
 
 
 def test_only_better_weights_are_kept(folder, fixed_error):

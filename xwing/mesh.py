@@ -132,7 +132,7 @@ def rasterise(triangles, pose, K, width, height):
         ids (height, width) int32, -1 where nothing shows, and depth along the camera's axis (height, width)
         float32 in model units, inf where nothing shows.
     """
-    corners = np.asarray(triangles, float) @ pose[:3, :3].T + pose[:3, 3]
+    corners = np.asarray(triangles) @ pose[:3, :3].T + pose[:3, 3]
     ahead = corners[..., 2] >= NEAR
     kept = np.flatnonzero(ahead.all(1))
     cut = np.flatnonzero(ahead.any(1) & ~ahead.all(1))

@@ -12,8 +12,12 @@ Several accelerators of a machine and, with JAX, several machines share each bat
 import contextlib
 import csv
 import fcntl
+import functools
+import hashlib
+import io
 import json
 import os
+import time
 from pathlib import Path
 
 import h5py
@@ -82,7 +86,7 @@ class TrainingRun(keras.callbacks.Callback):
         with self._lock():
             self._read_backup()
             done = len(self.record["rows"])
-            dataset.epoch, self.frames = done, len(dataset.paths)
+            dataset.epoch, self.dataset = done, dataset
             if done >= epochs:
                 print(f"already finished: {done} of {epochs} epochs")
             elif done:
@@ -114,11 +118,24 @@ class TrainingRun(keras.callbacks.Callback):
                                  "give this run another name") from None
             self._write_results()
 
+    def on_epoch_begin(self, epoch, logs=None):
+        """Start the clock: what is left to do from here on until a batch is there is waiting."""
+        self.begun = self.idle_since = time.perf_counter()
+        self.waited = 0.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Add for how long this batch was not there when the network was free to take it."""
+        finished = self.dataset.finished.pop((self.dataset.epoch, batch), self.idle_since)
+        self.waited += max(finished - self.idle_since, 0.0)
+        self.idle_since = time.perf_counter()
+
     def on_epoch_end(self, epoch, logs=None):
         """Measure, then write: the backup first, as all else follows from it."""
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        seconds, samples = self.idle_since - self.begun, self.dataset.epoch_size
         row = {"stage": len(self.record["stages"]), "epoch": epoch, "learning_rate": rate,
-               "samples_seen": self.record["samples"] + self.frames * (epoch + 1),
+               "samples_seen": self.record["samples"] + samples * (epoch + 1),
+               "samples_per_second": samples / seconds, "waiting_share": self.waited / seconds,
                **{name: float(value) for name, value in logs.items()}, **self._validate()}
         if self.plateau:
             self.plateau.on_epoch_end(epoch, dict(row))
@@ -126,7 +143,8 @@ class TrainingRun(keras.callbacks.Callback):
         self._write_backup(record)
         self.record = record
         self._write_results()
-        print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, median corner error {row['val_corner_px']:.2f} px")
+        print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, median corner error {row['val_corner_px']:.2f} px",
+              f"| {samples / seconds:.1f} samples/s, {row['waiting_share']:.1%} of the time waiting for them")
 
     def _validate(self):
         from xwing.evaluation import corner_report
@@ -138,7 +156,7 @@ class TrainingRun(keras.callbacks.Callback):
         return {f"val_{name}": value for name, value in report.items()}
 
     def _write_backup(self, record):
-        state = xu.WeightsInMemory()
+        state = WeightsInMemory()
         self.model.save_weights(state)
         with h5py.File(state, "a") as file:
             file["run"] = json.dumps(record)
@@ -169,9 +187,9 @@ class TrainingRun(keras.callbacks.Callback):
         errors = np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
         if errors.argmin() == len(errors) - 1:
             stages = [*stages[:-1], {**stages[-1], "best_epoch": len(errors)}]
-            xu.save_model(self.model, self.folder / "best.weights.h5",
-                          training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
-                          validation={key[4:]: value for key, value in rows[-1].items() if key[:4] == "val_"})
+            save_model(self.model, self.folder / "best.weights.h5",
+                       training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
+                       validation={key[4:]: value for key, value in rows[-1].items() if key[:4] == "val_"})
 
     @contextlib.contextmanager
     def _lock(self):
@@ -186,6 +204,35 @@ class TrainingRun(keras.callbacks.Callback):
             for part in self.folder.glob(".*.part"):  # of a start that was killed while it wrote
                 part.unlink()
             yield
+
+
+class WeightsInMemory(io.BytesIO):
+    """An HDF5 file in memory, under a name that Keras takes for weights: HDF5 crashes on a full disk."""
+
+    def __str__(self):
+        return "memory.weights.h5"
+
+
+def save_model(model, path, **facts):
+    """Write `NAME.weights.h5`, kernels as float16, and `NAME.json` with settings, digest and any `facts`."""
+    path, settings_path = xu.weights_files(path)
+    settings = {**model.settings, "size": getattr(model, "trained_size", model.settings["size"])}
+    if settings["keypoints"] <= len(xu.KEYPOINTS):
+        settings["points"] = xu.KEYPOINTS[: settings["keypoints"]].tolist()
+    full, slim = WeightsInMemory(), io.BytesIO()
+    model.save_weights(full)
+    with h5py.File(full) as source, h5py.File(slim, "w") as target:
+        source.visititems(functools.partial(_copy_slim, target))
+    info = {"model": settings, "sha256": hashlib.sha256(slim.getvalue()).hexdigest(), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    xu.write_files({path: slim.getvalue(), settings_path: json.dumps(info, indent=1) + "\n"})
+
+
+def _copy_slim(target, name, item):
+    """Copy a tensor of the network into an HDF5 file; kernels (two or more dimensions) as packed float16."""
+    if hasattr(item, "shape") and not name.startswith("optimizer"):
+        packed = dict(dtype=np.float16, compression="gzip", shuffle=True) if item.ndim >= 2 else {}
+        target.create_dataset(name, data=item[()], **packed)
 
 
 def publish_weights(run, folder):
