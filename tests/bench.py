@@ -82,7 +82,8 @@ def draw(pose, K, sky):
     ship, (height, width) = load_mesh(SHIP), sky.shape[:2]
     a, b, c = np.moveaxis(ship.triangles @ pose[:3, :3].T + pose[:3, 3], 1, 0)
     normals = np.cross(b - a, c - a)
-    normals *= -np.sign((normals * a).sum(1, keepdims=True)) / np.linalg.norm(normals, axis=1, keepdims=True)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    normals *= -np.sign((normals * a).sum(1, keepdims=True))  # towards the camera
     light = 0.45 + 0.55 * (normals @ [0.3, -0.8, -0.5]).clip(0)
     colours = 255 * ship.colours[ship.face_materials] * light[:, None]
     ids, _ = rasterise(ship.triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)

@@ -116,12 +116,14 @@ def draw_bolts(image, bolts, K, depth=None, radius=Lasers.radius, colour=Lasers.
 
 def _glow(core, colour, scale):
     """Light (h, w, 3) float32 of bolts' cores (h, w) uint8 and about them; its width grows with `scale`."""
-    light, shrink = core.astype(np.float32) / 255, max(int(scale / 2), 1)  # smooth: fewer pixels will do
-    size = [max(side // shrink, 1) for side in light.shape[::-1]]
-    small = cv2.resize(light, size, interpolation=cv2.INTER_AREA)
+    lit, shrink = np.nonzero(core), max(int(scale / 2), 1)  # smooth: fewer pixels will do
+    size = [max(side // shrink, 1) for side in core.shape[::-1]]
+    small = cv2.resize(core, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     near, far = (cv2.GaussianBlur(small, (0, 0), sigma * scale / shrink) for sigma in (2.2, 5.0))
-    halo = cv2.resize(1.1 * near + 0.7 * far, light.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return cv2.transform(cv2.merge([halo, light]), np.transpose([colour, WHITE_HOT]).astype(np.float32))
+    halo = (1.1 * near + 0.7 * far)[..., None] * np.float32(colour)
+    glow = cv2.resize(halo, core.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    glow[lit] += core[lit][:, None] * (np.float32(WHITE_HOT) / 255)
+    return glow
 
 
 def _before_the_camera(bolts):
@@ -392,8 +394,9 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
         ValueError: another suffix, or no frame can be read. OSError: no such folder, not a file.
     """
     track, (path, fps) = [], _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
-    pictures = _filmed(clip, tracker, fps, lasers or Lasers(), mesh, progress, track)
-    with threadpool_limits(1, "blas"):  # what is done at once are reading, tracking, drawing with writing
+    pictures = _prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track))
+    pictures = tqdm(pictures, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress)
+    with threadpool_limits(1, "blas"):  # frames are read, tracked, drawn and written at the same time
         try:
             with xu.part_files(path) as (part,):
                 _write_mp4(pictures, part, fps)
@@ -406,11 +409,10 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     return track
 
 
-def _filmed(clip, tracker, fps, lasers, mesh, progress, track):
+def _filmed(clip, tracker, fps, lasers, mesh, track):
     """Yield each picture and its seconds, and put each `TrackedPose` on `track`."""
-    shot, unread, count = lasers.shot(fps), [], getattr(clip, "count", None)
-    followed = _prefetch(_followed(_prefetch(_to_the_fault(clip)), tracker, fps))
-    for image, seconds, tracked in tqdm(followed, "tracking", count, unit="frame", disable=not progress):
+    shot, unread = lasers.shot(fps), []
+    for image, seconds, tracked in _prefetch(_followed(_prefetch(_to_the_fault(clip)), tracker, fps)):
         track.append(tracked)
         bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
         if image is not None:  # what could not be read at the start shows the first frame
