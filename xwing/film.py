@@ -121,7 +121,7 @@ def _glow(core, colour, scale):
     small = cv2.resize(core, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     near, far = (cv2.GaussianBlur(small, (0, 0), sigma * scale / shrink) for sigma in (2.2, 5.0))
     halo = (1.1 * near + 0.7 * far)[..., None] * np.float32(colour)
-    glow = cv2.resize(halo, core.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    glow = cv2.resize(halo, core.shape[::-1])
     glow[lit] += core[lit][:, None] * (np.float32(WHITE_HOT) / 255)
     return glow
 
@@ -386,8 +386,7 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     Args:
         clip: `Clip`, or an iterable of `Frame`. Where reading it fails the film ends, and the track says why.
         tracker: has `K`, `fps` and `update(image, seconds)`, see `Tracker`.
-        path: `.mp4`, replaced only when whole; its frames are seen at their own times.
-        lasers, mesh: see `animate`.
+        path: `.mp4`, replaced only when whole, its frames at their own times; lasers, mesh: see `animate`.
     Returns:
         list of `TrackedPose` without covariance and velocity; a warning where there is no room for the film.
     Raises:
@@ -417,8 +416,7 @@ def _filmed(clip, tracker, fps, lasers, mesh, track):
         bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
         if image is not None:  # what could not be read at the start shows the first frame
             picture = _with_bolts(image, bolts, lasers, mesh, tracked.pose, tracker.K)
-            yield from ((picture, moment) for moment in unread)
-            unread = []
+            yield from ((picture, unread.pop(0)) for _ in list(unread))
 
 
 def _followed(frames, tracker, fps):
