@@ -394,7 +394,8 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     """
     track, (path, fps) = [], _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
     pictures = _prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track))
-    pictures = tqdm(pictures, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress)
+    count = getattr(clip, "count", None)
+    pictures = iter(tqdm(pictures, "tracking", count, unit="frame", disable=not progress))
     with threadpool_limits(1, "blas"):  # frames are read, tracked, drawn and written at the same time
         try:
             with xu.part_files(path) as (part,):
@@ -403,8 +404,7 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
             if error.errno not in NO_ROOM:
                 raise
             warnings.warn(f"not written: {error}", stacklevel=2)
-            for _ in pictures:  # the track is worth having without the film
-                pass
+            collections.deque(pictures, 0)  # the track is worth having without the film
     return track
 
 
