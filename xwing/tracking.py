@@ -289,9 +289,12 @@ class Tracker:
     def _elsewhere(self, image, pose):
         """The pose (4, 4) of a ship in the frame beside the one at a pose, or None."""
         corners = xu.project_pose(xu.BOUNDING_BOX, pose, self.K)
+        if not np.isfinite(corners).all():
+            return None
         hull = cv2.convexHull(corners.clip(-1e4, 1e4).round().astype(np.int32))
         rest = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
-        found = self.aligner.verify(rest, self._look(rest, None), self.K)
+        found = self._look(rest, None)
+        found = self.aligner.verify(rest, found, self.K) if found.accepted else found
         return found.pose if found.accepted else None
 
     def _box(self, pose):
