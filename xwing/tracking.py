@@ -61,8 +61,7 @@ class TrackedPose:
 class _Motion:
     """A pose with its velocity, a point of SE(3) and its tangent, and the covariance (12, 12) of both."""
 
-    rotation: Rotation
-    translation: np.ndarray
+    pose: np.ndarray
     velocity: np.ndarray
     covariance: np.ndarray
 
@@ -71,35 +70,25 @@ class _Motion:
         """A motion of unknown velocity."""
         spread = np.repeat(np.square(START_VELOCITY_STD), 3)
         whole = np.block([[covariance, np.zeros((6, 6))], [np.zeros((6, 6)), np.diag(spread)]])
-        return cls(Rotation.from_matrix(pose[:3, :3]), pose[:3, 3], np.zeros(6), whole)
-
-    @property
-    def pose(self):
-        pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = self.rotation.as_matrix(), self.translation
-        return pose
+        return cls(pose, np.zeros(6), whole)
 
     def minus(self, other):
         """(12,) the step from another motion to this one."""
-        turn = (self.rotation * other.rotation.inv()).as_rotvec()
-        return np.concatenate([turn, self.translation - other.translation, self.velocity - other.velocity])
+        return np.concatenate([xu.pose_step(self.pose, other.pose), self.velocity - other.velocity])
 
     def plus(self, step, covariance):
-        return _Motion(Rotation.from_rotvec(step[:3]) * self.rotation, self.translation + step[3:6],
-                       self.velocity + step[6:], covariance)
+        return _Motion(xu.move_pose(self.pose, step[:6]), self.velocity + step[6:], covariance)
 
     def after(self, seconds):
         """The motion a while later or earlier at constant velocity, and its errors' transition (12, 12)."""
-        turn = Rotation.from_rotvec(self.velocity[:3] * seconds)
-        transition = np.eye(12)
-        transition[:3, :3] = turn.as_matrix()
+        step, transition = self.velocity * seconds, np.eye(12)
+        transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
         transition[:6, 6:] = np.eye(6) * seconds
         t, density = abs(seconds), np.diag(np.repeat(np.square(ACCELERATION_DENSITY), 3))
         mixed = np.sign(seconds) * t**2 / 2
         noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
         covariance = transition @ self.covariance @ transition.T + noise
-        translation = self.translation + self.velocity[3:] * seconds
-        return _Motion(turn * self.rotation, translation, self.velocity, covariance), transition
+        return _Motion(xu.move_pose(self.pose, step), self.velocity, covariance), transition
 
     def distance(self, pose, covariance):
         """The squared Mahalanobis distance of a pose with its covariance from this motion."""
@@ -213,7 +202,7 @@ class Tracker:
             if np.isfinite(estimate.explained_contrast):
                 self.contrast += share * (estimate.explained_contrast - self.contrast)
         elif predicted is not None and seconds - self.seen <= MAX_GAP_SECONDS + 1e-9:
-            motion = predicted if predicted.translation[2] > 0 else None
+            motion = predicted if predicted.pose[2, 3] > 0 else None
         self.motion, self.seconds = motion, seconds
         self.another = None if motion is None else self.another
         filtered = predicted, transition, motion, started, reason, self.another
