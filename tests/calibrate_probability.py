@@ -83,7 +83,7 @@ def load_flight(folder, number, workers):
     K = xu.camera_matrix(projection, xu.FRAME_SIZE, xu.FRAME_SIZE)
     images, poses = [xu.read_image(p) for p in paths], [xu.pose_in_camera(view, m) for m in matrices]
     if LOOKS[number % len(LOOKS)] == "repainted":
-        randomise, pairs = Randomiser(load_mesh(SHIP)).randomise, zip(images, poses)
+        randomise, pairs = Randomiser(load_mesh(SHIP)), zip(images, poses)
         images = [randomise(*pair, K, np.random.default_rng([SEED, number, 2])) for pair in pairs]
     return images, poses, K
 
