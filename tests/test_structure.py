@@ -107,6 +107,12 @@ def test_no_line_is_wide(root):
     assert not wide
 
 
+def test_no_line_of_a_notebook_is_wide(root):
+    for path in root.glob("notebooks/*.ipynb"):
+        cells = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert not [line for cell in cells for line in "".join(cell).splitlines() if len(line) > 100], path.name
+
+
 def test_functions_are_short_and_take_few_parameters(root):
     wrong = []
     for path in [root / "xwing_utils.py", *package(root)]:
