@@ -39,14 +39,18 @@ def compare_focal_lengths(images, poses, K, aligner):
         best: factor by which to multiply fx and fy of K; factors (F,) that were tried; explained (F,), the
         mean share of the frames' contrast that the ship explains with each.
     """
-    factors, explained = np.geomspace(0.5, 2, 13), []
-    for factor in factors:
-        scaled, started = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]], np.array(poses)
-        started[:, 2, 3] *= factor  # as large in the picture as before
-        found = [aligner.track(*pair, scaled).explained_contrast for pair in zip(images, started)]
-        explained.append(np.nan_to_num(found).mean())
-    middle = int(np.clip(np.argmax(explained), 1, len(factors) - 2))
-    near = slice(middle - 1, middle + 2)  # the peak of a parabola through the best and its neighbours
-    a, b, _ = np.polyfit(np.log(factors[near]), np.array(explained)[near], 2)
-    best = np.exp(np.clip(-b / (2 * min(a, -1e-9)), *np.log(factors[[0, -1]])))
-    return float(best), factors, np.array(explained)
+    factors = np.geomspace(0.5, 2, 13)
+    explained, middle = np.zeros(len(factors)), len(factors) // 2
+    for side in (range(middle, len(factors)), range(middle, -1, -1)):  # from that of K outwards
+        moved, before = np.array(poses), 1.0
+        for i in side:
+            scaled = K * [[factors[i], 1, 1], [1, factors[i], 1], [1, 1, 1]]
+            moved[:, 2, 3] *= factors[i] / before  # as large in the picture as before
+            found, before = [aligner.track(*pair, scaled) for pair in zip(images, moved)], factors[i]
+            explained[i] = np.nan_to_num([estimate.explained_contrast for estimate in found]).mean()
+            moved = np.array([estimate.pose for estimate in found])
+    best = int(np.clip(explained.argmax(), 1, len(factors) - 2))
+    near = slice(best - 1, best + 2)  # the peak of a parabola through the best and its neighbours
+    a, b, _ = np.polyfit(np.log(factors[near]), explained[near], 2)
+    peak = np.clip(-b / (2 * min(a, -1e-9)), *np.log(factors[[0, -1]]))
+    return float(np.exp(peak)), factors, explained
