@@ -21,9 +21,10 @@ PICTURES = ("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png
 
 
 def random_background(width, height, rng, tame=False):
-    """Draw a (height, width, 3) uint8 background: a night sky, clouds, shapes, a picture, or a gradient."""
-    kinds, odds = (_nebula, _clouds, _shapes, _picture, _gradient), (0.3, 0.2, 0.18, 0.22, 0.1)
-    image = (_nebula if tame else rng.choice(kinds, p=odds))(width, height, rng)
+    """Draw a (height, width, 3) uint8 background: sky, clouds, shapes, rubble, a picture, or a gradient."""
+    kinds = _nebula, _clouds, _shapes, _rubble, _picture, _gradient
+    kind = _nebula if tame else rng.choice(kinds, p=(0.25, 0.12, 0.15, 0.22, 0.2, 0.06))
+    image = kind(width, height, rng)
     if rng.random() < (0.02 if tame else 0.12):
         image = _planet(image, rng)
     blur = 0.0 if tame else np.exp(rng.uniform(-1.5, 1))
@@ -75,6 +76,27 @@ def _shapes(width, height, rng):
         corners = middle + rng.normal(size=(rng.integers(3, 7), 2)) * reach
         cv2.fillConvexPoly(image, cv2.convexHull(corners.astype(np.int32)), rng.uniform(0, 255, 3))
     return image
+
+
+def _rubble(width, height, rng):
+    """Cells close by one another, each in its own shade and lit from one side: stones, leaves, tiles, grain.
+
+    Source: Worley, A Cellular Texture Basis Function, SIGGRAPH 1996.
+    """
+    cell = np.exp(rng.uniform(0.7, 3.2))  # pixels
+    corners = np.stack(np.meshgrid(np.arange(0, width, cell), np.arange(0, height, cell)), -1).reshape(-1, 2)
+    corners += rng.uniform(0, rng.choice([0.05, 0.5, 1.0]) * cell, corners.shape)
+    free = np.ones((height, width), np.uint8)
+    free[tuple(corners.astype(int).clip(0, [width - 1, height - 1]).T[::-1])] = 0
+    distance, cells = cv2.distanceTransformWithLabels(free, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    shades = np.exp(rng.normal(0, rng.uniform(0.05, 0.5), (cells.max() + 1, 1)))
+    tints = np.exp(rng.normal(0, rng.choice([0, 0.1, 0.4]), (cells.max() + 1, 3)))
+    light = rng.normal(0, rng.uniform(0, 0.5), 2)
+    across, down = (cv2.Sobel(distance, cv2.CV_32F, *axis) / 8 for axis in ((1, 0), (0, 1)))
+    hollow = rng.uniform(0, 0.8) * np.minimum(distance / cell, 1) ** 2
+    relief = 1 - hollow + light[0] * across + light[1] * down
+    image = rng.uniform(20, 200) * np.exp(rng.normal(0, 0.3, 3)) * shades[cells] * tints[cells]
+    return np.clip(image * relief[..., None], 0, 255).astype(np.uint8)
 
 
 def turn_by(angle):
