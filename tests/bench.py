@@ -70,16 +70,17 @@ def large(count, width, height):
     sky = cv2.GaussianBlur(np.random.default_rng(0).normal(0, 1, (height, width, 3)), (0, 0), height / 20)
     sky = np.float32([10, 15, 50]) * np.exp(0.4 * np.float32(sky / sky.std()))
     with tempfile.TemporaryDirectory() as folder:
-        film.write_clip((draw(pose, K, sky) for pose in poses[60 : 60 + count]), Path(folder) / "a.mp4", 30)
+        drawn, ship = poses[60 : 60 + count], load_mesh(SHIP)
+        film.write_clip((draw(ship, pose, K, sky) for pose in drawn), Path(folder) / "a.mp4", 30)
         track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K)
-    off = [np.inf if t.pose is None else xu.rotation_error(t.pose, p) for t, p in zip(track, poses[60:])]
+    off = [np.inf if t.pose is None else xu.rotation_error(t.pose, p) for t, p in zip(track, drawn)]
     return {"fps": count / seconds, "rotation_deg_median": np.median(off),
             "tracked": sum(t.status == "tracked" for t in track)}
 
 
-def draw(pose, K, sky):
+def draw(ship, pose, K, sky):
     """(H, W, 3) uint8: the ship under one light before a sky (H, W, 3), four samples a pixel."""
-    ship, (height, width) = load_mesh(SHIP), sky.shape[:2]
+    height, width = sky.shape[:2]
     a, b, c = np.moveaxis(ship.triangles @ pose[:3, :3].T + pose[:3, 3], 1, 0)
     normals = np.cross(b - a, c - a)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12

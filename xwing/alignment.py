@@ -37,7 +37,7 @@ RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined
 MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
 DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that are enough
-WELL_EXPLAINED = 0.65  # share from which no other poses are searched
+WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
 
@@ -157,8 +157,8 @@ class Aligner:
         explained = _explained_contrast(refined)
         if explained < WELL_EXPLAINED:
             again = self._align(image, pose, K, covariance)
-            if _explained_contrast(again) > explained:
-                refined, explained = again, _explained_contrast(again)
+            if (more := _explained_contrast(again)) > explained:
+                refined, explained = again, more
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
         reason = _unexplained(explained)

@@ -393,9 +393,8 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
         ValueError: another suffix, or no frame can be read. OSError: no such folder, not a file.
     """
     track, (path, fps) = [], _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
-    pictures = _prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track))
-    count = getattr(clip, "count", None)
-    pictures = iter(tqdm(pictures, "tracking", count, unit="frame", disable=not progress))
+    bar = dict(desc="tracking", total=getattr(clip, "count", None), unit="frame", disable=not progress)
+    pictures = iter(tqdm(_prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track)), **bar))
     with threadpool_limits(1, "blas"):  # frames are read, tracked, drawn and written at the same time
         try:
             with xu.part_files(path) as (part,):
@@ -416,7 +415,8 @@ def _filmed(clip, tracker, fps, lasers, mesh, track):
         bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
         if image is not None:  # what could not be read at the start shows the first frame
             picture = _with_bolts(image, bolts, lasers, mesh, tracked.pose, tracker.K)
-            yield from ((picture, unread.pop(0)) for _ in list(unread))
+            yield from ((picture, moment) for moment in unread)
+            unread = []
 
 
 def _followed(frames, tracker, fps):

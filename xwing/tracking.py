@@ -26,7 +26,7 @@ MAX_GAP_SECONDS = 0.5  # without a measurement that are bridged by the predictio
 START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a track may start
 ACCELERATION_DENSITY = 3.0, 0.7  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
 START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
-START_FRAMES = 3  # of a new track: its velocity is not known yet, and the network looks at each
+START_FRAMES = 3  # of a new track, after which its velocity is known well enough to go back from its start
 GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may differ from the predicted one
 MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
 MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; with less the network is asked
@@ -205,8 +205,8 @@ class Tracker:
             motion = predicted if predicted.pose[2, 3] > 0 else None
         self.motion, self.seconds = motion, seconds
         self.another = None if motion is None else self.another
-        filtered = predicted, transition, motion, started, reason, self.another
-        self.steps.append(_Step(seconds, estimate, *filtered))
+        self.steps.append(
+            _Step(seconds, estimate, predicted, transition, motion, started, reason, self.another))
         return self.steps[-1].tracked()
 
     def _time(self, seconds):
@@ -217,20 +217,19 @@ class Tracker:
         """The motion with this frame's estimate, whether it starts a track, and why there is none."""
         if not estimate.accepted:
             return None, False, estimate.reason or "not measured"
-        covariance = estimate.covariance
         if predicted is not None:
-            excess = predicted.distance(estimate.pose, covariance) / GATE
+            excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
             aligned = np.isfinite(estimate.explained_contrast)
             if excess > 1 and aligned and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN:
                 spread = predicted.covariance * excess  # a manoeuvre
                 predicted, excess = dataclasses.replace(predicted, covariance=spread), 1
             if excess <= 1:
-                return predicted.updated(estimate.pose, covariance), False, ""
+                return predicted.updated(estimate.pose, estimate.covariance), False, ""
             if not aligned:
                 return None, False, "too far from where it should be"
         if estimate.log_likelihood_margin < START_MARGIN:
             return None, False, "not clear enough to start from"
-        return _Motion.standing(estimate.pose, covariance), True, ""
+        return _Motion.standing(estimate.pose, estimate.covariance), True, ""
 
     def _detect(self, image, predicted=None, prior=True):
         """The network's `PoseEstimate` near a prediction, verified on the pixels if there is an aligner."""
@@ -340,8 +339,7 @@ def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
         recent.append((len(estimates) - 1, tracked.seconds, frame.image))
         if aligner is not None and tracked.status == "tracked" and tracker.age == START_FRAMES:
             _go_back(tracker, recent, estimates)
-    seconds, others = ([getattr(step, name) for step in tracker.steps] for name in ("seconds", "another"))
-    return _smoothed(estimates, seconds, others, K, fps)
+    return _smoothed(estimates, tracker.steps, K, fps)
 
 
 def _go_back(tracker, recent, estimates):
@@ -366,11 +364,12 @@ def _go_back(tracker, recent, estimates):
         estimates[index] = estimate
 
 
-def _smoothed(estimates, seconds, others, K, fps):
+def _smoothed(estimates, steps, K, fps):
     """The smoothed track of a clip's estimates; what is not between two tracked frames is lost."""
     tracker = Tracker(K, fps, keep=True)
-    for estimate, time, tracker.another in zip(estimates, seconds, others):
-        tracker.update_pose(estimate, time)
+    for estimate, step in zip(estimates, steps):
+        tracker.another = step.another
+        tracker.update_pose(estimate, step.seconds)
     track = smooth(tracker.steps)
     gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
     for start, end in zip(gaps[::2], gaps[1::2]):
