@@ -109,11 +109,6 @@ def write_files(contents):
             part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_atomically(path, content):
-    """Write text or bytes to one file, whole or not at all; see `write_files`."""
-    write_files({path: content})
-
-
 def setting(name, default):
     """A notebook's constant, or the environment variable XWING_<name>, which beats it, as of its type."""
     text = os.environ.get(f"XWING_{name}", "")
@@ -252,8 +247,7 @@ def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
     """K (3, 3) in pixels of a lens: `focal` and `sensor` (longer side) in one unit, or `view` in degrees."""
     given = {"width": width, "height": height, "focal": focal, "sensor": sensor, "view": view}
     for name, value in given.items():
-        limit = 180 if name == "view" else np.inf
-        if value is not None and not 0 < value < limit:
+        if value is not None and not 0 < value < (limit := 180 if name == "view" else np.inf):
             raise ValueError(f"{name}: expected a number between 0 and {limit}, got {value}")
     pixels = max(width, height) * (focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2)))
     return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
@@ -845,9 +839,15 @@ def predict_heatmaps(model, images, batch_size=16, channels=8):
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.resize(part, (batch_size, size, size, 3))  # always the same shape: one graph
-        found = np.asarray(model.predict_on_batch(batch))
+        found = average_mirrored(model.predict_on_batch, batch, model.settings["keypoints"])
         maps[start : start + len(part)] = found[: len(part), ..., :channels]
     return maps
+
+
+def average_mirrored(network, images, keypoints):
+    """The geometric mean of the heatmaps that a network sees in images (N, H, W, 3) and in their mirrors."""
+    seen, mirrored = (np.maximum(network(x), 0) for x in (images, np.ascontiguousarray(images[:, :, ::-1])))
+    return np.sqrt(seen * mirrored[:, :, ::-1][..., mirror_permutation(KEYPOINTS[:keypoints])])
 
 
 def predict_keypoints(model, images, batch_size=16, progress=False, channels=8, return_sigma=False):

@@ -529,8 +529,8 @@ def _claim(folder, info):
     elif any(file for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for file in folder.glob(end)):
         raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
     else:
-        xu.write_atomically(path, json.dumps(info))
-    xu.write_atomically(folder / "camera_info.json", json.dumps(CAMERA, indent=1))
+        xu.write_files({path: json.dumps(info)})
+    xu.write_files({folder / "camera_info.json": json.dumps(CAMERA, indent=1)})
     for part in folder.glob(".*.part"):
         part.unlink()
 
@@ -539,8 +539,8 @@ def _render_pair(kind, seed, index, path, mesh_path):
     """Write `path`.jpg and `path`_mat.json."""
     image, matrix, quality = MAKERS[kind](seed, index, mesh_path)
     jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    xu.write_atomically(path.with_name(f"{path.name}_mat.json"), json.dumps(matrix.tolist()))
-    xu.write_atomically(path.with_name(f"{path.name}.jpg"), jpeg.tobytes())
+    xu.write_files({path.with_name(f"{path.name}_mat.json"): json.dumps(matrix.tolist()),
+                    path.with_name(f"{path.name}.jpg"): jpeg.tobytes()})
 
 
 def _run(jobs, workers, dask, bar):

@@ -195,7 +195,7 @@ def main():
         print(f"| {name} | {arguments[0]} | {fps:.1f} | {peak:.0f} | {more} |", flush=True)
     print(f"\nlive is {figures['live.fps'] / figures['plain.fps']:.1f} times as fast as the plain way")
     if options.json:
-        xu.write_atomically(options.json, json.dumps(figures, indent=1) + "\n")
+        xu.write_files({options.json: json.dumps(figures, indent=1) + "\n"})
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def poses(camera, matrices):
 
 
 class OracleModel:
-    """Stands in for a network: in a frame of brightness 20 * i it finds keypoints[i] (K, 2)."""
+    """Stands in for a network: in the i-th of `oracle_frames` it finds keypoints[i] (K, 2), mirrored in a
+    mirrored one, whose brighter half is on the right."""
 
     def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
         self.keypoints, self.maps, self.scale = keypoints, size // stride, stride
@@ -69,8 +70,14 @@ class OracleModel:
 
     def predict_on_batch(self, images):
         numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int).clip(max=len(self.keypoints) - 1)
-        sigma = self.settings["sigma"] / self.scale
-        drawn = [xu.gaussian_heatmaps(self.keypoints[i] / self.scale, self.maps, sigma) for i in numbers]
+        sigma, middle = self.settings["sigma"] / self.scale, images.shape[2] // 2
+        permutation = xu.mirror_permutation(xu.KEYPOINTS[: self.keypoints.shape[1]])
+        drawn = []
+        for i, image in zip(numbers, images):
+            points = self.keypoints[i]
+            if image[:, middle:].mean() > image[:, :middle].mean():
+                points = xu.mirror_keypoints(points, self.settings["size"], permutation)
+            drawn.append(xu.gaussian_heatmaps(points / self.scale, self.maps, sigma))
         return np.stack(drawn)
 
 
@@ -84,7 +91,8 @@ def oracle():
 def oracle_frames():
     """A function: N -> (N, 256, 256, 3) uint8 frames for an oracle."""
     def frames(count, size=256):
-        return np.stack([np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)])
+        left = np.repeat(np.uint8([8, 0]), size // 2)[:, None]
+        return np.stack([np.full((size, size, 3), 20 * i, np.uint8) + left for i in range(count)])
     return frames
 
 

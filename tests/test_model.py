@@ -376,6 +376,18 @@ def test_predictions_are_in_pixels_of_the_frame(oracle, oracle_frames, stride):
     assert confidence.min() > 0.95 and sigma.max() < 2
 
 
+def test_an_identity_that_the_mirror_image_denies_is_not_believed():
+    """The network sees one corner in two places in the frame, in one of them in the mirrored frame."""
+    right, wrong = (xu.gaussian_heatmaps([place], 32, 2.0) for place in ((9.0, 12.0), (20.0, 20.0)))
+    mirrored = np.zeros((1, 32, 32, 8), np.float32)
+    mirrored[0, ..., xu.MIRROR[3]] = right[:, ::-1, 0]
+    looks = [np.full((1, 32, 32, 8), -0.1, np.float32), mirrored]
+    looks[0][0, ..., 3] = np.maximum(0.9 * right, wrong)[..., 0]
+    maps = xu.average_mirrored(lambda images: looks.pop(0), np.zeros((1, 32, 32, 3), np.uint8), 8)
+    assert np.abs(xu.heatmap2argmax(maps)[0, 3] - [8.5, 11.5]).max() < 1
+    assert maps[0, 20, 20, 3] < 1e-3 and not maps[..., :3].any()
+
+
 @pytest.mark.parametrize("bad", [
     np.zeros((2, 64, 64, 3), np.float32), np.zeros((2, 32, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8),
     np.zeros((2, 64, 64), np.uint8), np.zeros((2, 64, 64, 4), np.uint8)])

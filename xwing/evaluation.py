@@ -345,8 +345,7 @@ def write_results(folder, figures, intervals, readme=None):
         files[readme], count = pattern.subn(lambda _: rows, Path(readme).read_text())
         if count != 1:
             raise ValueError(f"{readme}: expected the markers <!-- results --> and <!-- /results --> once")
-    for path, text in files.items():
-        xu.write_atomically(path, text)
+    xu.write_files(files)
 
 
 def load_flight(path):
@@ -442,7 +441,7 @@ def _measure(options):
     result = evaluate_folder(options.folder, xu.load_model(options.weights), aligner, options.limit)
     figures = summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
     if options.json:
-        xu.write_atomically(options.json, json.dumps(_for_json(figures), indent=1) + "\n")
+        xu.write_files({options.json: json.dumps(_for_json(figures), indent=1) + "\n"})
     return figures
 
 

@@ -335,7 +335,7 @@ def export_model(path, size=xu.FRAME_SIZE):
         files.writestr("model.xml", contents[0])
         files.writestr("model.bin", contents[1])
     archive.parent.mkdir(exist_ok=True)
-    xu.write_atomically(archive, packed.getvalue())
+    xu.write_files({archive: packed.getvalue()})
     for old in set(archive.parent.glob(f"{name}*.zip")) - {archive}:
         old.unlink(missing_ok=True)
     return contents
@@ -383,8 +383,11 @@ class Detector:
         with self._turn:
             if side not in self._requests:
                 self._requests[side] = self._compile(side)
-            infer = self._requests[side].infer
-            return np.concatenate([infer([square[None].astype(np.float32)])[0] for square in squares])
+            return xu.average_mirrored(self._infer, squares, self.settings["model"]["keypoints"])
+
+    def _infer(self, squares):
+        infer = self._requests[squares.shape[1]].infer
+        return np.concatenate([infer([square[None].astype(np.float32)])[0] for square in squares])
 
     def __call__(self, image, box=None):
         """Keypoints (36, 2), NaN where none, confidence (36,), sigma (36,) of a frame (H, W, 3), in pixels.

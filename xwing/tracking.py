@@ -414,7 +414,7 @@ def export_track(path, track, K, width, height):
         names += [f"m{row}{column}" for row in range(4) for column in range(4)]
         table = pd.DataFrame(rows, columns=["seconds", "status", "probability", *names, "reason"])
         text = table.to_csv(index_label="frame")
-    xu.write_atomically(path, text)
+    xu.write_files({path: text})
 
 
 def _numbers(pose):

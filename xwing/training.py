@@ -160,7 +160,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.model.save_weights(state)
         with h5py.File(state, "a") as file:
             file["run"] = json.dumps(record)
-        xu.write_atomically(self.folder / BACKUP, state.getvalue())
+        xu.write_files({self.folder / BACKUP: state.getvalue()})
 
     def _read_backup(self):
         path = self.folder / BACKUP
@@ -183,7 +183,7 @@ class TrainingRun(keras.callbacks.Callback):
     def _write_results(self):
         """Write the log and, where the last epoch is the best one, its weights."""
         stages, rows = self.record["stages"], self.record["rows"]
-        xu.write_atomically(self.folder / "log.csv", _log_text(self.record["earlier_rows"] + rows))
+        xu.write_files({self.folder / "log.csv": _log_text(self.record["earlier_rows"] + rows)})
         errors = np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
         if errors.argmin() == len(errors) - 1:
             stages = [*stages[:-1], {**stages[-1], "best_epoch": len(errors)}]
