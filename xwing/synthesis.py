@@ -219,7 +219,8 @@ class Synthesiser(_Ship):
         distance = 1.0 if rng.random() < 0.3 else rng.uniform(0.7, 1.4)
         distance *= rng.uniform(1.3, 3) if rng.random() < 0.12 else 1.0
         K = xu.lens_camera(frame, frame) * [[zoom, 1, 1], [1, zoom, 1], [1, 1, 1]]
-        centre = rng.uniform(-0.4375, 0.4375, 2) * frame * zoom  # pixels, from the frame's middle
+        beyond = 0.6 if rng.random() < 0.2 else 0.4375  # some enter or leave the frame
+        centre = rng.uniform(-beyond, beyond, 2) * frame * zoom  # pixels, from the frame's middle
         pose = np.eye(4)
         pose[:3, :3] = Rotation.random(rng=rng).as_matrix()
         pose[:3, 3] = [*(centre / K[0, 0] * distance), distance]

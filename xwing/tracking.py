@@ -11,6 +11,7 @@ network was sure of it, and is then smoothed with what is known from both sides.
 import collections
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -31,6 +32,7 @@ GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may diffe
 MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
 MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; with less the network is asked
 WITNESS_SECONDS = 1.0  # between two looks of the network at a ship that is followed; sooner at a new track
+WITNESS_DELAY = 0.3  # seconds for a look in the background, after which it is heard
 MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
 TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
 PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
@@ -163,6 +165,7 @@ class Tracker:
         self.K, self.fps, self.detector, self.aligner = xu.check_camera_matrix(K), fps, detector, aligner
         self.steps = collections.deque(maxlen=None if keep else 1)
         self.motion, self.seconds, self.another = None, -1 / fps, None
+        self.witness, self.thread = None, ThreadPoolExecutor(1)
         self.seen, self.asked, self.began, self.contrast, self.against, self.age = 0.0, 0.0, 0.0, 0.0, 0, 0
 
     def update(self, image, seconds=None, fault=""):
@@ -184,8 +187,8 @@ class Tracker:
             reason = estimate.reason or "the pose explains less of the frame than it did"
             unsure = dataclasses.replace(estimate, accepted=False, reason=reason)
             estimate = found if found.accepted else unsure
-        elif self._witness_is_due(seconds):
-            estimate, self.asked = self._witnessed(image, estimate), seconds
+        else:
+            estimate = self._witnessed(image, estimate, seconds)
         return self.update_pose(estimate, seconds)
 
     def update_pose(self, estimate, seconds=None):
@@ -205,6 +208,7 @@ class Tracker:
             motion = predicted if predicted.pose[2, 3] > 0 else None
         self.motion, self.seconds = motion, seconds
         self.another = None if motion is None else self.another
+        self.witness = None if motion is None or started else self.witness
         self.steps.append(
             _Step(seconds, estimate, predicted, transition, motion, started, reason, self.another))
         return self.steps[-1].tracked()
@@ -261,18 +265,34 @@ class Tracker:
             self.asked = self.asked if against else seconds
         return self._detect(image, predicted)
 
-    def _witnessed(self, image, tracked):
-        """The track's estimate, or the network's where that explains the frame clearly better."""
-        if self.seconds - self.began >= WITNESS_SECONDS:
-            self.another = self._elsewhere(image, tracked.pose)
-        other = self._look(image, tracked.pose)
-        if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
-            return tracked
-        other = self.aligner.verify(image, other, self.K)
-        if not other.accepted or xu.rotation_error(other.pose, tracked.pose) < 30:
-            return tracked
-        costs, _ = self.aligner.photometric_costs(image, [tracked.pose, other.pose], self.K)
-        return other if costs[1] + MIN_COST_GAIN < costs[0] else tracked
+    def _witnessed(self, image, tracked, seconds):
+        """The track's estimate, or the network's where that explains the frame clearly better.
+
+        At a new track the network looks at once, later in the background; what it saw then is heard now.
+        """
+        look = None
+        if self.witness is not None and seconds >= self.asked + WITNESS_DELAY:
+            look, self.witness = self.witness.result(), None
+        elif self._witness_is_due(seconds):
+            settled, self.asked = seconds - self.began >= WITNESS_SECONDS, seconds
+            if settled:
+                self.witness = self.thread.submit(self._doubt, image.copy(), tracked.pose)
+            else:
+                look = self._doubt(image, tracked.pose, alone=True)
+        doubtful, self.another = (False, self.another) if look is None else look
+        found = self._detect(image) if doubtful else tracked
+        return found if found.accepted else tracked
+
+    def _doubt(self, image, pose, alone=False):
+        """Whether the network sees what explains a frame clearly better than a pose, and a second ship."""
+        another = None if alone else self._elsewhere(image, pose)
+        other = self._look(image, pose)
+        if other.accepted and xu.rotation_error(other.pose, pose) > 30:
+            other = self.aligner.verify(image, other, self.K)
+            if other.accepted and xu.rotation_error(other.pose, pose) > 30:
+                costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
+                return costs[1] + MIN_COST_GAIN < costs[0], another
+        return False, another
 
     def _elsewhere(self, image, pose):
         """The pose (4, 4) of a ship in the frame beside the one at a pose, or None."""
