@@ -9,12 +9,12 @@ atomically and complete pairs are kept, so a run that was killed is resumed by s
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -60,7 +60,7 @@ def random_pose(rng):
     return matrix
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Flight:
     """A clip of 10 seconds: where the ship flies and rolls, before which sky and in which light."""
 
@@ -70,6 +70,9 @@ class Flight:
     sky: str  # one of SKIES
     sky_turn: tuple  # rotation vector, radians a second
     light: tuple  # direction towards the light, world axes
+    width: int = SIZE  # pixels of its frames
+    height: int = SIZE
+    samples: int = SAMPLES  # rays a pixel
 
 
 CALM = Flight(  # banks, one full barrel roll, leaves the frame once
@@ -91,6 +94,9 @@ WILD = Flight(  # two to three times as fast, closer and farther, rolls either w
     rolls=((0, 0), (1, 20), (1.8, 110), (2.7, 270), (3.5, 360), (4.5, 310), (5.4, 170), (6.2, 60), (7, 80),
            (8, 200), (9, 330), (10, 380)),
     smoothing=1.3, sky="sharp", sky_turn=(-0.10, 0.15, 0.06), light=(0.6, 0.5, 0.6))
+WIDE = dataclasses.replace(  # as CALM, in 16:9
+    CALM, waypoints=tuple((t, x, y * 9 / 16, z) for t, x, y, z in CALM.waypoints),
+    width=1280, height=720, samples=36)
 
 
 def flight_poses(flight=CALM, count=300, fps=30):
@@ -128,7 +134,7 @@ def flight_poses(flight=CALM, count=300, fps=30):
 def view_rays(width, height):
     """(height, width, 3) unit vectors through the pixel centres, camera axes: x right, y up, -z forward."""
     x = ((np.arange(width) + 0.5) / width * 2 - 1) / FOCAL
-    y = -((np.arange(height) + 0.5) / height * 2 - 1) / FOCAL
+    y = -((np.arange(height) + 0.5) / height * 2 - 1) / FOCAL * height / width
     rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], -1.0), -1)
     return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
 
@@ -197,15 +203,17 @@ class Sky:
         image = self.floor + self.brightness * density[..., None] * colour
         return np.clip(image + self._draw_stars(width, height, rotation), 0, 1)
 
-    def _draw_stars(self, width, height, rotation, reach=3):
+    def _draw_stars(self, width, height, rotation):
         """Small Gaussian spots at sub-pixel positions, added up; (height, width, 3)."""
+        scale = (width / SIZE) ** 0.5  # a large frame is sharper
+        reach = int(np.ceil(3 * scale))
         x, y, z = (self.stars @ rotation).T
         depth = np.where(z < -0.1, -z, np.nan)
         column = (FOCAL * x / depth + 1) / 2 * width
-        row = (1 - FOCAL * y / depth) / 2 * height
+        row = (height - FOCAL * y / depth * width) / 2
         seen = (column > -reach) & (column < width + reach) & (row > -reach) & (row < height + reach)
         canvas = np.zeros((height + 4 * reach, width + 4 * reach, 3))
-        sizes, light = self.star_size * width / SIZE, self.star_light[:, None] * self.star_colour
+        sizes, light = self.star_size * scale, self.star_light[:, None] * self.star_colour
         grid = np.arange(2 * reach + 1) + 0.5
         for k in np.flatnonzero(seen):
             left, top = int(column[k]) - reach, int(row[k]) - reach
@@ -241,7 +249,7 @@ class PictureSky:
 # ---------------------------------------------------------------- ship
 
 
-@dataclass
+@dataclasses.dataclass
 class Look:
     """Everything about a frame that is not its pose; light in world axes."""
 
@@ -375,7 +383,7 @@ class Renderer:
         x, y, z = (self.mesh.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
         if z.max() > -0.05:
             raise ValueError(f"the ship is {-z.max():.3f} model units from the camera; keep it 0.05 away")
-        column, row = (1 - FOCAL * x / z) / 2 * width, (1 + FOCAL * y / z) / 2 * height
+        column, row = (1 - FOCAL * x / z) / 2 * width, (height + FOCAL * y / z * width) / 2
         left, right = max(int(column.min()) - 1, 0), min(int(column.max()) + 2, width)
         top, bottom = max(int(row.min()) - 1, 0), min(int(row.max()) + 2, height)
         return (left, top, right, bottom) if left < right and top < bottom else None
@@ -458,11 +466,13 @@ def flight_frame(seed, index, mesh_path=SHIP, flight=CALM):
     look.tint, look.paint = np.full(3, 1.05), np.ones((len(ship.materials), 3))
     look.quality, look.seed = 92, look.seed + index
     matrix = flight_poses(flight)[index]
-    return ship.frame(matrix, look), matrix, look.quality
+    image = ship.frame(matrix, look, flight.width, flight.height, flight.samples)
+    return image, matrix, look.quality
 
 
-FLIGHTS = {"flight": flight_frame, "wild": functools.partial(flight_frame, flight=WILD)}
-MAKERS = {"random": random_frame, "shifted": shifted_frame, "looks": looks_frame, **FLIGHTS}
+FLIGHTS = {"flight": CALM, "wild": WILD, "wide": WIDE}
+MAKERS = {"random": random_frame, "shifted": shifted_frame, "looks": looks_frame,
+          **{name: functools.partial(flight_frame, flight=flight) for name, flight in FLIGHTS.items()}}
 
 
 def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, progress=True, dask=None):
@@ -483,9 +493,10 @@ def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, p
     folder, digest = Path(folder), mesh_digest(load_mesh(mesh_path))
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        samples = looks.SAMPLES if kind == "looks" else SAMPLES
+        frame = FLIGHTS.get(kind, CALM)
+        samples = looks.SAMPLES if kind == "looks" else frame.samples
         _claim(folder, {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": samples,
-                        "size": SIZE, "mesh_digest": digest})
+                        "size": frame.width, "mesh_digest": digest}, frame.width / frame.height)
         names = [f"{i:03d}" if kind in FLIGHTS else str(i) for i in range(count)]
         missing = [i for i, name in enumerate(names)
                    if not ((folder / f"{name}.jpg").exists() and (folder / f"{name}_mat.json").exists())]
@@ -516,8 +527,9 @@ def _only_one(folder):
         yield
 
 
-def _claim(folder, info):
-    """Write the camera and `render_info.json`, unless the folder holds other frames: then ValueError.
+def _claim(folder, info, aspect):
+    """Write `render_info.json` and the camera of frames that are `aspect` times as wide as high, unless the
+    folder holds other frames: then ValueError.
 
     Sets made before meshes had a digest are taken to show the mesh of their name.
     """
@@ -530,7 +542,9 @@ def _claim(folder, info):
         raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
     else:
         xu.write_files({path: json.dumps(info)})
-    xu.write_files({folder / "camera_info.json": json.dumps(CAMERA, indent=1)})
+    projection = (np.array(CAMERA["projection_matrix"]) * [[1], [aspect], [1], [1]]).tolist()
+    camera = json.dumps(CAMERA | {"projection_matrix": projection}, indent=1)
+    xu.write_files({folder / "camera_info.json": camera})
     for part in folder.glob(".*.part"):
         part.unlink()
 
@@ -563,7 +577,8 @@ def main(arguments=None):
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=MAKERS, default="random",
-                        help="random poses; in a shifted look; in scenes; the clip's flight; a wilder one")
+                        help="random poses; in a shifted look; in scenes; the clip's flight; a wilder one; "
+                        "the clip's in 1280x720")
     parser.add_argument("--mesh", type=Path, default=SHIP, help="a Wavefront OBJ mesh in model units")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
     parser.add_argument("--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786")
