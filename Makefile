@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: animation test lab lock data train eval bench compare notebooks clean
+.PHONY: animation test lab lock data train eval bench compare hero browser notebooks clean
 
 RUN_NOTEBOOK = $(BIN)/python tests/run_notebook.py --limit $(LIMIT)
 ANIMATION = $(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
@@ -61,6 +61,15 @@ eval: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench.py
+
+# Track data/flight_hd.mp4 and write images/hero.mp4 and images/hero.gif.
+hero: $(STAMP)
+	$(BIN)/python tests/hero.py
+
+# Run two notebooks in JupyterLab in Debian's Chromium (/usr/bin/chromium) and look for what is broken.
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
+	$(BIN)/pytest tests/test_browser.py
 
 # The tables of weights/README.md: what a training step costs, and what encoders and losses reach.
 compare: $(STAMP)

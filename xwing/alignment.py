@@ -37,6 +37,7 @@ RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined
 MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
 DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that are enough
+MIN_TURNED_CONTRAST = 0.5  # of a pose that is turned by over 30 degrees against that of the keypoints
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
@@ -170,7 +171,7 @@ class Aligner:
 
         Poses that a flat ship is easily taken for are rivals always; where the best explains too little, also
         those of the runner-up, from a coarse picture on. Pixels and keypoints decide together. Accepted if it
-        explains MIN_EXPLAINED_CONTRAST, and no pose turned by over 30 degrees comes within MIN_MARGIN.
+        explains enough (MIN_EXPLAINED_CONTRAST), and no pose turned by over 30 degrees is within MIN_MARGIN.
         """
         if estimate.pose is None:
             return estimate
@@ -185,10 +186,11 @@ class Aligner:
         ranked, explained = self._rank(image, found, K, estimate)
         best, *others = _suppress_similar(ranked, 30)
         margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
-        reason = _unexplained(explained, MIN_EXPLAINED_CONTRAST * (0.8 if margin >= DECISIVE_MARGIN else 1))
+        same = xu.rotation_error(best.pose, estimate.pose) < 30
+        least = MIN_EXPLAINED_CONTRAST * (0.8 if margin >= DECISIVE_MARGIN else 1)
+        reason = _unexplained(explained, least if same else MIN_TURNED_CONTRAST)
         if not reason and margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
-        same = xu.rotation_error(best.pose, estimate.pose) < 30
         return dataclasses.replace(
             estimate, pose=best.pose, covariance=best.covariance, accepted=not reason, reason=reason,
             reprojection=estimate.reprojection if same else np.nan, log_likelihood_margin=margin,
@@ -196,9 +198,7 @@ class Aligner:
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
-        view = self._view(image, pose, K)
-        drawing = view and self._draw(view, pose)
-        if drawing is None:
+        if (view := self._view(image, pose, K)) is None or (drawing := self._draw(view, pose)) is None:
             return None
         return tuple(p.clip(0, 255).astype(np.uint8) for p in (view.image, self._paint(view, drawing)[0]))
 
@@ -303,8 +303,7 @@ class Aligner:
         prior = _Prior(pose if expected is None else expected, np.zeros((6, 6)) + known)
         for _ in range(drawings):
             view = self._view(image, pose, K, level)
-            drawing = view and self._draw(view, pose)
-            if drawing is None:
+            if view is None or (drawing := self._draw(view, pose)) is None:
                 return None
             refined = _descend(self._template(view, drawing), prior)
             pose = refined.pose
