@@ -19,7 +19,6 @@ from pathlib import Path
 
 import cv2
 import joblib
-import looks
 import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.ndimage import map_coordinates
@@ -27,6 +26,7 @@ from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
+from data import looks
 from xwing.mesh import load_mesh
 
 HERE = Path(__file__).resolve().parent

@@ -28,6 +28,7 @@ ARROWS = {  # file -> the project's own modules that it may import
 }
 OUTSIDERS = {"render": "data/render", "looks": "data/looks", "make_xwing": "data/make_xwing",
              "conftest": "tests", "bench": "tests"}
+PACKAGES = "xwing", "data"
 CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4600
 COLUMNS = 110
 FUNCTION_LINES, PARAMETERS = 40, 8
@@ -43,13 +44,13 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             module = {".": "xwing"}.get(module, re.sub(r"^\.", "xwing.", module))
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "xwing" else {module}
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module in PACKAGES else {module}
     own = set()
     for name in names:
         first, *rest = name.split(".")
-        if first == "xwing":
-            own.add(f"xwing/{rest[0]}" if rest else "xwing/__init__")
-        elif first == "xwing_utils" or first in OUTSIDERS or first in ("data", "notebooks", "tests"):
+        if first in PACKAGES:
+            own.add(f"{first}/{rest[0]}" if rest else f"{first}/__init__")
+        elif first == "xwing_utils" or first in OUTSIDERS or first in ("notebooks", "tests"):
             own.add(OUTSIDERS.get(first, first))
     return own
 
@@ -65,10 +66,11 @@ def package(root):
 def test_every_form_of_import_is_seen():
     imports = ("import xwing_utils as xu", "from xwing import mesh, film as f", "import xwing.footage",
                "from xwing.tracking import Tracker", "from .training import worker",
-               "from . import synthesis", "import render, numpy, xwings")
+               "from . import synthesis", "import render, numpy, xwings", "from data import looks")
     names = ("mesh", "film", "tracking", "footage", "training", "synthesis")
     late = "def late():\n    " + "\n    ".join(imports)
-    assert imported(late) == {"xwing_utils", "data/render", *(f"xwing/{name}" for name in names)}
+    own = {f"xwing/{name}" for name in names}
+    assert imported(late) == {"xwing_utils", "data/render", "data/looks", *own}
 
 
 def test_every_file_of_the_package_has_its_arrows(root):
