@@ -876,7 +876,7 @@ def predict_keypoints(model, images, batch_size=16, progress=False, channels=8, 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE = 0.2  # points below it are not used for a pose; half of it where no sigma weighs them
+MIN_CONFIDENCE = 0.2  # points below it are not used for a pose; below a quarter of it without sigmas
 MIN_SIGMA = 0.7  # pixels of what the network is shown: it claims no more than that of a keypoint
 INLIER_SIGMAS = 3.0  # a point further than so many standard deviations from its projection is an outlier
 MIN_INLIER_RATIO = 0.7  # share of the points in use that must be inliers
@@ -942,7 +942,7 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
     count = len(keypoints)
     points = check_array(KEYPOINTS[:count] if points is None else points, (count, 3), "points")
     confidence = np.ones(count) if confidence is None else check_array(confidence, (count,), "confidence")
-    usable = np.isfinite(keypoints).all(1) & (confidence >= MIN_CONFIDENCE / (2 if sigma is None else 1))
+    usable = np.isfinite(keypoints).all(1) & (confidence >= MIN_CONFIDENCE / (4 if sigma is None else 1))
     if sigma is None:  # 1.8 pixels of a 256 px frame for a sure corner, 18 more for one without confidence
         sigma = (1.8 + 18 * (1 - confidence)) * 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
     sigma = check_array(sigma, (count,), "sigma")

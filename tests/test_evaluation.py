@@ -442,14 +442,16 @@ def test_the_roc_s_area_is_the_chance_that_a_wrong_pose_scores_higher():
     assert evaluation.roc(np.array([3.0, 2, 1]), np.array([True, True, False]))[2] == 1
 
 
-def test_the_wild_flight_shows_the_ship_where_its_matrices_say(root):
+@pytest.mark.parametrize("name,width,height", [("wild", 256, 256), ("flight_hd", 1280, 720)])
+def test_flights_show_the_ship_where_their_matrices_say(root, name, width, height):
     """The ship's pixels are brighter than the sky around them, in frames all along the video."""
-    video, truth, K = evaluation.load_flight(root / "data" / "wild.json")
+    video, truth, K = evaluation.load_flight(root / "data" / f"{name}.json")
     clip = Clip(video)
-    assert len(truth) == clip.count == 300 and clip.fps == 30 and (clip.width, clip.height) == (256, 256)
+    assert len(truth) == clip.count == 300 and clip.fps == 30 and (clip.width, clip.height) == (width, height)
+    assert video.stat().st_size < 6e6
     ship = load_mesh(root / "data" / "xwing.obj")
     for i, frame in enumerate(clip):
         if i % 50 == 20:
-            cover = rasterise(ship.triangles, truth[i], K, 256, 256)[0] >= 0
+            cover = rasterise(ship.triangles, truth[i], K, width, height)[0] >= 0
             near = cv2.dilate(np.uint8(cover), np.ones((15, 15))) > 0
             assert frame.image[cover].min(1).mean() > 2 * frame.image[near & ~cover].min(1).mean() + 20
