@@ -250,7 +250,7 @@ def viewer(pictures, start=0, step=1, fps=12.5, width=640):
     """A widget for a notebook: pictures (H, W, 3) uint8 at the move of a slider, or played as a film.
 
     The i-th picture shows frame i * step of a clip, that of frame `start` shows first. All are drawn before,
-    at most `width` pixels wide. Widgets that capture output can hang without a browser (nbclient issue 312).
+    and shown `width` pixels wide. Widgets that capture output can hang without a browser (nbclient issue 312).
     """
     import ipywidgets
     jpegs = []
@@ -261,7 +261,7 @@ def viewer(pictures, start=0, step=1, fps=12.5, width=640):
     if not jpegs:
         raise ValueError("expected at least one picture, got none")
     last, start = (len(jpegs) - 1) * step, start // step * step
-    image = ipywidgets.Image(value=jpegs[start // step], format="jpeg")
+    image = ipywidgets.Image(value=jpegs[start // step], format="jpeg", layout={"width": f"{width}px"})
     slider = ipywidgets.IntSlider(start, 0, last, step, description="frame")
     play = ipywidgets.Play(value=start, min=0, max=last, step=step, interval=round(1000 / fps))
     ipywidgets.jslink((play, "value"), (slider, "value"))
