@@ -247,9 +247,8 @@ def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
     """K (3, 3) in pixels of a lens: `focal` and `sensor` (longer side) in one unit, or `view` in degrees."""
     given = {"width": width, "height": height, "focal": focal, "sensor": sensor, "view": view}
     for name, value in given.items():
-        limit = 180 if name == "view" else np.inf
-        if value is not None and not 0 < value < limit:
-            raise ValueError(f"{name}: expected a number between 0 and {limit}, got {value}")
+        if value is not None and not 0 < value < (180 if name == "view" else np.inf):
+            raise ValueError(f"{name}: expected a positive number, a view of less than 180, got {value}")
     pixels = max(width, height) * (focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2)))
     return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
 
