@@ -249,8 +249,8 @@ def tracked_pictures(clip, track, K, detector, indices, size=xu.FRAME_SIZE):
 def viewer(pictures, start=0, step=1, fps=12.5, width=640):
     """A widget for a notebook: pictures (H, W, 3) uint8 at the move of a slider, or played as a film.
 
-    The i-th picture shows frame i * step of a clip, that of frame `start` shows first. All are drawn first,
-    shown `width` pixels wide. Widgets that capture output can hang without a browser (nbclient issue 312).
+    The i-th picture shows frame i * step of a clip, that of frame `start` shows first. All are drawn before
+    any shows, `width` pixels wide. Widgets that capture output can hang without a browser (nbclient 312).
     """
     import ipywidgets
     jpegs = []

@@ -270,29 +270,31 @@ class Tracker:
 
         At a new track the network looks at once, later in the background; what it saw then is heard now.
         """
-        look = None
+        rival = None
         if self.witness is not None and seconds >= self.asked + WITNESS_DELAY:
-            look, self.witness = self.witness.result(), None
+            (rival, self.another), self.witness = self.witness.result(), None
+            rival = rival and self._detect(image)
         elif self._witness_is_due(seconds):
             settled, self.asked = seconds - self.began >= WITNESS_SECONDS, seconds
             if settled:
-                self.witness = self.thread.submit(self._doubt, image.copy(), tracked.pose)
+                self.witness = self.thread.submit(self._look_round, image.copy(), tracked.pose)
             else:
-                look = self._doubt(image, tracked.pose, alone=True)
-        doubtful, self.another = (False, self.another) if look is None else look
-        found = self._detect(image) if doubtful else tracked
-        return found if found.accepted else tracked
+                rival, self.another = self._rival(image, tracked.pose), None
+        return rival if rival is not None and rival.accepted else tracked
 
-    def _doubt(self, image, pose, alone=False):
-        """Whether the network sees what explains a frame clearly better than a pose, and a second ship."""
-        another = None if alone else self._elsewhere(image, pose)
+    def _look_round(self, image, pose):
+        return self._rival(image, pose), self._elsewhere(image, pose)
+
+    def _rival(self, image, pose):
+        """The network's estimate where that explains a frame clearly better than a pose does, or None."""
         other = self._look(image, pose)
-        if other.accepted and xu.rotation_error(other.pose, pose) > 30:
-            other = self.aligner.verify(image, other, self.K)
-            if other.accepted and xu.rotation_error(other.pose, pose) > 30:
-                costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
-                return costs[1] + MIN_COST_GAIN < costs[0], another
-        return False, another
+        if not other.accepted or xu.rotation_error(other.pose, pose) < 30:
+            return None
+        other = self.aligner.verify(image, other, self.K)
+        if not other.accepted or xu.rotation_error(other.pose, pose) < 30:
+            return None
+        costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
+        return other if costs[1] + MIN_COST_GAIN < costs[0] else None
 
     def _elsewhere(self, image, pose):
         """The pose (4, 4) of a ship in the frame beside the one at a pose, or None."""
