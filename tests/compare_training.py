@@ -1,8 +1,9 @@
-"""What a training step costs, and what encoders and losses reach: the tables of weights/README.md.
+"""What a training step costs, what encoders and losses reach, what each augmentation keeps: the tables of
+weights/README.md.
 
-Everything starts from scratch on frames of data/train/ (else data/sample/), on squares of 128 pixels, with
-Adam at 1e-3. Errors are medians over 128 frames that are not trained on, in pixels, with batch statistics:
-the moving averages of the batch normalisation lag for the first few hundred steps.
+Training is on frames of data/train/ (else data/sample/), on squares of 128 pixels, from scratch with Adam at
+1e-3 but for the augmentations. Errors are medians over 128 frames that are not trained on, in pixels, with
+batch statistics: the moving averages of the batch normalisation lag for the first few hundred steps.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from xwing.mesh import load_mesh
 from xwing.synthesis import Randomiser
 
 SIZE, BATCH, KEPT, SIGMA = 128, 16, 128, 4.0
+AUGMENTATIONS = "geometry", "flare", "light", "colour", "sharpness", "noise", "erasing", "compression"
 FULL_DECODER = (256, 128, 64, 32, 16)  # segmentation_models' own
 STEPS = {  # name -> (precision, arguments of build_model)
     "float32, decoder of segmentation_models, maps of the frame's size": (
@@ -37,8 +39,8 @@ class Frames:
         randomise = Randomiser(load_mesh(xu.ROOT / "data" / "xwing.obj"))
         self.name, self.count = folder.name, len(paths) - KEPT
         trained, kept = slice(None, -KEPT), slice(-KEPT, None)
-        self.batches = xu.make_dataset(paths[trained], matrices[trained], *camera, **options,
-                                       randomise=randomise, shares=(0.3, 0))
+        self.parts = paths[trained], matrices[trained], *camera
+        self.batches = xu.make_dataset(*self.parts, **options, randomise=randomise, shares=(0.3, 0))
         held = xu.make_dataset(paths[kept], matrices[kept], *camera, augmented=False, **options)
         self.images, self.truth = (np.concatenate(part) for part in zip(*(held[i] for i in range(len(held)))))
 
@@ -52,15 +54,16 @@ class Frames:
             self.batches.on_epoch_end()
 
 
-def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", **arguments):
+def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", sigma=SIGMA, rate=1e-3,
+          **arguments):
     """A fresh network, compiled for one of the losses."""
     keras = xu.import_keras()
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
     head = "softmax" if kind == "softmax" else "linear"
-    model = xu.build_model(backbone, sigma=SIGMA, size=SIZE, head=head, **arguments)
-    return xu.compile_model(model, 1e-3, xu.HeatmapLoss(SIGMA, kind, model.settings["stride"]))
+    model = xu.build_model(backbone, sigma=sigma, size=SIZE, head=head, **arguments)
+    return xu.compile_model(model, rate, xu.HeatmapLoss(sigma, kind, model.settings["stride"]))
 
 
 def train(model, frames, seconds=np.inf, steps=np.inf):
@@ -124,17 +127,47 @@ def losses(frames, steps):
         print(f"| {kind} | {errors} | {error:.5f} | {empty:.5f} |", flush=True)
 
 
+def augmentations(frames, steps):
+    """Print what the shipped weights know of other looks after more training without one augmentation."""
+    shifted, weights = xu.ROOT / "data" / "shifted", xu.ROOT / "weights" / "xwing.weights.h5"
+    paths, matrices = xu.load_dataset(shifted)
+    truth = xu.keypoints_of(matrices, *xu.load_camera(shifted))
+    images = np.stack([xu.read_image(path) for path in paths])
+    keras, shipped = xu.import_keras(), xu.load_model(weights)
+    rate = keras.optimizers.schedules.CosineDecay(2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50)
+    print(f"\n| left out for {steps} steps | seed | corner error | within 5 px | wrong way round |")
+    print("|---|---|---|---|---|")
+    shipped = shipped.get_weights(), shipped.settings["sigma"]
+    rows = [("(before)", 0), ("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
+    for name, seed in rows:
+        model = build(sigma=shipped[1], rate=rate)
+        model.set_weights(shipped[0])
+        without = [name] if name in AUGMENTATIONS else []
+        batches = xu.make_dataset(*frames.parts, BATCH, SIZE, True, without=without, seed=seed,
+                                  epoch_size=BATCH * steps)
+        if name != "(before)":
+            model.fit(batches, verbose=0, shuffle=False)
+        keras.config.set_dtype_policy("float32")
+        trained = xu.load_model(weights)
+        trained.set_weights(model.get_weights())
+        report = corner_report(xu.predict_keypoints(trained, images)[0], truth)
+        wrong = sum(report["permutations"].values()) - report["permutations"]["identity"]
+        print(f"| {name} | {seed} | {report['corner_px']:.2f} px | {report['within_5px']:.1%} | {wrong} |",
+              flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=90, help="of training for each encoder")
     parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
+    parser.add_argument("--left-out", type=int, default=500, help="steps without each augmentation")
     parser.add_argument("--profile", type=int, default=6, help="steps for each row of the profile")
-    parser.add_argument("--only", choices=["profile", "encoders", "losses"])
+    parser.add_argument("--only", choices=["profile", "encoders", "losses", "augmentations"])
     a = parser.parse_args()
     frames = Frames()
     print(f"{frames.count} frames of data/{frames.name}/, batches of {BATCH} squares of {SIZE} px")
     for name, run, amount in (("profile", profile, a.profile), ("encoders", encoders, a.seconds),
-                              ("losses", losses, a.steps)):
+                              ("losses", losses, a.steps), ("augmentations", augmentations, a.left_out)):
         if a.only in (None, name):
             run(frames, amount)
 

@@ -480,7 +480,7 @@ def test_a_close_look_holds_the_ship_and_shows_more(weights, crop_sizes, width, 
     looks, nothing = [], (np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))
     monkeypatch.setattr(Detector, "_compile", lambda self, side: None)
     detector = Detector(weights, crop_sizes, search_size=64)
-    monkeypatch.setattr(detector, "_look", lambda image, *square: looks.append(square) or nothing)
+    monkeypatch.setattr(detector, "_look", lambda image, *square, **_: looks.append(square) or nothing)
     whole, image, close = max(width, height), np.zeros((height, width, 3), np.uint8), 0
     for left, top, extent in ((10, 20, 30), (80, 60, 87), (0, 100, 90), (20, 0, 230), (-40, -30, 100),
                               (-1e6, -1e6, 3e6), (2000, 0, 50), (5, 5, 0)):
@@ -503,15 +503,20 @@ def test_a_close_look_holds_the_ship_and_shows_more(weights, crop_sizes, width, 
 
 
 def test_a_close_look_that_cuts_the_ship_off_does_not_count(detector, flight, monkeypatch):
-    """The search finds 10 points; a close look that finds 7 is thrown away, one that finds 8 is taken."""
-    def found(count, size):
-        keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
-        return keypoints, np.where(np.arange(36) < count, 0.9, 0.0), np.full(36, float(size))
+    """The search finds 10 points; a close look that finds 7 is thrown away, one that finds 8 is taken.
 
-    for count in (3, 7, 8, 20):
-        monkeypatch.setattr(detector, "_look", lambda image, left, top, side, size, n=count: found(
-            10 if size == 192 else n, size))
-        assert detector(flight[0])[2][0] == (192 if count < 8 else 96)
+    What is searched for is looked at once, what counts also in the mirror."""
+    def found(image, left, top, side, size, averaged=True):
+        looks.append((size, averaged))
+        keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
+        return keypoints, np.where(np.arange(36) < counts[size], 0.9, 0.0), np.full(36, float(size))
+
+    monkeypatch.setattr(detector, "_look", found)
+    for close, whole, expected in ((3, 10, [96, 192]), (7, 10, [96, 192]), (8, 10, [96]), (20, 10, [96]),
+                                   (20, 3, [])):
+        counts, looks = {96: close, 192: whole}, []
+        assert detector(flight[0])[2][0] == ([192] + expected)[-1]
+        assert looks == [(192, False)] + [(size, True) for size in expected]
 
 
 @pytest.mark.parametrize("width,height,side", [

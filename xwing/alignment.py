@@ -39,6 +39,7 @@ MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must
 DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that are enough
 MIN_TURNED_CONTRAST = 0.5  # of a pose that is turned by over 30 degrees against that of the keypoints
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
+USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
 
@@ -151,20 +152,20 @@ class Aligner:
         refined = self._align(image, pose, K, covariance)
         return None if refined is None else (refined.pose, refined.covariance)
 
-    def track(self, image, pose, K, covariance=None):
+    def track(self, image, pose, K, covariance=None, usual=1.0):
         """Refine a pose predicted from the frames before, within a few milliseconds: a `PoseEstimate`,
-        accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen. Arguments as for `align`."""
+        accepted if it explains MIN_EXPLAINED_CONTRAST of what is seen. Arguments as for `align`. Where it
+        explains less than is `usual` the steps begin again on a coarse picture."""
         refined = self._refine(image, pose, K, FINE, covariance, drawings=2)
         explained = _explained_contrast(refined)
-        if explained < WELL_EXPLAINED:
+        if explained < min(WELL_EXPLAINED, USUAL_RATIO * usual):
             again = self._align(image, pose, K, covariance)
             if (more := _explained_contrast(again)) > explained:
                 refined, explained = again, more
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
-        reason = _unexplained(explained)
-        return xu.PoseEstimate(refined.pose, refined.covariance, not reason, reason,
-                               explained_contrast=explained)
+        reason, found = _unexplained(explained), (refined.pose, refined.covariance)
+        return xu.PoseEstimate(*found, not reason, reason, explained_contrast=explained)
 
     def verify(self, image, estimate, K):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
@@ -176,9 +177,8 @@ class Aligner:
         if estimate.pose is None:
             return estimate
         first = self._align(image, estimate.pose, K, estimate.covariance)
-        found = [] if first is None else [first]
-        if self._rank(image, found, K, estimate)[1] < WELL_EXPLAINED:
-            found += self._search(image, estimate, K)
+        found = self._search(image, estimate, K) if _explained_contrast(first) < WELL_EXPLAINED else []
+        found += [] if first is None else [first]
         if not found:
             reason = estimate.reason or "too little of the ship is in sight"
             return dataclasses.replace(estimate, accepted=False, reason=reason)

@@ -377,12 +377,17 @@ class Detector:
         self._model.reshape([1, side, side, 3])
         return self._core.compile_model(self._model, "CPU", self._options).create_infer_request()
 
-    def heatmaps(self, squares):
-        """Heatmaps (n, h, w, 36) float32 of n squares (n, S, S, 3) uint8; S is a multiple of 32."""
+    def heatmaps(self, squares, averaged=True):
+        """Heatmaps (n, h, w, 36) float32 of n squares (n, S, S, 3) uint8; S is a multiple of 32.
+
+        Unless they are `averaged` with those of the mirrored squares they take half the time.
+        """
         side = squares.shape[1]
         with self._turn:
             if side not in self._requests:
                 self._requests[side] = self._compile(side)
+            if not averaged:
+                return self._infer(squares)
             return xu.average_mirrored(self._infer, squares, self.settings["model"]["keypoints"])
 
     def _infer(self, squares):
@@ -394,24 +399,28 @@ class Detector:
 
         Only a square about a `box` [[left, top], [right, bottom]] is looked at, where that shows more detail.
         """
-        found, square = None, self._close_square(image, box)
+        whole, sure, square = (*_whole(image), self.search_size), (), self._close_square(image, box)
         if square is None:
-            found = self._look(image, *_whole(image), self.search_size)
+            found = self._look(image, *whole, averaged=False)
             sure = found[0][found[1] >= xu.MIN_CONFIDENCE]
-            square = self._close_square(image, [sure.min(0), sure.max(0)] if len(sure) >= 4 else None)
+            if len(sure) < 4:
+                return found
+            square = self._close_square(image, sure)
         if square is not None:
             close = self._look(image, *square)
-            if found is None or (close[1] >= xu.MIN_CONFIDENCE).sum() >= MIN_RETAINED_SHARE * len(sure):
-                found = close  # else it cuts the ship off
-        return found
+            if (close[1] >= xu.MIN_CONFIDENCE).sum() >= MIN_RETAINED_SHARE * len(sure):
+                return close  # else it cuts the ship off
+        return self._look(image, *whole)
 
-    def _close_square(self, image, box):
-        """A square about a box: left, top, side and the size to scale it to; None where the search will do.
+    def _close_square(self, image, points):
+        """A square about some points (n, 2): left, top, side and the size to scale it to; None where the
+        whole frame will do.
 
-        It holds the box and a tenth more; a small frame is enlarged no further than as a whole.
+        It holds the box about them and a tenth more; a small frame is enlarged no further than as a whole.
         """
         frame = np.array(image.shape[1::-1])
-        low, high = np.full((2, 2), np.nan) if box is None else np.clip(np.asarray(box, float), 0, frame)
+        points = np.full((1, 2), np.nan) if points is None else np.clip(np.asarray(points, float), 0, frame)
+        low, high = points.min(0), points.max(0)
         if not self.crop_sizes or not (high > low).all():
             return None
         needed, enlarged = 1.1 * (high - low).max(), max(xu.FRAME_SIZE / frame.max(), 1.0)
@@ -424,9 +433,9 @@ class Detector:
         left, top = np.clip(corner, np.minimum(room, 0), np.maximum(room, 0)).astype(int)
         return left, top, side, size
 
-    def _look(self, image, left, top, side, size):
+    def _look(self, image, left, top, side, size, averaged=True):
         """What is seen in a square of the frame, scaled to `size` pixels: see `__call__`."""
-        maps = self.heatmaps(_square(image, left, top, side, size)[None])[0]
+        maps = self.heatmaps(_square(image, left, top, side, size)[None], averaged)[0]
         stride, sigma = self.settings["model"]["stride"], self.settings["model"]["sigma"]
         keypoints, confidence = xu.decode_heatmaps(maps, sigma / stride)
         spread = xu.keypoint_sigma(maps, keypoints, sigma / stride, 20 / stride)

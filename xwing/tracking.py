@@ -181,7 +181,8 @@ class Tracker:
         predicted = self.motion.after(seconds - self.seconds)[0]
         if self.aligner is None:
             return self.update_pose(self._unaligned(image, predicted, seconds), seconds)
-        estimate = self.aligner.track(image, predicted.pose, self.K, predicted.covariance[:6, :6])
+        known = predicted.pose, self.K, predicted.covariance[:6, :6], self.contrast
+        estimate = self.aligner.track(image, *known)
         if not _convincing(estimate, predicted.pose, self.contrast):
             found, self.asked = self._detect(image, predicted), seconds
             reason = estimate.reason or "the pose explains less of the frame than it did"
@@ -377,7 +378,8 @@ def _go_back(tracker, recent, estimates):
         if image is None:
             break
         predicted = motion.after(moment - seconds)[0]
-        estimate = tracker.aligner.track(image, predicted.pose, tracker.K, predicted.covariance[:6, :6])
+        spread = predicted.covariance[:6, :6]
+        estimate = tracker.aligner.track(image, predicted.pose, tracker.K, spread, contrast)
         known = estimates[index]
         better = not known.accepted or estimate.explained_contrast > known.explained_contrast
         if not (better and _convincing(estimate, predicted.pose, contrast)):
