@@ -32,7 +32,6 @@ import cv2
 import numpy as np
 import psutil
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no greetings
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look for newer versions on the network
@@ -301,9 +300,8 @@ def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
 
 def front_facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
     """(N, K) bool: which points (K, 3) turn their normals (K, 3) to the camera; a zero normal always does."""
-    poses, normals = [pose_in_camera(model_view_matrix, m) for m in matrices], np.asarray(normals)
-    poses = np.array(poses).reshape(-1, 4, 4)
-    turn = poses[:, :3, :3].swapaxes(1, 2)
+    poses = np.array([pose_in_camera(model_view_matrix, m) for m in matrices]).reshape(-1, 4, 4)
+    turn, normals = poses[:, :3, :3].swapaxes(1, 2), np.asarray(normals)
     away = ((points @ turn + poses[:, None, :3, 3]) * (normals @ turn)).sum(-1)
     return (away < 0) | ~normals.any(-1)
 
@@ -400,8 +398,8 @@ def _gaussian_offset(window, x, y, sigma):
     """(M, 2) offsets from the windows' middles to the peaks where log h = a + b x + c y + d (x^2 + y^2)."""
     near = np.maximum(abs(x), abs(y)) <= max(1, round(1.5 * sigma))
     usable = near & np.isfinite(window) & (window > 1e-6)
-    window = np.where(usable, window, 1).reshape(len(window), -1).astype(float)
-    weight = window**2 * usable.reshape(len(window), -1)  # least squares of h, not of its logarithm
+    window = np.where(usable, window, 1).reshape(len(window), x.size).astype(float)
+    weight = window**2 * usable.reshape(window.shape)  # least squares of h, not of its logarithm
     basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / [1, sigma, sigma, sigma**2]
     normal = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
     right = (weight * np.log(window)) @ basis
@@ -850,7 +848,15 @@ def average_mirrored(network, images, keypoints):
     return np.sqrt(seen * mirrored[:, :, ::-1][..., mirror_permutation(KEYPOINTS[:keypoints])])
 
 
-def predict_keypoints(model, images, batch_size=16, progress=False, channels=8, return_sigma=False):
+def read_keypoints(heatmaps, settings):
+    """Keypoints, confidence and sigma, see `predict_keypoints`, of a network's heatmaps and its settings."""
+    stride, sigma = settings["stride"], settings["sigma"] / settings["stride"]
+    keypoints, confidence = decode_heatmaps(heatmaps, sigma)
+    spread = keypoint_sigma(heatmaps, keypoints, sigma, 20 / stride) * stride
+    return keypoints * stride, confidence, np.maximum(spread, MIN_SIGMA)
+
+
+def predict_keypoints(model, images, batch_size=16, channels=8, return_sigma=False):
     """Find the eight corners in frames.
 
     Args:
@@ -861,16 +867,10 @@ def predict_keypoints(model, images, batch_size=16, progress=False, channels=8, 
         keypoints (N, channels, 2) in pixels, confidence (N, channels) in [0, 1] and, with `return_sigma`,
         sigma (N, channels), the standard deviation along one axis in pixels (see `keypoint_sigma`).
     """
-    keypoints, confidence = np.full((len(images), channels, 2), np.nan), np.zeros((len(images), channels))
-    spread = np.full((len(images), channels), np.inf)
-    sigma, stride = model.settings["sigma"], model.settings["stride"]
-    for start in tqdm(range(0, len(images), batch_size), "keypoints", unit="batch", disable=not progress):
-        part = slice(start, start + batch_size)
-        maps = predict_heatmaps(model, images[part], batch_size, channels)
-        keypoints[part], confidence[part] = decode_heatmaps(maps, sigma / stride)
-        if return_sigma:
-            spread[part] = keypoint_sigma(maps, keypoints[part], sigma / stride, 20 / stride)
-    keypoints, spread = keypoints * stride, np.maximum(spread * stride, MIN_SIGMA)
+    starts = range(0, max(len(images), 1), batch_size)
+    maps = (predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts)
+    found = zip(*(read_keypoints(part, model.settings) for part in maps))
+    keypoints, confidence, spread = map(np.concatenate, found)
     return (keypoints, confidence, spread) if return_sigma else (keypoints, confidence)
 
 

@@ -105,30 +105,20 @@ def test_report_counts_a_missing_corner_as_far_off(grid):
     assert evaluation.corner_report(estimate, grid)["within_5px"] == 0.75
 
 
-@pytest.fixture
-def pictures(oracle_frames, tmp_path):
-    """A function: N -> the paths of N frames for an oracle."""
-    def write(count):
-        paths = [tmp_path / f"{i}.png" for i in range(count)]
-        for path, frame in zip(paths, oracle_frames(count)):
-            Image.fromarray(frame).save(path)
-        return paths
-
-    return write
-
-
-def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(oracle, pictures):
-    truth, paths = np.random.default_rng(0).uniform(60, 196, (3, 8, 2)), pictures(3)
+def test_heatmap_errors_of_a_perfect_and_of_an_empty_network():
+    truth = np.random.default_rng(0).uniform(60, 196, (3, 8, 2))
+    settings = dict(sigma=4.0, stride=2, size=256)
     truth[1, 4] = [-20, 100]
-    errors = evaluation.heatmap_errors(oracle(truth), paths, truth, batch_size=2)
+    maps = np.stack([xu.gaussian_heatmaps(corners / 2, 128, 2.0) for corners in truth])
+    errors = evaluation.heatmap_errors(maps, truth, settings)
     assert np.isnan(errors[1, 4]) and np.isnan(errors).sum() == 1 and np.nanmax(errors) < 1e-5
-    nothing = evaluation.heatmap_errors(oracle(np.full_like(truth, -1e4)), paths, truth)
+    nothing = evaluation.heatmap_errors(np.zeros_like(maps), truth, settings)
     assert np.nanmean(nothing) == pytest.approx(np.pi * 10**2 / 256**2, rel=1e-3)  # 0.0048
 
 
-def test_heatmap_errors_refuse_a_sigma_below_the_network_s(oracle):
+def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
     with pytest.raises(ValueError, match="sigma: expected more than the network's own 4.0 pixels, got 2.0"):
-        evaluation.heatmap_errors(oracle(np.zeros((1, 8, 2))), [], np.zeros((0, 8, 2)), sigma=2.0)
+        evaluation.heatmap_errors([], np.zeros((0, 8, 2)), dict(sigma=4.0, stride=2, size=256), sigma=2.0)
 
 
 # ------------------------------------------------------------ a set: errors, figures, intervals
@@ -350,13 +340,14 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
     np.testing.assert_array_equal(found.K, K)
     errors = found.errors()
     assert found.estimates == found.from_points and np.nanmax(errors["rotation"]) < 1
-    assert evaluation.summarise(errors)["corner_px_median"] < 0.1
+    figures = evaluation.summarise(errors)
+    assert figures["corner_px_median"] < 0.1 and figures["heatmap_mse_sigma10"] < 1e-5
     assert np.isnan(found.errors([None] * 6)["rotation"]).all()
 
 
 def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
     """Not all at once: a large set has to fit too."""
-    order, read, predict = [], xu.read_image, xu.predict_keypoints
+    order, read, predict = [], xu.read_image, xu.predict_heatmaps
 
     def reading(*arguments):
         order.append("read")
@@ -367,7 +358,7 @@ def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
         return predict(model, images, *arguments, **options)
 
     monkeypatch.setattr(xu, "read_image", reading)
-    monkeypatch.setattr(xu, "predict_keypoints", predicting)
+    monkeypatch.setattr(xu, "predict_heatmaps", predicting)
     evaluation.evaluate_folder(folder, model, batch_size=2, progress=False)
     assert order == [1, *["read", "read", 2] * 3]
 

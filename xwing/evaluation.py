@@ -121,28 +121,26 @@ def corner_report(keypoints, truth, size=xu.FRAME_SIZE, scale=1.0):
     }
 
 
-def heatmap_errors(model, paths, truth, sigma=10.0, batch_size=16):
+def heatmap_errors(heatmaps, truth, settings, sigma=10.0):
     """Mean squared error (N, 8) of each corner's heatmap at another sigma; NaN for corners outside the frame.
 
     The maps are widened to that sigma by a Gaussian blur, so that networks of different sigma compare. An
     empty map has pi sigma^2 / size^2: 0.0048 for sigma 10 in frames of 256 px.
 
     Args:
-        model: from `load_model`; paths: N frames, read as they are needed.
-        truth: (N, 8, 2) pixels; sigma: pixels, more than the network's own.
+        heatmaps: (N, H/stride, W/stride, 8 or more) of a network with these settings.
+        truth: (N, 8, 2) pixels, or more; sigma: pixels, more than the network's own.
     Source: the loss of Tompson et al., Joint Training of a Convolutional Network, NIPS 2014, as a measure.
     """
-    own, stride, size = (model.settings[name] for name in ("sigma", "stride", "size"))
+    own, stride, size = (settings[name] for name in ("sigma", "stride", "size"))
     if not sigma > own:
         raise ValueError(f"sigma: expected more than the network's own {own} pixels, got {sigma}")
-    errors = np.full((len(paths), 8), np.nan)
-    for start in range(0, len(paths), batch_size):
-        images = np.stack([xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]])
-        for i, maps in enumerate(xu.predict_heatmaps(model, images, batch_size), start):
-            wide = cv2.resize(maps, None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
-            wide = cv2.GaussianBlur(wide, (0, 0), np.sqrt(sigma**2 - own**2), borderType=cv2.BORDER_CONSTANT)
-            squares = (wide * (sigma / own) ** 2 - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
-            errors[i] = np.where(xu.in_frame(truth[i], size, size), squares.mean((0, 1)), np.nan)
+    errors = np.full((len(heatmaps), 8), np.nan)
+    for i, maps in enumerate(heatmaps):
+        wide = cv2.resize(maps[..., :8], None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
+        wide = cv2.GaussianBlur(wide, (0, 0), np.sqrt(sigma**2 - own**2), borderType=cv2.BORDER_CONSTANT)
+        squares = (wide * (sigma / own) ** 2 - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
+        errors[i] = np.where(xu.in_frame(truth[i], size, size), squares.mean((0, 1)), np.nan)
     return errors
 
 
@@ -217,7 +215,7 @@ def _figure(name, values):
 
 
 def summarise(errors):
-    """The figures of merit of `frame_errors`, with `heatmap_errors` added as "heatmap_mse": dict of numbers.
+    """The figures of merit of `Evaluation.errors`: dict of numbers.
 
     Corner figures count the corners in the frame; rotation, translation and SPEED the frames with a pose;
     poses, flips, ADD and muzzles are shares of the frames with at least four corners in sight, where a
@@ -366,9 +364,10 @@ class Evaluation:
     sigma: np.ndarray  # (N, C) pixels
     from_points: list  # N PoseEstimate, from the keypoints alone
     estimates: list  # N PoseEstimate, verified on the pixels; without an aligner the same
+    heatmap_mse: np.ndarray  # (N, 8), see `heatmap_errors`
     true_keypoints: np.ndarray  # (N, C, 2) pixels
     true_poses: np.ndarray  # (N, 4, 4)
-    seconds_per_frame: float  # reading, network, pose, pixels
+    seconds_per_frame: float  # reading, network, its error, pose, pixels
 
     @property
     def poses(self):
@@ -376,18 +375,18 @@ class Evaluation:
         return [estimate.pose if estimate.accepted else None for estimate in self.estimates]
 
     def errors(self, poses=None):
-        """`frame_errors` of the accepted poses, or of other poses of the same frames."""
-        poses = self.poses if poses is None else poses
-        return frame_errors(self.keypoints[:, :8], poses, self.true_keypoints[:, :8], self.true_poses, self.K)
+        """`frame_errors` of the accepted poses, or of other poses of the same frames, and "heatmap_mse"."""
+        poses, corners = self.poses if poses is None else poses, self.true_keypoints[:, :8]
+        errors = frame_errors(self.keypoints[:, :8], poses, corners, self.true_poses, self.K)
+        return errors | {"heatmap_mse": self.heatmap_mse}
 
 
 def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=16, progress=True):
     """Find the ship in every `step`-th frame of a folder, in at most `limit` of them: an `Evaluation`.
 
-    Frames are read when they are needed and dropped, so that memory does not grow with their pixels.
-
     Args:
-        folder: in the data format, its frames of the network's size; model: from `load_model`.
+        folder: in the data format, its frames of the network's size, each held while it is needed only.
+        model: from `load_model`.
         aligner: `Aligner`, or None for poses from the keypoints alone.
     Raises:
         FileNotFoundError, ValueError: what `load_dataset`, `load_camera` and `read_image` raise.
@@ -396,20 +395,22 @@ def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=
     view, projection = xu.load_camera(folder)
     size, count = model.settings["size"], model.settings["keypoints"]
     K, found = xu.camera_matrix(projection, size, size), []
-    xu.predict_keypoints(model, np.zeros((1, size, size, 3), np.uint8), batch_size)  # the first call compiles
+    truth = xu.keypoints_of(matrices, view, projection, size, size, xu.KEYPOINTS[:count])
+    xu.predict_heatmaps(model, np.zeros((1, size, size, 3), np.uint8), batch_size)  # the first call compiles
     started = time.perf_counter()
     for start in tqdm(range(0, len(paths), batch_size), "network", unit="batch", disable=not progress):
         images = np.stack([xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]])
-        found.append(xu.predict_keypoints(model, images, batch_size, channels=count, return_sigma=True))
-    keypoints, confidence, sigma = (np.concatenate(part) for part in zip(*found))
+        maps = xu.predict_heatmaps(model, images, batch_size, count)
+        mse = heatmap_errors(maps, truth[start:, :8], model.settings)
+        found.append((*xu.read_keypoints(maps, model.settings), mse))
+    keypoints, confidence, sigma, mse = (np.concatenate(part) for part in zip(*found))
     from_points = [xu.estimate_pose(k, K, c, s) for k, c, s in zip(keypoints, confidence, sigma)]
-    estimates = from_points
-    if aligner is not None:
-        estimates = alignment.verify_frames(aligner, map(xu.read_image, paths), from_points, K, progress)
+    estimates = from_points if aligner is None else alignment.verify_frames(
+        aligner, map(xu.read_image, paths), from_points, K, progress)
     seconds = (time.perf_counter() - started) / len(paths)
-    truth = xu.keypoints_of(matrices, view, projection, size, size, xu.KEYPOINTS[:count])
     poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
-    return Evaluation(paths, K, keypoints, confidence, sigma, from_points, estimates, truth, poses, seconds)
+    found = keypoints, confidence, sigma, from_points, estimates, mse
+    return Evaluation(paths, K, *found, truth, poses, seconds)
 
 
 def main(arguments=None):

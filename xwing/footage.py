@@ -436,9 +436,5 @@ class Detector:
     def _look(self, image, left, top, side, size, averaged=True):
         """What is seen in a square of the frame, scaled to `size` pixels: see `__call__`."""
         maps = self.heatmaps(_square(image, left, top, side, size)[None], averaged)[0]
-        stride, sigma = self.settings["model"]["stride"], self.settings["model"]["sigma"]
-        keypoints, confidence = xu.decode_heatmaps(maps, sigma / stride)
-        spread = xu.keypoint_sigma(maps, keypoints, sigma / stride, 20 / stride)
-        scale = stride * side / size  # pixels of the frame for one of the heatmaps'
-        spread = np.maximum(spread, xu.MIN_SIGMA / stride) * scale
-        return keypoints * scale + [left, top], confidence, spread
+        keypoints, confidence, spread = xu.read_keypoints(maps, self.settings["model"])
+        return keypoints * side / size + [left, top], confidence, spread * side / size
