@@ -355,7 +355,7 @@ class Detector:
     """The network for footage: it finds the ship in a frame of any size, and looks at it closely.
 
         detector = Detector("weights/xwing.weights.h5")
-        keypoints, confidence, sigma = detector(image)  # or (image, box): at once about a box, 3 times faster
+        keypoints, confidence, sigma = detector(image)  # or (image, box): at once about a box, twice as fast
 
     It runs in OpenVINO; the first use of new weights takes a quarter of a minute. Threads may share it.
     Attribute: settings, the dict kept with the weights.
