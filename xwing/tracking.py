@@ -36,11 +36,11 @@ WITNESS_DELAY = 0.3  # seconds for a look in the background, after which it is h
 MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
 TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
 PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
-    # by tests/calibrate_probability.py to 13,463 poses, 2,021 of them wrong, of ten flights rendered for it
-    ("tracked", True): (-4.44, 6.18, -2.02, 0.0),
-    ("tracked", False): (-8.5, 0.0, -7.45, 0.0),
-    ("predicted", True): (-4.84, 0.0, 0.0, -2.48),
-    ("predicted", False): (-3.92, 0.0, 0.0, -2.4),
+    # by tests/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights rendered for it
+    ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
+    ("tracked", False): (-6.85, 0.0, -6.96, 0.0),
+    ("predicted", True): (-4.86, 0.0, 0.0, -2.61),
+    ("predicted", False): (-4.16, 0.0, 0.0, -2.58),
 }
 
 
