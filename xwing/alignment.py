@@ -28,8 +28,7 @@ COARSE_BLUR = 1.0  # pixels, by which the coarse picture is blurred besides
 MIN_PIXELS = 50  # of the ship, in the picture that is worked on
 EFFECTIVE_SAMPLE_RATIO = 0.09  # share of the pixels whose errors count as independent of each other
 PRIOR_STD_SCALE = 2.0  # factor on the standard deviations that a start comes with
-MAX_DRAWINGS = 4  # on one level
-MAX_STEPS = 6  # Gauss-Newton steps on one drawing
+MAX_DRAWINGS, MAX_STEPS = 4, 6  # on one level; of Gauss-Newton on one drawing
 MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is drawn anew
 NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
 KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a pose that is turned
@@ -40,6 +39,7 @@ DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that a
 MIN_TURNED_CONTRAST = 0.5  # of a pose that is turned by over 30 degrees against that of the keypoints
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
+SURE_MARGIN = 10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
 
@@ -170,14 +170,15 @@ class Aligner:
     def verify(self, image, estimate, K):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
 
-        Poses that a flat ship is easily taken for are rivals always; where the best explains too little, also
-        those of the runner-up, from a coarse picture on. Pixels and keypoints decide together. Accepted if it
-        explains enough (MIN_EXPLAINED_CONTRAST), and no pose turned by over 30 degrees is within MIN_MARGIN.
+        Poses that a flat ship is easily taken for are rivals always; where the estimate explains too little,
+        the less the surer its keypoints, also those of the runner-up, from a coarse picture on. Accepted if
+        the best explains enough, and no pose turned by over 30 degrees is within MIN_MARGIN.
         """
         if estimate.pose is None:
             return estimate
         first = self._align(image, estimate.pose, K, estimate.covariance)
-        found = self._search(image, estimate, K) if _explained_contrast(first) < WELL_EXPLAINED else []
+        enough = WELL_EXPLAINED if estimate.log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
+        found = self._search(image, estimate, K) if _explained_contrast(first) < enough else []
         found += [] if first is None else [first]
         if not found:
             reason = estimate.reason or "too little of the ship is in sight"
