@@ -401,7 +401,7 @@ class Detector:
         """
         whole, sure, square = (*_whole(image), self.search_size), (), self._close_square(image, box)
         if square is None:
-            found = self._look(image, *whole, averaged=False)
+            found = self._look(image, *whole, averaged=False)  # to know where it is
             sure = found[0][found[1] >= xu.MIN_CONFIDENCE]
             if len(sure) < 4:
                 return found
