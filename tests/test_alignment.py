@@ -6,6 +6,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
+from xwing import alignment
 from xwing.alignment import MIN_EXPLAINED_CONTRAST, Aligner, verify_frames
 from xwing.mesh import load_mesh
 
@@ -84,6 +85,22 @@ def test_a_prediction_is_refined_on_the_fine_level(aligner, frames, K):
         assert xu.rotation_error(found.pose, truth) < 2 and found.covariance.shape == (6, 6)
 
 
+@pytest.mark.parametrize("share,tried", [(1.0, False), (1.2, True)])
+def test_a_coarse_picture_is_tried_where_less_is_explained_than_usual(
+        aligner, frames, K, monkeypatch, share, tried):
+    image, truth = frames[0][0], frames[1][0]
+    monkeypatch.setattr(alignment, "WELL_EXPLAINED", 0.99)
+    explained, levels, refine = aligner.track(image, truth, K).explained_contrast, [], Aligner._refine
+
+    def watched(self, image, pose, K, level, *arguments, **options):
+        levels.append(level)
+        return refine(self, image, pose, K, level, *arguments, **options)
+
+    monkeypatch.setattr(Aligner, "_refine", watched)
+    aligner.track(image, truth, K, usual=share * explained)
+    assert levels == [alignment.FINE] + tried * [alignment.COARSE, alignment.FINE]
+
+
 @pytest.mark.parametrize("width,height,scale", [(1024, 1024, 4), (600, 300, 1)])
 def test_a_frame_of_another_size_gives_the_same_pose(aligner, frames, K, width, height, scale):
     image, truth = frames[0][1], frames[1][1]
@@ -132,6 +149,18 @@ def test_a_flipped_estimate_is_put_right(aligner, frames, K):
         found = aligner.verify(image, estimate(truth @ xu.HALF_ROLL, 2.0, truth), K)
         right += found.accepted and xu.rotation_error(found.pose, truth) < 2
     assert right >= 9
+
+
+@pytest.mark.parametrize("well,least,margin,searched", [
+    (0.1, 0.1, 2.0, False), (0.99, 0.1, 2.0, True), (0.99, 0.1, 20.0, False), (0.99, 0.98, 20.0, True)])
+def test_sure_keypoints_are_searched_around_only_where_they_explain_too_little(
+        aligner, frames, K, monkeypatch, well, least, margin, searched):
+    calls = []
+    monkeypatch.setattr(alignment, "WELL_EXPLAINED", well)
+    monkeypatch.setattr(alignment, "MIN_EXPLAINED_CONTRAST", least)
+    monkeypatch.setattr(Aligner, "_search", lambda *arguments: calls.append(arguments) or [])
+    aligner.verify(frames[0][0], estimate(frames[1][0], margin), K)
+    assert bool(calls) == searched
 
 
 def test_an_estimate_that_is_all_wrong_is_not_accepted(aligner, frames, K):
