@@ -1,5 +1,4 @@
-"""What a training step costs, what encoders and losses reach, what each augmentation keeps: the tables of
-weights/README.md.
+"""What a training step costs, what encoders, losses and augmentations do: the tables of weights/README.md.
 
 Training is on frames of data/train/ (else data/sample/), on squares of 128 pixels, from scratch with Adam at
 1e-3 but for the augmentations. Errors are medians over 128 frames that are not trained on, in pixels, with
@@ -133,24 +132,22 @@ def augmentations(frames, steps):
     paths, matrices = xu.load_dataset(shifted)
     truth = xu.keypoints_of(matrices, *xu.load_camera(shifted))
     images = np.stack([xu.read_image(path) for path in paths])
-    keras, shipped = xu.import_keras(), xu.load_model(weights)
+    keras, whole = xu.import_keras(), xu.load_model(weights)
+    shipped, sigma = whole.get_weights(), whole.settings["sigma"]
     rate = keras.optimizers.schedules.CosineDecay(2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50)
     print(f"\n| left out for {steps} steps | seed | corner error | within 5 px | wrong way round |")
     print("|---|---|---|---|---|")
-    shipped = shipped.get_weights(), shipped.settings["sigma"]
     rows = [("(before)", 0), ("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
     for name, seed in rows:
-        model = build(sigma=shipped[1], rate=rate)
-        model.set_weights(shipped[0])
-        without = [name] if name in AUGMENTATIONS else []
-        batches = xu.make_dataset(*frames.parts, BATCH, SIZE, True, without=without, seed=seed,
-                                  epoch_size=BATCH * steps)
         if name != "(before)":
+            model = build(sigma=sigma, rate=rate)
+            model.set_weights(shipped)
+            without = [name] if name in AUGMENTATIONS else []
+            batches = xu.make_dataset(*frames.parts, BATCH, SIZE, True, without=without, seed=seed,
+                                      epoch_size=BATCH * steps)
             model.fit(batches, verbose=0, shuffle=False)
-        keras.config.set_dtype_policy("float32")
-        trained = xu.load_model(weights)
-        trained.set_weights(model.get_weights())
-        report = corner_report(xu.predict_keypoints(trained, images)[0], truth)
+            whole.set_weights(model.get_weights())
+        report = corner_report(xu.predict_keypoints(whole, images)[0], truth)
         wrong = sum(report["permutations"].values()) - report["permutations"]["identity"]
         print(f"| {name} | {seed} | {report['corner_px']:.2f} px | {report['within_5px']:.1%} | {wrong} |",
               flush=True)

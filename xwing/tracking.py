@@ -181,9 +181,8 @@ class Tracker:
         predicted = self.motion.after(seconds - self.seconds)[0]
         if self.aligner is None:
             return self.update_pose(self._unaligned(image, predicted, seconds), seconds)
-        known = predicted.pose, self.K, predicted.covariance[:6, :6], self.contrast
-        estimate = self.aligner.track(image, *known)
-        if not _convincing(estimate, predicted.pose, self.contrast):
+        estimate, sure = _aligned(self.aligner, image, self.K, predicted, self.contrast)
+        if not sure:
             found, self.asked = self._detect(image, predicted), seconds
             reason = estimate.reason or "the pose explains less of the frame than it did"
             unsure = dataclasses.replace(estimate, accepted=False, reason=reason)
@@ -314,10 +313,12 @@ class Tracker:
         return np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
 
 
-def _convincing(estimate, predicted, contrast):
-    """Whether an alignment from a predicted pose is believed; contrast: explained in the frames before."""
-    return (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
-            and xu.rotation_error(estimate.pose, predicted) < MAX_TURN)
+def _aligned(aligner, image, K, predicted, contrast):
+    """The alignment from a predicted motion, and whether it is believed; contrast: explained before."""
+    estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], contrast)
+    sure = (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
+            and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN)
+    return estimate, sure
 
 
 def smooth(steps):
@@ -378,11 +379,10 @@ def _go_back(tracker, recent, estimates):
         if image is None:
             break
         predicted = motion.after(moment - seconds)[0]
-        spread = predicted.covariance[:6, :6]
-        estimate = tracker.aligner.track(image, predicted.pose, tracker.K, spread, contrast)
+        estimate, sure = _aligned(tracker.aligner, image, tracker.K, predicted, contrast)
         known = estimates[index]
         better = not known.accepted or estimate.explained_contrast > known.explained_contrast
-        if not (better and _convincing(estimate, predicted.pose, contrast)):
+        if not (better and sure):
             break
         motion, seconds = predicted.updated(estimate.pose, estimate.covariance), moment
         estimates[index] = estimate
