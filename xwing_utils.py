@@ -849,14 +849,15 @@ def average_mirrored(network, images, keypoints):
 
 
 def read_keypoints(heatmaps, settings):
-    """Keypoints, confidence and sigma, see `predict_keypoints`, of a network's heatmaps and its settings."""
+    """Keypoints (N, C, 2) in pixels, confidence (N, C) and sigma (N, C), see `keypoint_sigma`, in a network's
+    heatmaps (N, H, W, C); settings are the network's."""
     stride, sigma = settings["stride"], settings["sigma"] / settings["stride"]
     keypoints, confidence = decode_heatmaps(heatmaps, sigma)
     spread = keypoint_sigma(heatmaps, keypoints, sigma, 20 / stride) * stride
     return keypoints * stride, confidence, np.maximum(spread, MIN_SIGMA)
 
 
-def predict_keypoints(model, images, batch_size=16, channels=8, return_sigma=False):
+def predict_keypoints(model, images, batch_size=16, channels=8):
     """Find the eight corners in frames.
 
     Args:
@@ -864,14 +865,13 @@ def predict_keypoints(model, images, batch_size=16, channels=8, return_sigma=Fal
         images: (N, H, W, 3) uint8 RGB, of the model's size; ValueError otherwise.
         channels: how many of the network's keypoints to return; 36 gives all of `KEYPOINTS`.
     Returns:
-        keypoints (N, channels, 2) in pixels, confidence (N, channels) in [0, 1] and, with `return_sigma`,
-        sigma (N, channels), the standard deviation along one axis in pixels (see `keypoint_sigma`).
+        keypoints (N, channels, 2) in pixels and confidence (N, channels) in [0, 1].
     """
+    stride, sigma = model.settings["stride"], model.settings["sigma"] / model.settings["stride"]
     starts = range(0, max(len(images), 1), batch_size)
     maps = (predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts)
-    found = zip(*(read_keypoints(part, model.settings) for part in maps))
-    keypoints, confidence, spread = map(np.concatenate, found)
-    return (keypoints, confidence, spread) if return_sigma else (keypoints, confidence)
+    keypoints, confidence = map(np.concatenate, zip(*(decode_heatmaps(part, sigma) for part in maps)))
+    return keypoints * stride, confidence
 
 
 # ============================================================ pose

@@ -356,9 +356,9 @@ def test_a_kill_between_weights_and_settings_is_noticed(saved, model, monkeypatc
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
 def test_predictions_of_any_number_of_frames(model, images, count):
-    keypoints, confidence, sigma = xu.predict_keypoints(model, images[:count], 4, return_sigma=True)
-    assert keypoints.shape == (count, 8, 2) and confidence.shape == sigma.shape == (count, 8)
-    assert ((confidence >= 0) & (confidence <= 1)).all() and (sigma >= xu.MIN_SIGMA).all()
+    keypoints, confidence = xu.predict_keypoints(model, images[:count], 4)
+    assert keypoints.shape == (count, 8, 2) and confidence.shape == (count, 8)
+    assert ((confidence >= 0) & (confidence <= 1)).all()
 
 
 def test_predictions_do_not_depend_on_the_batches(model, images):
@@ -371,9 +371,12 @@ def test_predictions_do_not_depend_on_the_batches(model, images):
 def test_predictions_are_in_pixels_of_the_frame(oracle, oracle_frames, stride):
     truth = np.random.default_rng(0).uniform(10, 246, (3, 36, 2))
     network, frames = oracle(truth, stride=stride), oracle_frames(3)
-    keypoints, confidence, sigma = xu.predict_keypoints(network, frames, 2, channels=36, return_sigma=True)
+    keypoints, confidence = xu.predict_keypoints(network, frames, 2, channels=36)
+    maps = xu.predict_heatmaps(network, frames, 2, channels=36)
+    again, sure, sigma = xu.read_keypoints(maps, network.settings)
     np.testing.assert_allclose(keypoints, truth, atol=0.05)
-    assert confidence.min() > 0.95 and sigma.max() < 2
+    np.testing.assert_allclose(np.dstack([again, sure]), np.dstack([keypoints, confidence]), atol=1e-5)
+    assert confidence.min() > 0.95 and xu.MIN_SIGMA <= sigma.min() and sigma.max() < 2
 
 
 def test_an_identity_that_the_mirror_image_denies_is_not_believed():
