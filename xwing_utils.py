@@ -473,8 +473,7 @@ def augmentation(seed=None, without=()):
     import albumentations as A
 
     steps = {
-        "geometry": A.Affine(rotate=(-180, 180), scale=(0.7, 1.3), translate_percent=(-0.08, 0.08),
-                             keep_ratio=True, p=0.6),
+        "geometry": A.Affine((0.7, 1.3), (-0.08, 0.08), None, (-180, 180), keep_ratio=True, p=0.6),
         "flare": A.RandomSunFlare((0, 0, 1, 1), 60, num_flare_circles_range=(2, 6), p=0.1),
         "light": A.OneOf([A.ColorJitter((0.3, 2.2), (0.3, 3), 0, 0), A.RandomBrightnessContrast(0.4, 0.4),
                           A.RandomGamma((50, 170)), A.RandomToneCurve(0.3)], p=0.7),
@@ -849,8 +848,7 @@ def average_mirrored(network, images, keypoints):
 
 
 def read_keypoints(heatmaps, settings):
-    """Keypoints (N, C, 2) in pixels, confidence (N, C) and sigma (N, C), see `keypoint_sigma`, in a network's
-    heatmaps (N, H, W, C); settings are the network's."""
+    """Keypoints (N, C, 2) in pixels, confidence and sigma (N, C), see `keypoint_sigma`, of heatmaps."""
     stride, sigma = settings["stride"], settings["sigma"] / settings["stride"]
     keypoints, confidence = decode_heatmaps(heatmaps, sigma)
     spread = keypoint_sigma(heatmaps, keypoints, sigma, 20 / stride) * stride
@@ -867,16 +865,14 @@ def predict_keypoints(model, images, batch_size=16, channels=8):
     Returns:
         keypoints (N, channels, 2) in pixels and confidence (N, channels) in [0, 1].
     """
-    stride, sigma = model.settings["stride"], model.settings["sigma"] / model.settings["stride"]
     starts = range(0, max(len(images), 1), batch_size)
     maps = (predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts)
-    keypoints, confidence = map(np.concatenate, zip(*(decode_heatmaps(part, sigma) for part in maps)))
-    return keypoints * stride, confidence
+    return tuple(map(np.concatenate, zip(*(read_keypoints(part, model.settings)[:2] for part in maps))))
 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE = 0.2  # points below it are not used for a pose; below a quarter of it without sigmas
+MIN_CONFIDENCE, MIN_SURE_POINTS = 0.2, 8  # where fewer are sure, unsure ones count too, down to a quarter
 MIN_SIGMA = 0.7  # pixels of what the network is shown: it claims no more than that of a keypoint
 INLIER_SIGMAS = 3.0  # a point further than so many standard deviations from its projection is an outlier
 MIN_INLIER_RATIO = 0.7  # share of the points in use that must be inliers
@@ -924,15 +920,15 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
 
     Args:
         keypoints: (K, 2) pixels; NaN rows are not used. K: (3, 3) camera matrix, pixels.
-        confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are not used.
+        confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are used where few are above it.
         sigma: (K,) pixels, each point's standard deviation along x and y; points where it is not finite are
             not used. None takes what is typical of a corner found with that confidence.
         points: (K, 3) model points; None takes the first rows of `KEYPOINTS`.
-        prior: (4, 4) or None, the pose expected from the frames before. It helps to choose between poses (one
-            turned by 30 degrees or more against it costs PRIOR_WEIGHT), and does not move them.
+        prior: (4, 4) or None, the pose expected from the frames before. It does not move poses, but costs
+            those that are turned by 30 degrees or more against it PRIOR_WEIGHT.
     Returns:
-        PoseEstimate; not accepted with fewer than 4 points, too few inliers, a fit that is worse than
-        MAX_REDUCED_CHI or a runner-up within MIN_MARGIN.
+        PoseEstimate; not accepted with fewer than 4 sure points (without sigmas all that are used), too few
+        inliers, a fit that is worse than MAX_REDUCED_CHI or a runner-up within MIN_MARGIN.
     Raises:
         ValueError: a wrong shape, a sigma that is not positive, or a K that is no camera matrix.
     Source: Terzakis and Lourakis, ECCV 2020 (SQPnP); Schweighofer and Pinz, TPAMI 28(12), 2006 (two poses of
@@ -942,11 +938,13 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
     count = len(keypoints)
     points = check_array(KEYPOINTS[:count] if points is None else points, (count, 3), "points")
     confidence = np.ones(count) if confidence is None else check_array(confidence, (count,), "confidence")
-    usable = np.isfinite(keypoints).all(1) & (confidence >= MIN_CONFIDENCE / (4 if sigma is None else 1))
+    least = MIN_CONFIDENCE / (4 if sigma is None else 1)  # of a point that is sure
     if sigma is None:  # 1.8 pixels of a 256 px frame for a sure corner, 18 more for one without confidence
         sigma = (1.8 + 18 * (1 - confidence)) * 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
     sigma = check_array(sigma, (count,), "sigma")
-    usable &= np.isfinite(sigma)
+    usable = np.isfinite(keypoints).all(1) & np.isfinite(sigma) & (confidence >= MIN_CONFIDENCE / 4)
+    sure = usable & (confidence >= least)
+    usable = sure if sure.sum() >= MIN_SURE_POINTS else usable
     if (sigma[usable] <= 0).any():
         raise ValueError(f"sigma: expected positive numbers of pixels, got {sigma[usable].min()}")
     hull = usable & (np.arange(count) >= 8)
@@ -956,7 +954,9 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
             break
     inliers = np.zeros(count, bool)
     inliers[chosen] = False if found.inliers is None else found.inliers
-    return dataclasses.replace(found, inliers=inliers)
+    reason = found.reason or f"only {sure.sum()} points are sure"
+    doubt = dict(accepted=False, reason=reason, log_likelihood_margin=0.0) if sure.sum() < 4 else {}
+    return dataclasses.replace(found, inliers=inliers, **doubt)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -6,14 +6,18 @@ batch statistics: the moving averages of the batch normalisation lag for the fir
 """
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import xwing_utils as xu
-from xwing.evaluation import corner_report
+from xwing.evaluation import corner_report, evaluate_folder, summarise
 from xwing.mesh import load_mesh
 from xwing.synthesis import Randomiser
+from xwing.training import publish_weights
 
 SIZE, BATCH, KEPT, SIGMA = 128, 16, 128, 4.0
 AUGMENTATIONS = "geometry", "flare", "light", "colour", "sharpness", "noise", "erasing", "compression"
@@ -153,14 +157,40 @@ def augmentations(frames, steps):
               flush=True)
 
 
+def recipes():
+    """Write weights/recipes.csv: what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
+
+    Poses are those of the keypoints alone. Raises FileNotFoundError for a run that was not begun.
+    """
+    rows = []
+    for name in ("classic", "shipped"):
+        run = xu.ROOT / "runs" / name
+        with tempfile.TemporaryDirectory() as folder:  # as published: for whole frames
+            publish_weights(run, folder)
+            model = xu.load_model(Path(folder) / "xwing.weights.h5")
+        log, found = pd.read_csv(run / "log.csv"), evaluate_folder(xu.ROOT / "data" / "test", model)
+        samples = log.samples_seen.diff().fillna(log.samples_seen)  # of each epoch
+        rows.append({"recipe": name, "samples": log.samples_seen.iloc[-1],
+                     "minutes": (samples / log.samples_per_second).sum() / 60,
+                     "loss": log.loss[log.val_corner_px.idxmin()], **summarise(found.errors())})
+    columns = ["recipe", "samples", "minutes", "loss", "heatmap_mse_sigma10", "corner_px_median",
+               "corners_within_5px", "poses_found", "flips", "rotation_deg_median"]
+    text = pd.DataFrame(rows)[columns].to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    xu.write_files({xu.ROOT / "weights" / "recipes.csv": text})
+    print(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=90, help="of training for each encoder")
     parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
     parser.add_argument("--left-out", type=int, default=500, help="steps without each augmentation")
     parser.add_argument("--profile", type=int, default=6, help="steps for each row of the profile")
-    parser.add_argument("--only", choices=["profile", "encoders", "losses", "augmentations"])
+    parser.add_argument("--only", choices=["profile", "encoders", "losses", "augmentations", "recipes"],
+                        help="one table; recipes needs two runs of train.ipynb, see weights/README.md")
     a = parser.parse_args()
+    if a.only == "recipes":
+        return recipes()
     frames = Frames()
     print(f"{frames.count} frames of data/{frames.name}/, batches of {BATCH} squares of {SIZE} px")
     for name, run, amount in (("profile", profile, a.profile), ("encoders", encoders, a.seconds),

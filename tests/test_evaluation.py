@@ -105,11 +105,12 @@ def test_report_counts_a_missing_corner_as_far_off(grid):
     assert evaluation.corner_report(estimate, grid)["within_5px"] == 0.75
 
 
-def test_heatmap_errors_of_a_perfect_and_of_an_empty_network():
+@pytest.mark.parametrize("sigma,stride", [(4.0, 2), (10.0, 1)])
+def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
     truth = np.random.default_rng(0).uniform(60, 196, (3, 8, 2))
-    settings = dict(sigma=4.0, stride=2, size=256)
+    settings = dict(sigma=sigma, stride=stride, size=256)
     truth[1, 4] = [-20, 100]
-    maps = np.stack([xu.gaussian_heatmaps(corners / 2, 128, 2.0) for corners in truth])
+    maps = np.stack([xu.gaussian_heatmaps(c / stride, 256 // stride, sigma / stride) for c in truth])
     errors = evaluation.heatmap_errors(maps, truth, settings)
     assert np.isnan(errors[1, 4]) and np.isnan(errors).sum() == 1 and np.nanmax(errors) < 1e-5
     nothing = evaluation.heatmap_errors(np.zeros_like(maps), truth, settings)
@@ -117,7 +118,7 @@ def test_heatmap_errors_of_a_perfect_and_of_an_empty_network():
 
 
 def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
-    with pytest.raises(ValueError, match="sigma: expected more than the network's own 4.0 pixels, got 2.0"):
+    with pytest.raises(ValueError, match="sigma: expected at least the network's own 4.0 pixels, got 2.0"):
         evaluation.heatmap_errors([], np.zeros((0, 8, 2)), dict(sigma=4.0, stride=2, size=256), sigma=2.0)
 
 

@@ -10,7 +10,6 @@ light, as in a lens; only differences are measured in grey levels.
 """
 
 import dataclasses
-import itertools
 
 import cv2
 import joblib
@@ -35,23 +34,13 @@ KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a 
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-DECISIVE_MARGIN = 20.0  # log-likelihood margin from which four fifths of that are enough
+DECISIVE_MARGIN, OVERWHELMING_MARGIN = 20.0, 60.0  # from which four fifths and half of that are enough
 MIN_TURNED_CONTRAST = 0.5  # of a pose that is turned by over 30 degrees against that of the keypoints
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
 SURE_MARGIN = 10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
+NEARBY = 12.0, 25.0  # degrees by which starts are turned where the best pose explains too little
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
-
-
-def _grey(light):
-    """The inverse of `mesh.to_light`, for light (h, w, 3) float32."""
-    return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
-
-
-def _grey_slope(light):
-    """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
-    brightness = light @ np.full(3, 1 / 3, np.float32)
-    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +100,11 @@ class _Refined:
     """Where the steps on one level ended."""
 
     pose: np.ndarray  # (4, 4)
-    information: np.ndarray  # (6, 6)
+    covariance: np.ndarray  # (6, 6)
     template: _Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels that the template leaves there
     shift: float  # pixels, root mean square, from where the template was drawn
     cost: float = np.inf  # negative log-likelihood but for a constant, where it was compared with others
-
-    @property
-    def covariance(self):
-        return np.linalg.inv(self.information)
 
 
 class Aligner:
@@ -170,17 +155,12 @@ class Aligner:
     def verify(self, image, estimate, K):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
 
-        Poses that a flat ship is easily taken for are rivals always; where the estimate explains too little,
-        the less the surer its keypoints, also those of the runner-up, from a coarse picture on. Accepted if
-        the best explains enough, and no pose turned by over 30 degrees is within MIN_MARGIN.
+        Poses that a flat ship is easily taken for are rivals always. Accepted if the best explains enough, of
+        which less will do where the rivals are much worse, and none is within MIN_MARGIN.
         """
         if estimate.pose is None:
             return estimate
-        first = self._align(image, estimate.pose, K, estimate.covariance)
-        enough = WELL_EXPLAINED if estimate.log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
-        found = self._search(image, estimate, K) if _explained_contrast(first) < enough else []
-        found += [] if first is None else [first]
-        if not found:
+        if not (found := self._candidates(image, estimate, K)):
             reason = estimate.reason or "too little of the ship is in sight"
             return dataclasses.replace(estimate, accepted=False, reason=reason)
         found += self._rivals(image, self._rank(image, found, K, estimate)[0][0], K, estimate)
@@ -188,9 +168,10 @@ class Aligner:
         best, *others = _suppress_similar(ranked, 30)
         margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
         same = xu.rotation_error(best.pose, estimate.pose) < 30
-        least = MIN_EXPLAINED_CONTRAST * (0.8 if margin >= DECISIVE_MARGIN else 1)
-        reason = _unexplained(explained, least if same else MIN_TURNED_CONTRAST)
-        if not reason and margin < MIN_MARGIN:
+        share = 1 if margin < DECISIVE_MARGIN else 0.8 if margin < OVERWHELMING_MARGIN else 0.5
+        told = estimate.log_likelihood_margin >= xu.MIN_MARGIN  # by the keypoints
+        reason = _unexplained(explained, share * MIN_EXPLAINED_CONTRAST if same else MIN_TURNED_CONTRAST)
+        if not reason and (margin < (MIN_MARGIN if told else OVERWHELMING_MARGIN) or not (told or same)):
             reason = "a pose turned by more than 30 degrees fits nearly as well"
         return dataclasses.replace(
             estimate, pose=best.pose, covariance=best.covariance, accepted=not reason, reason=reason,
@@ -218,10 +199,28 @@ class Aligner:
                 costs[i] = _robust_cost(seen - self._paint(view, drawing)[0].reshape(-1, 3)[ship], 2 * NOISE)
         return costs, _smooth_sky_cost(view.image, ship)
 
-    def _search(self, image, estimate, K):
-        """Refined poses that the estimate and its runner-up are easily taken for: the best two."""
-        starts = [pose for pose in (estimate.pose, estimate.runner_up) if pose is not None]
-        found = self._refine_all(image, [p for pose in starts for p in xu.ambiguous_poses(pose)], K, COARSE)
+    def _candidates(self, image, estimate, K):
+        """What an estimate may be, refined. Where it explains too little, the less the surer its keypoints,
+        also what it and its runner-up are easily taken for, and then what is NEARBY the best of these."""
+        first = self._align(image, estimate.pose, K, estimate.covariance)
+        enough = WELL_EXPLAINED if estimate.log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
+        if _explained_contrast(first) >= enough:
+            return [first]
+        likely = [pose for pose in (estimate.pose, estimate.runner_up) if pose is not None]
+        found = self._search(image, [p for pose in likely for p in xu.ambiguous_poses(pose)], K, estimate)
+        found += [] if first is None else [first]
+        ranked, explained = self._rank(image, found, K, estimate)
+        if ranked and explained < MIN_EXPLAINED_CONTRAST:
+            best, axes = ranked[0].pose, np.hstack([ranked[0].pose[:3, :3].T, np.zeros((3, 3))])
+            turns = [turn * axis for turn in np.radians(NEARBY) for axis in (*axes, *-axes)]
+            found += self._search(image, [xu.move_pose(best, turn) for turn in turns], K, estimate, 2)
+            best = self._rank(image, found, K, estimate)[0][0].pose
+            found += self._search(image, xu.ambiguous_poses(best)[1:], K, estimate)
+        return found
+
+    def _search(self, image, starts, K, estimate, drawings=MAX_DRAWINGS):
+        """The best two of what some poses lead to from a coarse picture on."""
+        found = self._refine_all(image, starts, K, COARSE, drawings=drawings)
         best = _suppress_similar(self._rank(image, found, K, estimate, COARSE)[0], 10)[:2]
         return self._refine_all(image, [candidate.pose for candidate in best], K)
 
@@ -229,8 +228,7 @@ class Aligner:
         """The best pose and what it is easily taken for, refined as far as they compete."""
         once = self._refine_all(image, xu.ambiguous_poses(best.pose)[1:], K, drawings=1)
         ranked, _ = self._rank(image, [best, *once], K, estimate)
-        limit = ranked[0].cost + RULED_OUT
-        near = [rival.pose for rival in _suppress_similar(ranked, 3) if rival.cost < limit]
+        near = [r.pose for r in _suppress_similar(ranked, 3) if r.cost < ranked[0].cost + RULED_OUT]
         return self._refine_all(image, near, K)
 
     def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
@@ -267,7 +265,7 @@ class Aligner:
         if level == COARSE:  # further off, so that more is pulled near
             light, blur = cv2.GaussianBlur(light, (0, 0), COARSE_BLUR), float(np.hypot(blur, COARSE_BLUR))
         K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
-        return _View(_grey(light), light, K, blur)
+        return _View(mesh.to_grey(light), light, K, blur)
 
     def _draw(self, view, pose):
         """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show."""
@@ -280,7 +278,7 @@ class Aligner:
         picture = (1 - drawing.cover[..., None]) * _surroundings(view.light, drawing.cover)
         basis = drawing.basis.reshape(drawing.cover.size, -1)[covered]
         target = (view.light - picture).reshape(-1, 3)[covered]
-        unit = np.square(_grey_slope(view.light.reshape(-1, 3)[covered]))
+        unit = np.square(mesh.grey_slope(view.light.reshape(-1, 3)[covered]))
         weight = unit
         for _ in range(3):  # iteratively reweighted least squares
             weighted = basis.T * weight
@@ -290,7 +288,7 @@ class Aligner:
             spread = max(NOISE, 1.4826 * float(np.sqrt(np.median(squared))))
             weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
         picture.reshape(-1, 3)[covered] += painted
-        return _grey(picture), spread
+        return mesh.to_grey(picture), spread
 
     def _align(self, image, pose, K, covariance):
         """`_refine` on a coarse picture, then on a fine one."""
@@ -310,7 +308,7 @@ class Aligner:
             pose = refined.pose
             if refined.shift < MAX_SHIFT:
                 break
-        return refined if np.linalg.cond(refined.information) < 1e12 else None
+        return refined if np.linalg.cond(refined.covariance) < 1e12 else None
 
     def _template(self, view, drawing):
         """The `_Template` of a drawing. The pixels beside the ship count too: it may move there."""
@@ -321,29 +319,17 @@ class Aligner:
         pixels = np.flatnonzero((cv2.dilate(drawing.cover, np.ones((3, 3))) > 0.02) & np.isfinite(depth))
         colours = picture.reshape(-1, 3)[pixels]
         weight = _weight(view.image.reshape(-1, 3)[pixels] - colours, spread)
-        points, flow_x, flow_y = _flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
+        points, flow_x, flow_y = mesh.pixel_flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
         ahead, here = np.float32([-0.5, 0, 0.5]), np.float32([1])
         slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels].T
         slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels].T
         jacobian = -(slope_x * flow_x[:, None] + slope_y * flow_y[:, None]).reshape(18, len(pixels))
-        slope = _grey_slope(mesh.to_light(colours.clip(0)))
+        slope = mesh.grey_slope(mesh.to_light(colours.clip(0)))
         basis = drawing.basis.reshape(depth.size, -1)[pixels] * slope[:, None]
         weighted = basis.T * weight
         stiffness = self.stiffness * np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2)
         jacobian -= np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian.T).T @ basis.T
         return _Template(view, drawing.pose, pixels, points, colours, jacobian.reshape(6, -1), spread)
-
-
-def _flow(pixels, depth, K, centre):
-    """The points (P, 3) that flat pixels show, from a centre; their d column, d row / d step, (6, P) each."""
-    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
-    z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
-    x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
-    points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
-    px, py, pz = points.T
-    a, b, c, d = fx / z, fy / z, -fx * x / z**2, -fy * y / z**2  # d / d point = (a, 0, c) and (0, b, d)
-    return (points, np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
-            np.stack([py * d - pz * b, -px * d, px * b, none, b, d]))
 
 
 def _descend(template, prior):
@@ -371,7 +357,7 @@ def _descend(template, prior):
             break
         pose, positions, residual, cost = trial, there, left, trial_cost
     shift = np.sqrt(np.square(positions - first).sum(1).mean())
-    return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
+    return _Refined(pose, np.linalg.pinv((information + information.T) / 2), template, residual, float(shift))
 
 
 def _mean_square(colours):
@@ -439,8 +425,8 @@ def _suppress_similar(ranked, degrees):
 def verify_frames(aligner, frames, estimates, K, progress=True):
     """`Aligner.verify` on all cores for N estimates: a list. frames: any iterable, read as needed; one that
     is None or missing keeps its estimate."""
-    pairs = zip(itertools.chain(frames, itertools.repeat(None)), estimates)
-    tasks = (joblib.delayed(_verify)(aligner, frame, estimate, K) for frame, estimate in pairs)
+    frames = iter(frames)
+    tasks = (joblib.delayed(_verify)(aligner, next(frames, None), estimate, K) for estimate in estimates)
     verified = joblib.Parallel(n_jobs=-1, return_as="generator", max_nbytes=None)(tasks)  # none on disk
     return list(tqdm(verified, total=len(estimates), desc="verifying", unit="frame", disable=not progress))
 

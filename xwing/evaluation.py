@@ -129,16 +129,16 @@ def heatmap_errors(heatmaps, truth, settings, sigma=10.0):
 
     Args:
         heatmaps: (N, H/stride, W/stride, 8 or more) of a network with these settings.
-        truth: (N, 8, 2) pixels, or more; sigma: pixels, more than the network's own.
+        truth: (N, 8, 2) pixels, or more; sigma: pixels, not below the network's own.
     Source: the loss of Tompson et al., Joint Training of a Convolutional Network, NIPS 2014, as a measure.
     """
     own, stride, size = (settings[name] for name in ("sigma", "stride", "size"))
-    if not sigma > own:
-        raise ValueError(f"sigma: expected more than the network's own {own} pixels, got {sigma}")
-    errors = np.full((len(heatmaps), 8), np.nan)
+    if not sigma >= own:
+        raise ValueError(f"sigma: expected at least the network's own {own} pixels, got {sigma}")
+    errors, blur = np.full((len(heatmaps), 8), np.nan), np.sqrt(sigma**2 - own**2) + 1e-3
     for i, maps in enumerate(heatmaps):
         wide = cv2.resize(maps[..., :8], None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
-        wide = cv2.GaussianBlur(wide, (0, 0), np.sqrt(sigma**2 - own**2), borderType=cv2.BORDER_CONSTANT)
+        wide = cv2.GaussianBlur(wide, (0, 0), blur, borderType=cv2.BORDER_CONSTANT)
         squares = (wide * (sigma / own) ** 2 - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
         errors[i] = np.where(xu.in_frame(truth[i], size, size), squares.mean((0, 1)), np.nan)
     return errors

@@ -404,7 +404,7 @@ class Detector:
             found = self._look(image, *whole, averaged=False)  # to know where it is
             sure = found[0][found[1] >= xu.MIN_CONFIDENCE]
             if len(sure) < 4:
-                return found
+                return np.full_like(found[0], np.nan), *found[1:]
             square = self._close_square(image, sure)
         if square is not None:
             close = self._look(image, *square)

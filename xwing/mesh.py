@@ -188,6 +188,19 @@ def draw_triangles(corners, values, K, width, height):
     return picture, depth
 
 
+def pixel_flow(pixels, depth, K, centre):
+    """Points (P, 3) of the surface that flat pixels (P,) of a depth (h, w) show, from a centre (3,) in camera
+    axes, and how they move in the picture: d column and d row by a step of `xu.move_pose`, (6, P) each."""
+    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
+    z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
+    x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
+    points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
+    px, py, pz = points.T
+    a, b, c, d = fx / z, fy / z, -fx * x / z**2, -fy * y / z**2  # d / d point = (a, 0, c) and (0, b, d)
+    return (points, np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
+            np.stack([py * d - pz * b, -px * d, px * b, none, b, d]))
+
+
 def front_facing_triangles(triangles, pose):
     """(F,) bool: whether the corners of each triangle (F, 3, 3) run counter-clockwise seen from the camera.
 
@@ -233,11 +246,6 @@ def visibility(triangles, size=384, views=60):
     return largest, np.clip(seen / np.maximum(facing, 1e-15), 0, 1)
 
 
-def visible_area(triangles):
-    """The first part of `visibility`: (F, 2), 0 where a side never shows."""
-    return visibility(triangles)[0]
-
-
 def _far_camera(triangles, direction, size, distance=100.0):
     """(pose, K) of a camera far away in a direction (3,) of the model; the mesh fills its `size` pixels."""
     pose, reach = np.eye(4), 1.05 * np.linalg.norm(triangles, axis=-1).max()
@@ -267,6 +275,17 @@ def sunlit(triangles, points, sun, size=256, bias=0.004):
 def to_light(grey):
     """Linear light, 0 to 1, of grey levels, as float32 (sRGB, IEC 61966-2-1, but for its straight part)."""
     return ((np.float32(grey) + np.float32(14)) / np.float32(269)) ** np.float32(2.4)
+
+
+def to_grey(light):
+    """The inverse of `to_light`, for light (h, w, 3) float32."""
+    return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
+
+
+def grey_slope(light):
+    """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
+    brightness = light @ np.full(3, 1 / 3, np.float32)
+    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
