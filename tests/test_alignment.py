@@ -151,6 +151,43 @@ def test_a_flipped_estimate_is_put_right(aligner, frames, K):
     assert right >= 9
 
 
+def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K, monkeypatch):
+    def right():
+        starts = [estimate(tilted(truth, 0, 35), 2.0) for truth in frames[1]]
+        found = [aligner.verify(image, start, K) for image, start in zip(frames[0], starts)]
+        return sum(f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1]))
+
+    assert right() == 10
+    monkeypatch.setattr(alignment, "NEARBY", ())
+    assert right() < 8
+
+
+@pytest.mark.parametrize("margin,turn,accepted", [(2.0, 0, True), (0.0, 0, True), (0.0, 180, False)])
+def test_keypoints_that_say_nothing_are_not_turned_against(aligner, frames, K, margin, turn, accepted):
+    """Pixels that are overwhelmingly sure of a pose are believed, but not against all keypoints."""
+    start = tilted(frames[1][0], 0, turn)
+    found = aligner.verify(frames[0][0], estimate(start, margin, frames[1][0]), K)
+    assert found.accepted == accepted and xu.rotation_error(found.pose, frames[1][0]) < 2
+
+
+def test_keypoints_that_say_nothing_need_an_overwhelming_margin(aligner, frames, K, monkeypatch):
+    image, truth = frames[0][0], frames[1][0]
+    margin = aligner.verify(image, estimate(truth, 0.0), K).log_likelihood_margin
+    monkeypatch.setattr(alignment, "OVERWHELMING_MARGIN", margin + 1)
+    found = aligner.verify(image, estimate(truth, 0.0), K)
+    assert not found.accepted and "fits nearly as well" in found.reason
+    assert aligner.verify(image, estimate(truth, 2.0), K).accepted
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_the_larger_the_margin_the_less_contrast_must_be_explained(aligner, frames, K, monkeypatch, share):
+    image, start = frames[0][0], estimate(frames[1][0], 2.0)
+    measured = aligner.verify(image, start, K)
+    assert measured.log_likelihood_margin > alignment.OVERWHELMING_MARGIN
+    monkeypatch.setattr(alignment, "MIN_EXPLAINED_CONTRAST", share * 2 * measured.explained_contrast)
+    assert aligner.verify(image, start, K).accepted == (share < 1)
+
+
 @pytest.mark.parametrize("well,least,margin,searched", [
     (0.1, 0.1, 2.0, False), (0.99, 0.1, 2.0, True), (0.99, 0.1, 20.0, False), (0.99, 0.98, 20.0, True)])
 def test_sure_keypoints_are_searched_around_only_where_they_explain_too_little(

@@ -174,6 +174,20 @@ def test_corners_that_are_not_finite_or_without_confidence_are_not_used(poses, K
     assert xu.solve_pose(corners(poses[0], K), K, np.full(8, 0.04)) is None
 
 
+@pytest.mark.parametrize("sure", range(9))
+def test_unsure_points_are_used_where_few_are_sure_and_never_believed_alone(poses, K, sure):
+    keypoints, sigma = keypoints_of(poses[0], K), np.full(36, 2.0)
+    confidence = np.full(36, xu.MIN_CONFIDENCE / 2)
+    confidence[8 : 8 + sure], confidence[30:] = 1.0, xu.MIN_CONFIDENCE / 5
+    keypoints[confidence < xu.MIN_CONFIDENCE / 4] = 20.0  # too unsure for anything
+    estimate = xu.estimate_pose(keypoints, K, confidence, sigma)
+    assert_same_pose(estimate.pose, poses[0])
+    assert estimate.accepted == (sure >= 4) and not estimate.inliers[30:].any()
+    assert estimate.inliers[8 + sure : 30].any() == (sure < xu.MIN_SURE_POINTS)
+    if sure < 4:
+        assert estimate.reason == f"only {sure} points are sure" and estimate.log_likelihood_margin == 0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_point_of_unknown_sigma_is_not_used(poses, K, bad):
     sigma, keypoints = np.ones(36), keypoints_of(poses[0], K)

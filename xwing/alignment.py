@@ -229,7 +229,7 @@ class Aligner:
         once = self._refine_all(image, xu.ambiguous_poses(best.pose)[1:], K, drawings=1)
         ranked, _ = self._rank(image, [best, *once], K, estimate)
         near = [r.pose for r in _suppress_similar(ranked, 3) if r.cost < ranked[0].cost + RULED_OUT]
-        return self._refine_all(image, near, K)
+        return once + self._refine_all(image, near, K)
 
     def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
         """Those of some poses that can be refined on one level, as `_Refined`."""
