@@ -100,7 +100,7 @@ class _Refined:
     """Where the steps on one level ended."""
 
     pose: np.ndarray  # (4, 4)
-    covariance: np.ndarray  # (6, 6)
+    information: np.ndarray  # (6, 6), the inverse of its covariance
     template: _Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels that the template leaves there
     shift: float  # pixels, root mean square, from where the template was drawn
@@ -135,7 +135,7 @@ class Aligner:
             pose (4, 4) and covariance (6, 6), or None where too little of the ship shows or it runs away.
         """
         refined = self._align(image, pose, K, covariance)
-        return None if refined is None else (refined.pose, refined.covariance)
+        return None if refined is None else (refined.pose, np.linalg.inv(refined.information))
 
     def track(self, image, pose, K, covariance=None, usual=1.0):
         """Refine a pose predicted from the frames before, within a few milliseconds: a `PoseEstimate`,
@@ -149,7 +149,7 @@ class Aligner:
                 refined, explained = again, more
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
-        reason, found = _unexplained(explained), (refined.pose, refined.covariance)
+        reason, found = _unexplained(explained), (refined.pose, np.linalg.inv(refined.information))
         return xu.PoseEstimate(*found, not reason, reason, explained_contrast=explained)
 
     def verify(self, image, estimate, K):
@@ -174,9 +174,10 @@ class Aligner:
         if not reason and (margin < (MIN_MARGIN if told else OVERWHELMING_MARGIN) or not (told or same)):
             reason = "a pose turned by more than 30 degrees fits nearly as well"
         return dataclasses.replace(
-            estimate, pose=best.pose, covariance=best.covariance, accepted=not reason, reason=reason,
-            reprojection=estimate.reprojection if same else np.nan, log_likelihood_margin=margin,
-            runner_up=others[0].pose if others else estimate.runner_up, explained_contrast=explained)
+            estimate, pose=best.pose, covariance=np.linalg.inv(best.information), accepted=not reason,
+            reason=reason, reprojection=estimate.reprojection if same else np.nan,
+            log_likelihood_margin=margin, explained_contrast=explained,
+            runner_up=others[0].pose if others else estimate.runner_up)
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
@@ -308,7 +309,7 @@ class Aligner:
             pose = refined.pose
             if refined.shift < MAX_SHIFT:
                 break
-        return refined if np.linalg.cond(refined.covariance) < 1e12 else None
+        return refined if np.linalg.cond(refined.information) < 1e12 else None
 
     def _template(self, view, drawing):
         """The `_Template` of a drawing. The pixels beside the ship count too: it may move there."""
@@ -357,7 +358,7 @@ def _descend(template, prior):
             break
         pose, positions, residual, cost = trial, there, left, trial_cost
     shift = np.sqrt(np.square(positions - first).sum(1).mean())
-    return _Refined(pose, np.linalg.pinv((information + information.T) / 2), template, residual, float(shift))
+    return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
 
 
 def _mean_square(colours):

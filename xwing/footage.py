@@ -403,7 +403,7 @@ class Detector:
         if square is None:
             found = self._look(image, *whole, averaged=False)  # to know where it is
             sure = found[0][found[1] >= xu.MIN_CONFIDENCE]
-            if len(sure) < 4:
+            if len(sure) < 4:  # unsure ones alone are not worth the time to verify a pose
                 return np.full_like(found[0], np.nan), *found[1:]
             square = self._close_square(image, sure)
         if square is not None:

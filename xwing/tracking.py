@@ -316,9 +316,8 @@ class Tracker:
 def _aligned(aligner, image, K, predicted, contrast):
     """The alignment from a predicted motion, and whether it is believed; contrast: explained before."""
     estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], contrast)
-    sure = (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
-            and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN)
-    return estimate, sure
+    return estimate, (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
+                      and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN)
 
 
 def smooth(steps):
