@@ -158,25 +158,30 @@ def augmentations(frames, steps):
 
 
 def recipes():
-    """Write weights/recipes.csv: what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
+    """Write to weights/recipes.csv what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
 
-    Poses are those of the keypoints alone. Raises FileNotFoundError for a run that was not begun.
+    Poses are those of the keypoints alone. The row of a run that is not in runs/ stays as it is.
     """
-    rows = []
+    table = xu.ROOT / "weights" / "recipes.csv"
+    rows = pd.read_csv(table, index_col="recipe").T.to_dict() if table.exists() else {}
     for name in ("classic", "shipped"):
-        run = xu.ROOT / "runs" / name
+        if not (run := xu.ROOT / "runs" / name).exists():
+            continue
         with tempfile.TemporaryDirectory() as folder:  # as published: for whole frames
             publish_weights(run, folder)
             model = xu.load_model(Path(folder) / "xwing.weights.h5")
         log, found = pd.read_csv(run / "log.csv"), evaluate_folder(xu.ROOT / "data" / "test", model)
         samples = log.samples_seen.diff().fillna(log.samples_seen)  # of each epoch
-        rows.append({"recipe": name, "samples": log.samples_seen.iloc[-1],
-                     "minutes": (samples / log.samples_per_second).sum() / 60,
-                     "loss": log.loss[log.val_corner_px.idxmin()], **summarise(found.errors())})
-    columns = ["recipe", "samples", "minutes", "loss", "heatmap_mse_sigma10", "corner_px_median",
-               "corners_within_5px", "poses_found", "flips", "rotation_deg_median"]
-    text = pd.DataFrame(rows)[columns].to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    xu.write_files({xu.ROOT / "weights" / "recipes.csv": text})
+        rows[name] = {"samples": log.samples_seen.iloc[-1],
+                      "minutes": (samples / log.samples_per_second).sum() / 60,
+                      "loss": log.loss[log.val_corner_px.idxmin()], **summarise(found.errors())}
+    if not rows:
+        raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/README.md")
+    columns = ["samples", "minutes", "loss", "heatmap_mse_sigma10", "corner_px_median", "corners_within_5px",
+               "poses_found", "flips", "rotation_deg_median"]
+    result = pd.DataFrame(rows).T[columns]
+    text = result.to_csv(index_label="recipe", float_format="%.6g", lineterminator="\n")
+    xu.write_files({table: text})
     print(text)
 
 
