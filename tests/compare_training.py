@@ -161,6 +161,7 @@ def recipes():
     """Write to weights/recipes.csv what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
 
     Poses are those of the keypoints alone. The row of a run that is not in runs/ stays as it is.
+    Raises FileNotFoundError where there is neither a run nor a row.
     """
     table = xu.ROOT / "weights" / "recipes.csv"
     rows = pd.read_csv(table, index_col="recipe").T.to_dict() if table.exists() else {}
