@@ -188,7 +188,7 @@ def read_image(path, size=None):
             pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has many, struct.error for a damaged EXIF header among them
         raise ValueError(f"{path}: cannot be read as a picture ({error}); copy or render it again") from None
     if size is not None and pixels.shape[1::-1] != tuple(size):
         got = f"{pixels.shape[1]}x{pixels.shape[0]}"

@@ -134,6 +134,15 @@ def test_a_ship_out_of_sight_cannot_be_aligned(aligner, frames, K, shift):
     assert aligner.picture(image, gone, K) is None
 
 
+def test_a_nose_that_nearly_touches_the_camera_cannot_be_aligned(aligner, frames, K):
+    """It is drawn, but a step of the pose would put it behind the camera."""
+    near = np.eye(4)
+    near[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]  # nose on
+    near[2, 3] = 0.006 - (aligner.ship.triangles.reshape(-1, 3) @ near[2, :3]).min()
+    assert not aligner.track(frames[0][0], near, K).accepted
+    assert not aligner.verify(frames[0][0], estimate(near), K).accepted
+
+
 # ------------------------------------------------------------ judging
 
 

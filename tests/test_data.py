@@ -195,6 +195,13 @@ def test_a_cut_off_jpeg_is_named(folder, share):
         xu.read_image(folder / "0.jpg")
 
 
+@pytest.mark.parametrize("header", [b"II*\0", b"II+\0"], ids=["cut off", "one byte changed"])
+def test_a_damaged_exif_header_is_named(tmp_path, header):
+    Image.new("RGB", (32, 16)).save(tmp_path / "0.jpg", dpi=(72, 72), exif=b"Exif\0\0" + header)
+    with pytest.raises(ValueError, match="0.jpg: cannot be read as a picture"):
+        xu.read_image(tmp_path / "0.jpg")
+
+
 def test_pictures_that_are_none_or_of_another_size_are_named(folder):
     with pytest.raises(ValueError, match="0.jpg.*128x64.*256x256"):
         xu.read_image(folder / "0.jpg", (128, 64))

@@ -266,8 +266,8 @@ INTERVALS = dict.fromkeys(evaluation.README_SETS, {"rotation_deg_median": (0.5, 
 
 def test_the_panel_has_a_row_a_figure_and_a_column_a_set(figures):
     table = evaluation.results_table(figures, INTERVALS)
-    assert table.columns.tolist() == ["test", "shifted", "clip, tracked"]
-    assert table.loc["rotation error, median", "test"] == "0.00° (0.50 – 1.25)"
+    assert table.columns.tolist() == ["test", "shifted", "looks", "clip, tracked"]
+    assert table.loc["rotation error, median", "test"] == "0.00° (0.50–1.25)"
     assert table.loc["frames", "test"] == "50" and "heatmap MSE at sigma 10 px" not in table.index
 
 
@@ -291,7 +291,7 @@ def test_results_go_into_the_json_file_and_between_the_readme_s_markers(figures,
     written = json.loads((project / "weights" / "xwing_eval.json").read_text())
     table = evaluation.readme_rows(written["figures"], written["intervals_95"])
     assert text == f"before\n<!-- results -->\n{table}\n<!-- /results -->\nafter\n"
-    assert len(table.splitlines()) == 8 and "| rotation error, median | 0.00° (0.50 – 1.25) |" in table
+    assert len(table.splitlines()) == 8 and "| rotation error, median | 0.00° (0.50–1.25) |" in table
     assert written["figures"]["test"]["frames"] == 50
     assert set(written["figures"]["test"]) <= set(evaluation.JSON_KEYS)
 
@@ -398,7 +398,8 @@ def test_the_command_line_names_what_is_missing(folder, tmp_path, capsys):
     weights = tmp_path / "nothing.weights.h5"
     assert f"{weights.name}: no such file" in fails(capsys, folder, "--weights", weights)
     assert "--limit: expected a positive number of frames, got 0" in fails(capsys, folder, "--limit", 0)
-    assert "--json: no such folder" in fails(capsys, folder, "--json", tmp_path / "missing" / "panel.json")
+    for path in (tmp_path / "missing" / "panel.json", tmp_path):
+        assert "--json: expected a file in a folder that exists" in fails(capsys, folder, "--json", path)
 
 
 def test_the_command_line_names_the_bad_frame(folder, model, monkeypatch, capsys, tmp_path):

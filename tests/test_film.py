@@ -245,6 +245,17 @@ def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
         np.testing.assert_array_equal(drawn, draw_bolts(image, bolts, K))
 
 
+def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
+    """One vertex behind the camera was enough for no bolt to be hidden."""
+    pose = pose_of((90, 0, 0), (0.02, -0.03, 0.12))
+    assert (mesh.vertices @ pose[2, :3] + pose[2, 3]).min() < 0
+    bolts = np.array([[[-0.1, 0.0, 0.9], [0.1, 0.0, 0.9]]])  # behind the ship
+    depth = xfilm._hull_depth(mesh, bolts, pose, K, (256, 256))
+    whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
+    assert depth is not None and np.isfinite(whole[120:136, 110:146]).any()
+    np.testing.assert_allclose(depth[124:132, 110:146], whole[124:132, 110:146], rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [2, 5, 15])
 def test_the_glow_of_a_large_frame_is_a_gaussian_too(scale):
     """It is computed from fewer pixels; no step and no spot is left of that."""

@@ -175,6 +175,19 @@ def test_a_full_disk_is_one_clear_error(copy, monkeypatch, capsys):
     assert files(copy) == before
 
 
+@pytest.mark.parametrize("name", render.COMMITTED)
+def test_frames_of_a_committed_set_are_not_rendered_into_another_one(root, tmp_path, name, capsys, monkeypatch):
+    """Training has met the test set that way."""
+    monkeypatch.setattr(render, "render_set", lambda *arguments, **options: 0)
+    info = xu.read_json(root / "data" / name / "render_info.json")
+    chosen = "--count", "1", "--seed", str(info["seed"]), "--kind", info["kind"]
+    with pytest.raises(SystemExit, match="2"):
+        render.main([str(tmp_path / "train"), *chosen])
+    assert f"seed {info['seed']}: data/{name}/ has these frames" in capsys.readouterr().err
+    render.main([str(root / "data" / name), *chosen])
+    assert ": 0 frames rendered, 1 kept" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["0.jpg", "0_mat.json", "clip.png"])
 def test_a_folder_of_foreign_files_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"someone's")

@@ -207,6 +207,17 @@ def test_a_track_that_began_the_wrong_way_round_is_given_up(K):
     assert errors(live, truth[1:])[0] > 90 and np.nanmax(errors(live, truth[1:])[-45:]) < 10
 
 
+def test_what_is_given_up_live_is_given_up_in_the_finished_track(K):
+    truth = flight(90)
+    oracle = Oracle([truth[0] @ xu.HALF_ROLL, *truth[1:]], K)
+    frames = oracle.frames()
+    live = follow(oracle, K, Tracker(K, FPS, oracle))
+    track = track_clip(frames, K, oracle, fps=FPS, progress=False)
+    right = errors(live, truth) < 10
+    assert errors(live, truth)[0] > 90 and right[-45:].all()
+    assert (errors(track, truth)[right] < 10).all()
+
+
 def test_a_missing_frame_is_predicted(K):
     truth = flight(40)
     oracle = Oracle(truth, K)

@@ -49,7 +49,7 @@ _PANEL = {
     "seconds_per_frame": ("seconds a frame", "{:.3f}"),
 }
 HEADLINES = tuple(_PANEL)[:6]
-README_SETS = ("test", "shifted", "clip, tracked")
+README_SETS = ("test", "shifted", "looks", "clip, tracked")
 JSON_KEYS = ("frames", "poses_found", "flips", "rotation_deg_median", "rotation_deg_95", "translation_median",
              "add_0.1", "add_0.02", "box_corner_px_median", "speed_score", "seconds_per_frame")
 
@@ -301,7 +301,7 @@ def _cell(key, figure, interval):
     if figure is None or np.isnan(figure):
         return "–"
     text, *bounds = (_PANEL[key][1].format(value) for value in (figure, *(interval or ())))
-    low_high = " – ".join(bound.split()[0].rstrip("%°") for bound in bounds)
+    low_high = "–".join(bound.split()[0].rstrip("%°") for bound in bounds)
     return f"{text} ({low_high})" if low_high else text
 
 
@@ -317,9 +317,9 @@ def results_table(figures, intervals=None, keys=tuple(_PANEL)):
 
 
 def readme_rows(figures, intervals=None):
-    """The README's table as Markdown: the six HEADLINES of the three README_SETS."""
+    """The README's table as Markdown: the six HEADLINES of the README_SETS."""
     table = results_table({name: figures[name] for name in README_SETS}, intervals, HEADLINES)
-    lines = [("figure", *README_SETS), ("---",) * 4, *table.itertuples()]
+    lines = [("figure", *README_SETS), ("---",) * (1 + len(README_SETS)), *table.itertuples()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -359,6 +359,7 @@ class Evaluation:
 
     paths: list
     K: np.ndarray  # (3, 3)
+    size: int  # width and height of the frames, pixels
     keypoints: np.ndarray  # (N, C, 2) pixels, all that the network finds
     confidence: np.ndarray  # (N, C)
     sigma: np.ndarray  # (N, C) pixels
@@ -377,7 +378,7 @@ class Evaluation:
     def errors(self, poses=None):
         """`frame_errors` of the accepted poses, or of other poses of the same frames, and "heatmap_mse"."""
         poses, corners = self.poses if poses is None else poses, self.true_keypoints[:, :8]
-        errors = frame_errors(self.keypoints[:, :8], poses, corners, self.true_poses, self.K)
+        errors = frame_errors(self.keypoints[:, :8], poses, corners, self.true_poses, self.K, self.size)
         return errors | {"heatmap_mse": self.heatmap_mse}
 
 
@@ -410,7 +411,7 @@ def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=
     seconds = (time.perf_counter() - started) / len(paths)
     poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
     found = keypoints, confidence, sigma, from_points, estimates, mse
-    return Evaluation(paths, K, *found, truth, poses, seconds)
+    return Evaluation(paths, K, size, *found, truth, poses, seconds)
 
 
 def main(arguments=None):
@@ -433,12 +434,11 @@ def _measure(options):
     """The figures that the command line asks for, dict of numbers; goes to its JSON file if it names one."""
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit: expected a positive number of frames, got {options.limit}")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {options.json.parent}")
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--json: expected a file in a folder that exists, got {options.json}")
     xu.load_dataset(options.folder)  # fails at once, before the network is loaded
-    aligner = None
-    if not options.no_align:
-        aligner = alignment.Aligner(alignment.mesh.load_mesh(xu.ROOT / "data" / "xwing.obj"))
+    obj = xu.ROOT / "data" / "xwing.obj"
+    aligner = None if options.no_align else alignment.Aligner(alignment.mesh.load_mesh(obj))
     result = evaluate_folder(options.folder, xu.load_model(options.weights), aligner, options.limit)
     figures = summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
     if options.json:

@@ -177,7 +177,7 @@ def _hull_depth(mesh, bolts, pose, K, shape, edge=4):
     """Depth (H, W) of the ship where bolts cross it in the picture, inf elsewhere; None where none does."""
     segments, seen = _before_the_camera(bolts), xu.project_pose(mesh.vertices, pose, K)
     ends, ship = (segments / segments[..., 2:]) @ K[:2].T, np.ascontiguousarray(seen.T)
-    low, high = np.maximum(ends.min(1) - edge, ship.min(1)), np.minimum(ends.max(1) + edge, ship.max(1))
+    low, high = np.fmax(ends.min(1) - edge, ship.min(1)), np.fmin(ends.max(1) + edge, ship.max(1))
     crossing = (low < high).all(1)
     if not crossing.any():
         return None

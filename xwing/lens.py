@@ -9,17 +9,17 @@ import numpy as np
 from xwing.footage import frames_at
 
 
-def picture_area(clip, black=16):
+def picture_area(clip):
     """Where the picture lies between black bars: (left, top, width, height); the whole frame without.
 
-    Bars are equal on both sides, and no frame of a dozen is brighter there than `black`. Where they take part
+    Bars are equal on both sides, and no frame of a dozen is brighter there than 16. Where they take part
     of the longer side, `lens_camera` needs the focal length of the lens times the share that is left.
     """
     numbers = np.linspace(0, clip.count - 1, min(clip.count, 12)).astype(int)
     brightest = np.max([image.max(-1) for image in frames_at(clip, numbers)], axis=0)
     spans = []
     for axis, size in ((0, clip.width), (1, clip.height)):
-        lit = np.flatnonzero(brightest.max(axis) > black)
+        lit = np.flatnonzero(brightest.max(axis) > 16)
         low, high = (int(lit[0]), int(size - 1 - lit[-1])) if len(lit) else (0, 0)
         spans.append((low, size - low - high) if abs(low - high) <= 2 else (0, size))
     (left, width), (top, height) = spans

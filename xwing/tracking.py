@@ -360,9 +360,9 @@ def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
         tracked = tracker.update(frame.image, frame.seconds, frame.fault)
         estimates.append(tracker.steps[-1].estimate)
         recent.append((len(estimates) - 1, tracked.seconds, frame.image))
-        if aligner is not None and tracked.status == "tracked" and tracker.age == START_FRAMES:
+        if aligner is not None and tracked.status != "lost" and tracker.age == START_FRAMES:
             _go_back(tracker, recent, estimates)
-    return _smoothed(estimates, tracker.steps, K, fps)
+    return _smoothed(estimates, tracker, fps)
 
 
 def _go_back(tracker, recent, estimates):
@@ -387,13 +387,13 @@ def _go_back(tracker, recent, estimates):
         estimates[index] = estimate
 
 
-def _smoothed(estimates, steps, K, fps):
+def _smoothed(estimates, live, fps):
     """The smoothed track of a clip's estimates; what is not between two tracked frames is lost."""
-    tracker = Tracker(K, fps, keep=True)
-    for estimate, step in zip(estimates, steps):
+    tracker = Tracker(live.K, fps, keep=True)
+    for estimate, step in zip(estimates, live.steps):
         tracker.another = step.another
         tracker.update_pose(estimate, step.seconds)
-    track = smooth(tracker.steps)
+    track = smooth((live if live.aligner is None else tracker).steps)  # nothing was replaced without
     gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
     for start, end in zip(gaps[::2], gaps[1::2]):
         inner = start > 0 and end < len(track)
