@@ -31,6 +31,7 @@ from xwing.mesh import load_mesh
 
 HERE = Path(__file__).resolve().parent
 SHIP = HERE / "xwing.obj"
+COMMITTED = "sample", "test", "shifted", "looks", "frames"  # sets that come with the project
 SIZE = 256  # pixels, width and height of a frame
 SAMPLES = 16  # rays a pixel
 CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
@@ -509,6 +510,15 @@ def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, p
     return len(missing)
 
 
+def _refuse_committed(folder, seed, kind):
+    """ValueError where another folder, of a set that comes with the project, has these frames."""
+    for path in (HERE / name / "render_info.json" for name in COMMITTED):
+        taken = xu.read_json(path) if path.exists() else {}
+        if (taken.get("seed"), taken.get("kind")) == (seed, kind) and folder.resolve() != path.parent:
+            raise ValueError(f"seed {seed}: data/{path.parent.name}/ has these frames, and who trains on "
+                             "them cannot be measured with them; expected another --seed")
+
+
 def mesh_digest(mesh):
     """16 hexadecimal digits that change with a mesh's triangles, materials or colours."""
     parts = [mesh.triangles.astype("<f8"), mesh.face_materials.astype("<i8"), mesh.colours.astype("<f8")]
@@ -584,6 +594,7 @@ def main(arguments=None):
     parser.add_argument("--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786")
     a = parser.parse_args(arguments)
     try:
+        _refuse_committed(a.folder, a.seed, a.kind)
         made = render_set(a.folder, a.count, a.seed, a.kind, a.mesh, a.workers, dask=a.dask)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_clear_error(copy, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", render.COMMITTED)
-def test_frames_of_a_committed_set_are_not_rendered_into_another_one(root, tmp_path, name, capsys, monkeypatch):
+def test_frames_of_a_committed_set_are_not_rendered_elsewhere(root, tmp_path, name, capsys, monkeypatch):
     """Training has met the test set that way."""
     monkeypatch.setattr(render, "render_set", lambda *arguments, **options: 0)
     info = xu.read_json(root / "data" / name / "render_info.json")

@@ -269,9 +269,9 @@ class Aligner:
         return _View(mesh.to_grey(light), light, K, blur)
 
     def _draw(self, view, pose):
-        """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some too near to move."""
-        drawn = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
-        return drawn if np.count_nonzero(drawn.cover) >= MIN_PIXELS and drawn.depth.min() > mesh.NEAR else None
+        """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
+        seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
+        return seen if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR else None
 
     def _paint(self, view, drawing):
         """Solve for colours and light: picture (h, w, 3) and the spread of what remains, grey levels."""
