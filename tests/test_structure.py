@@ -105,7 +105,8 @@ def test_no_line_is_wide(root):
     files = [root / "xwing_utils.py", *package(root), *root.glob("data/*.py"), *root.glob("tests/*.py"),
              root / "README.md", root / "Makefile", root / "requirements.in"]
     wide = [f"{path.relative_to(root)}:{number}" for path in files
-            for number, line in enumerate(lines(path), 1) if len(line) > COLUMNS]
+            for number, line in enumerate(lines(path), 1)
+            if len(line) > COLUMNS and not line.startswith("| ")]  # a table's rows cannot be wrapped
     assert not wide
 
 
