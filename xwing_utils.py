@@ -94,8 +94,9 @@ def part_files(*paths):
         yield list(parts.values())
         for path, part in parts.items():
             os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(next(iter(parts)))) from None
+    except OSError as error:  # named by the file that was asked for, where it is about that
+        own = error.errno and str(error.filename) in ("None", *map(str, parts.values()))
+        raise (OSError(error.errno, error.strerror, str(next(iter(parts)))) if own else error) from None
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -375,7 +376,7 @@ def decode_heatmaps(heatmaps, sigma=SIGMA):
     maps = np.moveaxis(heatmaps, -1, -3).reshape(-1, height, width)
     window, x, y = _windows(maps, peaks, int(np.ceil(3 * sigma)))
     offset = _gaussian_offset(window, x, y, sigma)
-    found = np.nan_to_num(window).max((1, 2)) > 0
+    found = ((window > 0) & (window < np.inf))[:, len(x) // 2, len(x) // 2]  # the brightest pixel
     squared = (x - offset[:, :1, None]) ** 2 + (y - offset[:, 1:, None]) ** 2
     expected = np.where(np.isnan(window), 0, np.exp(-squared / (2 * sigma**2))).sum((1, 2))
     mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(expected, 0.1 * 2 * np.pi * sigma**2)
@@ -503,8 +504,8 @@ def crop(image, corner, size):
 
 
 def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, size=FRAME_SIZE,
-                 crop=False, augmented=True, points=KEYPOINTS, randomise=None, synthesise=None,
-                 shares=(0, 0), epoch_size=None, without=(), seed=0, shard=(0, 1), workers=2):
+                 crop=False, augmented=True, randomise=None, synthesise=None, shares=(0, 0),
+                 epoch_size=None, without=(), seed=0, shard=(0, 1), workers=2):
     """A `keras.utils.PyDataset` that reads or draws, augments and batches frames on `workers` threads.
 
     Args:
@@ -512,7 +513,6 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         size: width and height in pixels to which frames and keypoints are scaled after the augmentation.
         crop: cut a square of that size round the ship instead: all the detail at a part of the cost.
         augmented: shuffle, mirror (identities swapped) and `augmentation`; False leaves the frames alone.
-        points: (K, 3) model points, the corners first. Those of `KEYPOINTS` are hidden where they face away.
         randomise: a function (image, pose, K, rng) -> image that changes frames before they are augmented.
         synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame that wide.
         shares: how many samples are changed, how many drawn (and not augmented); the rest are plain frames.
@@ -520,12 +520,11 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         shard: (index, count), to yield only one of so many parts of every batch.
     Yields:
         images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in
-        the frame and facing the camera, else 0). Hidden points are put far outside.
+        the frame and facing the camera, else 0). Points that face away are put far outside.
     Raises:
-        ValueError: arguments that do not fit; points without the corners or without a mirror image.
+        ValueError: arguments that do not fit.
     """
-    points, keras = check_array(points, (None, 3), "points"), import_keras()
-    epoch_size = epoch_size or len(paths)
+    keras, epoch_size = import_keras(), epoch_size or len(paths)
     if len(paths) != len(matrices) or epoch_size < 1 or not (len(paths) or augmented and shares[1] == 1):
         raise ValueError(f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
                          "matrix a frame (render some: make data), or an epoch_size and all samples drawn")
@@ -536,18 +535,14 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         raise ValueError(f"size: expected pixels, at most {FRAME_SIZE} for squares of a frame, got {size}")
     if batch_size < 1 or batch_size % shard[1]:
         raise ValueError(f"batch_size: expected a multiple of the {shard[1]} workers, got {batch_size}")
-    if not np.allclose(points[:8], BOUNDING_BOX):
-        raise ValueError("points: the first 8 must be the corners of BOUNDING_BOX, in its order")
-    normals = NORMALS if np.array_equal(points, KEYPOINTS) else np.zeros_like(points)
     dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})(workers=workers, max_queue_size=8)
     vars(dataset).update(
         paths=list(paths), poses=np.array([pose_in_camera(model_view_matrix, m) for m in matrices]),
-        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE), permutation=mirror_permutation(points),
-        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
-        facing=front_facing(matrices, model_view_matrix, points, normals), batch_size=batch_size, size=size,
+        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE), permutation=mirror_permutation(KEYPOINTS),
+        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=KEYPOINTS),
+        facing=front_facing(matrices, model_view_matrix), batch_size=batch_size, size=size,
         crop=crop, augmented=augmented, randomise=randomise, synthesise=synthesise, shares=shares,
-        epoch_size=epoch_size, without=without, seed=seed, shard=shard, epoch=0, finished={},
-        points=points, normals=normals)
+        epoch_size=epoch_size, without=without, seed=seed, shard=shard, epoch=0, finished={})
     return dataset
 
 
@@ -577,8 +572,8 @@ class _Batches:
         lot = rng.random() if self.augmented else 1.0
         if lot < self.shares[1]:
             image, pose, K = self.synthesise(self.size, rng, FRAME_SIZE if self.crop else self.size)
-            facing = front_facing([pose], OPENCV, self.points, self.normals)[0]
-            return image, self._targets(project_pose(self.points, pose, K), facing)
+            facing = front_facing([pose], OPENCV)[0]
+            return image, self._targets(project_pose(KEYPOINTS, pose, K), facing)
         image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
         keypoints, facing = self.keypoints[i], self.facing[i]
         if lot < sum(self.shares):
@@ -811,6 +806,8 @@ def load_model(path, size=None):
     import h5py
 
     settings = weights_settings(path)["model"]
+    if size and size % 32:
+        raise ValueError(f"size: expected a multiple of 32, got {size}")
     try:
         model, shapes = build_model(**{**settings, "size": size or settings["size"]}), []
         with h5py.File(path) as file:  # shapes before any tensor: a small file can hold a huge one
@@ -832,7 +829,7 @@ def predict_heatmaps(model, images, batch_size=16, channels=8):
     images, size = np.asarray(images), model.settings["size"]
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
         raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
-    maps = np.empty((len(images), *model.output_shape[1:3], channels), np.float32)
+    maps = np.empty((len(images), *model.output_shape[1:3], min(channels, model.output_shape[3])), np.float32)
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.resize(part, (batch_size, size, size, 3))  # always the same shape: one graph

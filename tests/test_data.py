@@ -342,17 +342,7 @@ def test_squares_cut_round_the_ship(sample, camera):
     assert held.mean() > 0.95
 
 
-def test_any_points_after_the_corners(sample, camera):
-    points = np.concatenate([xu.BOUNDING_BOX, [[0, 0, 0]], [[0.1, 0, 0]], [[-0.1, 0, 0]]])
-    keypoints = dataset_of(sample, camera, augmented=False, points=points)[0][1]
-    expected = xu.keypoints_of(sample[1][:4], *camera, points=points)
-    np.testing.assert_allclose(keypoints[..., :2], expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("arguments,message", [
-    ({"points": np.concatenate([xu.BOUNDING_BOX, [[0.1, 0, 0]]])}, "mirror image"),
-    ({"points": xu.BOUNDING_BOX[::-1]}, "corners"),
-    ({"points": np.zeros((8, 2))}, "shape"),
     ({"size": 512, "crop": True}, "size"),
     ({"size": 0}, "size"),
     ({"batch_size": 0}, "batch_size"),
@@ -500,3 +490,10 @@ def test_two_writers_of_one_file_in_one_process_do_not_share_its_part(tmp_path):
         first.write_text("first")
         second.write_text("second")
     assert first != second and path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("the camera is gone"), FileNotFoundError(2, "No file", "7.jpg")])
+def test_an_error_of_what_is_written_keeps_its_words(tmp_path, error):
+    with pytest.raises(type(error)) as caught, xu.part_files(tmp_path / "a.mp4"):
+        raise error
+    assert caught.value is error and not list(tmp_path.iterdir())

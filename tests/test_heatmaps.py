@@ -105,6 +105,11 @@ def test_confidence_is_the_share_of_a_gaussian_s_mass():
 def test_a_map_of_zeros_or_nan_has_no_keypoint_and_no_confidence():
     maps = xu.gaussian_heatmaps([[-1e4, -1e4], [12, 9], [20, 20]], 32, 3.0)
     maps[..., 2] = np.nan
+    for value in (np.inf, np.nan):  # in one pixel of a good map
+        damaged = maps.copy()
+        damaged[5, 5, 1] = value
+        found, confidence = xu.decode_heatmaps(damaged, 3.0)
+        assert np.isnan(found).all() and not confidence.any()
     found, confidence = xu.decode_heatmaps(maps, 3.0)
     assert np.isnan(found[[0, 2]]).all() and confidence[[0, 2]].tolist() == [0, 0]
     np.testing.assert_allclose(found[1], [12, 9], atol=0.02)

@@ -81,7 +81,8 @@ def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_m
 
 def test_what_an_obj_may_hold(tmp_path):
     write(tmp_path, "newmtl red paint\nKd 0.9 0.123456 0\n", "a.mtl")
-    path = write(tmp_path, SQUARE.encode() + b"# caf\xe9 in Latin-1\nmtllib a.mtl\nf 1/1/1 2//2 \\\n3 4\n"
+    path = write(tmp_path, b"\xef\xbb\xbf" + SQUARE.encode() +  # with a byte order mark
+                 b"# caf\xe9 in Latin-1\nmtllib a.mtl\nf 1/1/1 2//2 \\\n3 4\n"
                  b"usemtl red paint\nvn 0 0 1\nf -4 -3 -2 # behind\nusemtl none\nf 1 3 4\n"
                  b"usemtl red paint\nf 2 3 4\n")
     found = mesh.load_mesh(path)

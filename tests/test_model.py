@@ -201,6 +201,8 @@ def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, 
     assert larger.input_shape == (None, 96, 96, 3) and larger.settings == {**model.settings, "size": 96}
     training.save_model(larger, tmp_path / "b.weights.h5")
     assert xu.load_model(tmp_path / "b.weights.h5").settings == model.settings
+    with pytest.raises(ValueError, match="^size: expected a multiple of 32, got 100"):
+        xu.load_model(saved, size=100)
 
 
 def test_the_weights_that_come_with_the_project_are_those_that_their_settings_describe(root):
@@ -364,6 +366,7 @@ def test_predictions_of_any_number_of_frames(model, images, count):
 def test_predictions_do_not_depend_on_the_batches(model, images):
     first, second = (xu.predict_heatmaps(model, images, batch_size=count) for count in (2, 5))
     assert first.shape == (5, 32, 32, 8)
+    assert xu.predict_heatmaps(model, images, channels=99).shape[-1] == model.settings["keypoints"]
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 

@@ -24,14 +24,14 @@ from xwing import training
 keras = xu.import_keras()
 
 
-def build(seed=0, channels=36, graph=False):
+def build(seed=0, channels=36, graph=False, sigma=4.0):
     """A network of one convolution, compiled."""
     keras.utils.set_random_seed(seed)
     frames = keras.Input((64, 64, 3))
     bright = keras.layers.Rescaling(1 / 255)(frames)
     maps = keras.layers.Conv2D(channels, 3, strides=2, padding="same")(bright)
     small = keras.Model(frames, xu.spatial_softmax(maps, 2.0))
-    small.settings = {"backbone": "resnet18", "keypoints": channels, "sigma": 4.0, "head": "softmax",
+    small.settings = {"backbone": "resnet18", "keypoints": channels, "sigma": sigma, "head": "softmax",
                       "decoder_filters": [16, 16, 8, 8, 8], "size": 64, "stride": 2}
     xu.compile_model(small)
     small.run_eagerly = not graph  # one convolution is trained sooner than its graph is traced
@@ -45,12 +45,12 @@ def make_batches(count=8, **arguments):
     return xu.make_dataset(paths[:count], matrices[:count], *camera, batch_size=4, size=64, **arguments)
 
 
-def start(folder, epochs, seed=0, channels=36, **arguments):
+def start(folder, epochs, seed=0, channels=36, sigma=4.0, epoch_size=None, **arguments):
     """Train up to an epoch with a fresh network, as a new process would; the network and its run."""
     keras.utils.clear_session()
-    model = build(seed, channels)
+    model = build(seed, channels, sigma=sigma)
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0], **arguments)
-    run.fit(model, make_batches(), epochs)
+    run.fit(model, make_batches(epoch_size=epoch_size), epochs)
     return model, run
 
 
@@ -217,6 +217,12 @@ def test_a_half_written_row_of_the_log_changes_nothing(folder, rest):
     assert (folder / "log.csv").read_text().startswith(whole) and len(run.record["rows"]) == 2
 
 
+def test_epochs_of_another_length_are_counted_as_they_were(folder):
+    for epochs, size in ((1, 8), (2, 4), (3, 12)):
+        start(folder, epochs, epoch_size=size)
+    assert columns(rows_of(folder / "log.csv"), "samples_seen") == [("8",), ("12",), ("24",)]
+
+
 def test_an_empty_log_is_no_obstacle(folder):
     folder.mkdir()
     (folder / "log.csv").touch()
@@ -229,6 +235,10 @@ def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="run: holds a run of another network"):
         start(folder, 2, channels=8)
+    with pytest.raises(ValueError, match="run: holds a run of another network .its settings are"):
+        start(folder, 2, sigma=2.0)
+    with pytest.raises(ValueError, match="run: holds a run of another network .its settings are"):
+        start(folder, 1, sigma=2.0)  # nothing is left to do
     (folder / training.BACKUP).write_bytes(before[training.BACKUP][:3000])
     with pytest.raises(ValueError, match="backup.weights.h5: no run's backup"):
         start(folder, 2)

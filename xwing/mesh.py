@@ -76,7 +76,7 @@ def load_mesh(path):
 def _statements(path):
     """(place, keyword, values) of each statement of an OBJ or MTL file, continued lines joined."""
     held = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         line = held + line.split("#")[0].rstrip()
         held = line[:-1] + " " if line.endswith("\\") else ""
         word, *values = line.split() or [""]

@@ -111,6 +111,8 @@ class TrainingRun(keras.callbacks.Callback):
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
             try:
+                if self.record.get("model", self.model.settings) != self.model.settings:
+                    raise ValueError(f"its settings are {self.record['model']}")
                 self.model.load_weights(self.folder / BACKUP)
             except (KeyError, OSError, ValueError) as error:
                 reason = str(error).splitlines()[0][:200]
@@ -132,14 +134,14 @@ class TrainingRun(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Measure, then write: the backup first, as all else follows from it."""
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        seconds, samples = self.idle_since - self.begun, self.dataset.epoch_size
+        seconds, samples, rows = self.idle_since - self.begun, self.dataset.epoch_size, self.record["rows"]
         row = {"stage": len(self.record["stages"]), "epoch": epoch, "learning_rate": rate,
-               "samples_seen": self.record["samples"] + samples * (epoch + 1),
+               "samples_seen": (rows[-1]["samples_seen"] if rows else self.record["samples"]) + samples,
                "samples_per_second": samples / seconds, "waiting_share": self.waited / seconds,
                **{name: float(value) for name, value in logs.items()}, **self._validate()}
         if self.plateau:
             self.plateau.on_epoch_end(epoch, dict(row))
-        record = {**self.record, "rows": [*self.record["rows"], row]}
+        record = {**self.record, "rows": [*rows, row], "model": self.model.settings}
         self._write_backup(record)
         self.record = record
         self._write_results()
