@@ -396,18 +396,21 @@ def test_fuzzed_clips(flight, tmp_path, data, kind):
 # ------------------------------------------------------------ frames by number, bars, squares
 
 
-def test_frames_at_repeats_what_cannot_be_read(flight, tmp_path):
+def test_frames_at_replaces_what_cannot_be_read(flight, tmp_path):
     broken = Frame(None, fault="broken")
     clip = [Frame(flight[0]), broken, Frame(flight[2][:128]), flight[3], tmp_path / "4.jpg"]
     Image.fromarray(flight[4]).save(tmp_path / "4.jpg", quality=95)
     with pytest.warns(UserWarning) as caught:
         images = list(frames_at(clip, [0, 1, 2, 3, 3, 4, 6]))
     repeated = [str(warning.message).split(":")[0] for warning in caught]
-    assert repeated == [f"frame {i} repeats the one before" for i in (1, 2, 6)]
+    assert repeated == [f"frame {i} is replaced by its neighbour" for i in (1, 2, 6)]
     assert "broken" in str(caught[0].message) and "the clip is shorter" in str(caught[2].message)
     truths = [flight[i] for i in (0, 0, 0, 3, 3, 4, 4)]
     assert all(same(image, truth) for image, truth in zip(images, truths))
     assert same(next(frames_at(Clip(folder_of(tmp_path / "f", flight[:5])), [3])), flight[3])
+    with pytest.warns(UserWarning, match="frame 1 is replaced by its neighbour: broken"):
+        images = list(frames_at([broken, broken, *flight[2:4]], [1, 2, 3]))
+    assert all(same(image, flight[i]) for image, i in zip(images, (2, 2, 3)))
     with pytest.raises(ValueError, match="frame 0 cannot be read: broken"):
         next(frames_at([broken], [0]))
 

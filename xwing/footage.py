@@ -275,22 +275,23 @@ def _picture(frame, stream):
 def frames_at(clip, indices):
     """Yield the images (H, W, 3) uint8 of a clip by their numbers, which must not fall.
 
-    `clip` is a `Clip`, or an iterable of `Frame`s, images or paths. What cannot be read repeats the image
-    before it, with a warning; ValueError where there is none.
+    `clip` is a `Clip`, or an iterable of `Frame`s, images or paths. What cannot be read is replaced by the
+    image before it, or else the first after it, with a warning; ValueError where there is none.
     """
-    image, number, frames = None, -1, iter(clip)
+    frames, ahead = itertools.tee(clip)
+    image, number = next((frame.image for frame in map(_as_frame, ahead) if not frame.fault), None), -1
+    del ahead  # which would hold on to all frames
     for index in indices:
         while number < index:
-            number += 1
-            frame = _as_frame(next(frames, Frame(None, fault="the clip is shorter")))
+            number, frame = number + 1, _as_frame(next(frames, Frame(None, fault="the clip is shorter")))
             fault = frame.fault
-            if image is not None and not fault and frame.image.shape != image.shape:
+            if not fault and frame.image.shape != image.shape:
                 fault = f"its shape is {frame.image.shape}, not {image.shape}"
             image = image if fault else frame.image
         if image is None:
             raise ValueError(f"frame {index} cannot be read: {fault}")
         if fault:
-            warnings.warn(f"frame {index} repeats the one before: {fault}", stacklevel=2)
+            warnings.warn(f"frame {index} is replaced by its neighbour: {fault}", stacklevel=2)
         yield image
 
 
