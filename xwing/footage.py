@@ -204,7 +204,7 @@ class _Video:
 @dataclasses.dataclass(frozen=True)
 class _Scan:
     times: list  # seconds at which each packet's frame is shown; None where the file does not say
-    stamped: bool  # these can be trusted: each has its own, and they do not begin anew
+    stamped: bool  # these can be trusted: every packet has one, and they do not begin anew
     hidden: int  # packets whose frames are not shown: cut away by an edit list
     end: float  # seconds at which the last frame ends
     damaged: bool
