@@ -106,7 +106,7 @@ def test_no_line_is_wide(root):
              root / "README.md", root / "Makefile", root / "requirements.in"]
     wide = [f"{path.relative_to(root)}:{number}" for path in files
             for number, line in enumerate(lines(path), 1)
-            if len(line) > COLUMNS and not line.startswith("| ")]  # a table's rows cannot be wrapped
+            if len(line) > COLUMNS and not (path.suffix == ".md" and line.startswith("| "))]  # a table's row
     assert not wide
 
 

@@ -278,12 +278,12 @@ def frames_at(clip, indices):
     `clip` is a `Clip`, or an iterable of `Frame`s, images or paths. What cannot be read is replaced by the
     image before it, or else the first after it, with a warning; ValueError where there is none.
     """
-    frames, ahead = itertools.tee(clip)
-    image, number = next((frame.image for frame in map(_as_frame, ahead) if not frame.fault), None), -1
+    frames, ahead = itertools.tee(map(_as_frame, clip))
+    image, number = next((frame.image for frame in ahead if not frame.fault), None), -1
     del ahead  # which would hold on to all frames
     for index in indices:
         while number < index:
-            number, frame = number + 1, _as_frame(next(frames, Frame(None, fault="the clip is shorter")))
+            number, frame = number + 1, next(frames, Frame(None, fault="the clip is shorter"))
             fault = frame.fault
             if not fault and frame.image.shape != image.shape:
                 fault = f"its shape is {frame.image.shape}, not {image.shape}"
