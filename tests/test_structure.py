@@ -29,7 +29,7 @@ ARROWS = {  # file -> the project's own modules that it may import
 OUTSIDERS = {"render": "data/render", "looks": "data/looks", "make_xwing": "data/make_xwing",
              "conftest": "tests", "bench": "tests"}
 PACKAGES = "xwing", "data"
-CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4600
+CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4635
 COLUMNS = 110
 FUNCTION_LINES, PARAMETERS = 40, 8
 MANY_PARAMETERS = {"animate", "make_dataset"}  # others script against these names

@@ -15,6 +15,7 @@ import cv2
 import joblib
 import numpy as np
 from scipy.spatial import ConvexHull
+from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
@@ -32,10 +33,9 @@ MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is dr
 NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
 KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a pose that is turned
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
-MIN_MARGIN = 1.5  # log-likelihood by which a pose must be better than one turned by more than 30 degrees
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-DECISIVE_MARGIN, OVERWHELMING_MARGIN = 20.0, 60.0  # from which four fifths and half of that are enough
-MIN_TURNED_CONTRAST = 0.5  # of a pose that is turned by over 30 degrees against that of the keypoints
+EVIDENCE = np.array([-28.7, 29.6, 42.0, 1.0, 0.49, 1.73])  # log-odds for each of `_evidence`
+MIN_PROBABILITY = 0.75  # of being right, from which a single frame's pose is accepted
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
 SURE_MARGIN = 10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
@@ -149,14 +149,15 @@ class Aligner:
                 refined, explained = again, more
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
-        reason, found = _unexplained(explained), (refined.pose, np.linalg.inv(refined.information))
-        return xu.PoseEstimate(*found, not reason, reason, explained_contrast=explained)
+        enough, covariance = explained >= MIN_EXPLAINED_CONTRAST, np.linalg.inv(refined.information)
+        reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
+        return xu.PoseEstimate(refined.pose, covariance, not reason, reason, explained_contrast=explained)
 
     def verify(self, image, estimate, K):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
 
-        Poses that a flat ship is easily taken for are rivals always. Accepted if the best explains enough, of
-        which less will do where the rivals are much worse, and none is within MIN_MARGIN.
+        Poses that a flat ship is easily taken for are rivals always. The best is accepted if its edges agree
+        with the frame's, those of its rivals less, and it is what the keypoints say: see `_evidence`.
         """
         if estimate.pose is None:
             return estimate
@@ -168,11 +169,10 @@ class Aligner:
         best, *others = _suppress_similar(ranked, 30)
         margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
         same = xu.rotation_error(best.pose, estimate.pose) < 30
-        share = 1 if margin < DECISIVE_MARGIN else 0.8 if margin < OVERWHELMING_MARGIN else 0.5
-        told = estimate.log_likelihood_margin >= xu.MIN_MARGIN  # by the keypoints
-        reason = _unexplained(explained, share * MIN_EXPLAINED_CONTRAST if same else MIN_TURNED_CONTRAST)
-        if not reason and (margin < (MIN_MARGIN if told else OVERWHELMING_MARGIN) or not (told or same)):
-            reason = "a pose turned by more than 30 degrees fits nearly as well"
+        agreement, *theirs = (self._edge_agreement(image, each.pose, K) for each in (best, *others))
+        evidence = _evidence(agreement, agreement - max(theirs, default=0.0), margin, same, estimate)
+        reason = "" if expit(EVIDENCE @ evidence) >= MIN_PROBABILITY else (
+            f"{agreement:.0%} of its edges are in the frame: too few, or no more than those of other poses")
         return dataclasses.replace(
             estimate, pose=best.pose, covariance=np.linalg.inv(best.information), accepted=not reason,
             reason=reason, reprojection=estimate.reprojection if same else np.nan,
@@ -291,6 +291,13 @@ class Aligner:
         picture.reshape(-1, 3)[covered] += painted
         return mesh.to_grey(picture), spread
 
+    def _edge_agreement(self, image, pose, K):
+        """`mesh.edge_agreement` of a frame with the ship drawn at a pose."""
+        view = self._view(image, pose, K)
+        if view is None or (drawing := self._draw(view, pose)) is None:
+            return 0.0
+        return mesh.edge_agreement(self._paint(view, drawing)[0], view.image, drawing.cover)
+
     def _align(self, image, pose, K, covariance):
         """`_refine` on a coarse picture, then on a fine one."""
         rough = self._refine(image, pose, K, COARSE, covariance)
@@ -396,16 +403,19 @@ def _smooth_sky_cost(image, pixels):
     return _robust_cost(grey - fitted, 2 * NOISE)
 
 
+def _evidence(agreement, lead, margin, same, estimate):
+    """What speaks for a pose, (6,): one; how far its edges agree and by how much more than its rivals'; by
+    how much likelier it is than these, by the pixels and by the keypoints; whether it is the keypoints'."""
+    margins = np.log1p(np.clip([margin, estimate.log_likelihood_margin], 0, 100))
+    return np.array([1, agreement, np.clip(lead, -0.05, 0.05), *margins, same])
+
+
 def _explained_contrast(refined):
     """Share of the contrast about the ship, against a smooth sky, that a refined pose or None explains."""
     if refined is None:
         return 0.0
     sky = _smooth_sky_cost(refined.template.view.image, refined.template.pixels)
     return (sky - _robust_cost(refined.residual, 2 * NOISE)) / max(sky, MIN_CONTRAST)
-
-
-def _unexplained(share, least=MIN_EXPLAINED_CONTRAST):
-    return "" if share >= least else f"the pose explains only {share:.0%} of what is seen"
 
 
 def _keypoint_penalty(pose, estimate):

@@ -19,6 +19,7 @@ GREY = (0.6, 0.6, 0.6)  # of a material without a colour
 SUPERSAMPLING = 2  # samples per pixel and direction
 MIN_DETAIL = 0.25  # samples: triangles that show less wherever they are seen from are not drawn
 OCCLUSION = 0.9  # share of the light that other parts of the ship keep away
+STRONG_EDGE, MIN_EDGE = 60.0, 12.0  # slopes (Sobel, grey levels): none counts more, none below is an edge
 NEAR = 0.01  # model units: what is nearer to the camera's plane is not drawn
 
 
@@ -286,6 +287,27 @@ def grey_slope(light):
     """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
     brightness = light @ np.full(3, 1 / 3, np.float32)
     return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
+
+
+def edge_agreement(drawn, seen, cover):
+    """How much of a drawing's edges (h, w, 3) a frame (h, w, 3) has too, however strong they are there: the
+    mean cosine between their directions, 0 to 1, about what the drawing covers (h, w).
+
+    Patterns of the paint, shadows and other light add edges to a frame, but take few away.
+    Source: Steger, ISPRS Archives 34(3A), 2002; Hinterstoisser et al., IEEE TPAMI 34(5), 2012.
+    """
+    drawn, seen = _steepest_slopes(drawn), _steepest_slopes(seen)
+    length, strength = np.linalg.norm(drawn, axis=0), np.linalg.norm(seen, axis=0)
+    weight = np.minimum(length, STRONG_EDGE) * (cv2.dilate(cover, np.ones((7, 7))) > 0.01)
+    cosine = np.abs((drawn * seen).sum(0)) / (length * strength + 1e-3)
+    return float((weight * cosine * (strength > MIN_EDGE)).sum() / (weight.sum() + 1e-3))
+
+
+def _steepest_slopes(image):
+    """(2, h, w) slopes to the right and down, of each pixel's steepest colour."""
+    smooth = cv2.GaussianBlur(image, (0, 0), 0.7)
+    slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
+    return np.take_along_axis(slopes, np.square(slopes).sum(0).argmax(-1)[None, ..., None], 3)[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
