@@ -181,9 +181,8 @@ class Aligner:
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
-        if (view := self._view(image, pose, K)) is None or (drawing := self._draw(view, pose)) is None:
-            return None
-        return tuple(p.clip(0, 255).astype(np.uint8) for p in (view.image, self._paint(view, drawing)[0]))
+        painted = self._painted(image, pose, K)
+        return painted and tuple(p.clip(0, 255).astype(np.uint8) for p in painted[:2])
 
     def photometric_costs(self, image, poses, K, level=FINE):
         """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
@@ -291,12 +290,16 @@ class Aligner:
         picture.reshape(-1, 3)[covered] += painted
         return mesh.to_grey(picture), spread
 
+    def _painted(self, image, pose, K):
+        """The frame about the ship, and the ship drawn there at a pose, (h, w, 3), its cover; or None."""
+        if (view := self._view(image, pose, K)) is None or (drawing := self._draw(view, pose)) is None:
+            return None
+        return view.image, self._paint(view, drawing)[0], drawing.cover
+
     def _edge_agreement(self, image, pose, K):
-        """`mesh.edge_agreement` of a frame with the ship drawn at a pose."""
-        view = self._view(image, pose, K)
-        if view is None or (drawing := self._draw(view, pose)) is None:
-            return 0.0
-        return mesh.edge_agreement(self._paint(view, drawing)[0], view.image, drawing.cover)
+        """`mesh.edge_agreement` of the ship drawn at a pose with a frame; 0 where too little of it shows."""
+        painted = self._painted(image, pose, K)
+        return 0.0 if painted is None else mesh.edge_agreement(*painted)
 
     def _align(self, image, pose, K, covariance):
         """`_refine` on a coarse picture, then on a fine one."""

@@ -289,14 +289,14 @@ def grey_slope(light):
     return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
 
 
-def edge_agreement(drawn, seen, cover):
+def edge_agreement(seen, drawn, cover):
     """How much of a drawing's edges (h, w, 3) a frame (h, w, 3) has too, however strong they are there: the
     mean cosine between their directions, 0 to 1, about what the drawing covers (h, w).
 
     Patterns of the paint, shadows and other light add edges to a frame, but take few away.
     Source: Steger, ISPRS Archives 34(3A), 2002; Hinterstoisser et al., IEEE TPAMI 34(5), 2012.
     """
-    drawn, seen = _steepest_slopes(drawn), _steepest_slopes(seen)
+    seen, drawn = _steepest_slopes(seen), _steepest_slopes(drawn)
     length, strength = np.linalg.norm(drawn, axis=0), np.linalg.norm(seen, axis=0)
     weight = np.minimum(length, STRONG_EDGE) * (cv2.dilate(cover, np.ones((7, 7))) > 0.01)
     cosine = np.abs((drawn * seen).sum(0)) / (length * strength + 1e-3)
