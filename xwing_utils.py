@@ -894,6 +894,7 @@ class PoseEstimate:
     runner_up: np.ndarray | None = None  # (4, 4) the best pose that is turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
     explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, once measured
+    probability: float = np.nan  # of being right, once a single frame is judged on its pixels
 
     @property
     def rotation_sigma(self):

@@ -7,8 +7,8 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import alignment
-from xwing.alignment import MIN_EXPLAINED_CONTRAST, Aligner, verify_frames
-from xwing.mesh import load_mesh
+from xwing.alignment import MIN_EXPLAINED_CONTRAST, MIN_PROBABILITY, Aligner, verify_frames
+from xwing.mesh import edge_agreement, load_mesh
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +179,32 @@ def test_pixels_that_are_sure_of_a_pose_outvote_keypoints_that_say_nothing(align
 
 
 def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K, monkeypatch):
-    image, truth, seen = frames[0][0], frames[1][0], []
-    evidence = alignment._evidence
-    monkeypatch.setattr(alignment, "_evidence", lambda *given: seen.append(evidence(*given)) or seen[-1])
+    image, truth = frames[0][0], frames[1][0]
     found = aligner.verify(image, estimate(truth, 2.0), K)
-    one, agreement, lead, pixels, keypoints, same = seen[0]
-    assert found.accepted and one == same == 1 and keypoints == pytest.approx(np.log1p(2))
-    assert 0.5 < agreement <= 1 and 0 < lead <= 0.05 and pixels > 1
-    monkeypatch.setattr(alignment, "EVIDENCE", np.full(6, -1.0))
+    assert found.accepted and MIN_PROBABILITY <= found.probability <= 1 and not found.reason
+    monkeypatch.setattr(alignment, "EVIDENCE", np.full(4, -1.0))
     rejected = aligner.verify(image, estimate(truth, 2.0), K)
-    assert not rejected.accepted and f"{agreement:.0%} of its edges" in rejected.reason
+    assert not rejected.accepted and rejected.probability < 0.1
+    assert "of its edges are in the frame" in rejected.reason
+
+
+def test_every_piece_of_evidence_counts():
+    one, *rest = alignment._evidence(0.5, 3.0, [True])
+    assert one == 1 and rest == pytest.approx([0.5, np.log1p(3), 1])
+    votes = [True, False, False, False]
+    assert alignment._evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
+    assert (alignment.EVIDENCE[1:] > 0).all() and alignment.EVIDENCE[0] < 0
+
+
+def test_other_looks_put_a_frame_right_and_make_it_surer(aligner, frames, K):
+    for image, truth in zip(*(part[:4] for part in frames)):
+        wrong, good = estimate(tilted(truth, 50, 100), 0.5), estimate(moved(truth, 3, 0.005, 1))
+        found = [aligner.verify(image, wrong, K, others) for others in ([], [good], [good] * 3)]
+        assert xu.rotation_error(found[1].pose, truth) < 2
+        assert found[2].accepted and found[1].probability < found[2].probability
+        nothing = xu.PoseEstimate(None, reason="3 points fix no pose; 4 are needed")
+        found = aligner.verify(image, nothing, K, [good])
+        assert found.accepted and xu.rotation_error(found.pose, truth) < 2
 
 
 @pytest.mark.parametrize("pattern", ["plain", "stripes", "other paint"])
@@ -201,14 +217,13 @@ def test_edges_agree_in_any_paint_but_not_elsewhere(aligner, frames, K, pattern)
             changed[:, stripes] = np.clip(changed[:, stripes] * 1.4, 0, 255).astype(np.uint8)
         if pattern == "other paint":
             changed = np.ascontiguousarray(255 - image[..., ::-1])
-        right, beside = (aligner._edge_agreement(changed, moved(truth, turn, 0, 0), K) for turn in (0, 25))
+        right, beside = (edge_agreement(*aligner._painted(changed, moved(truth, turn, 0, 0), K))
+                         for turn in (0, 25))
         assert 0 <= beside < right - 0.05 and right > 0.5
 
 
 def test_no_edges_agree_where_there_are_none(aligner, frames, K):
-    flat, behind = np.full((256, 256, 3), 90, np.uint8), frames[1][0] * [[1], [1], [-1], [1]]
-    assert aligner._edge_agreement(flat, frames[1][0], K) == 0
-    assert aligner._edge_agreement(frames[0][0], behind, K) == 0
+    assert edge_agreement(*aligner._painted(np.full((256, 256, 3), 90, np.uint8), frames[1][0], K)) == 0
 
 
 @pytest.mark.parametrize("well,least,margin,searched", [
@@ -218,7 +233,7 @@ def test_sure_keypoints_are_searched_around_only_where_they_explain_too_little(
     calls = []
     monkeypatch.setattr(alignment, "WELL_EXPLAINED", well)
     monkeypatch.setattr(alignment, "MIN_EXPLAINED_CONTRAST", least)
-    monkeypatch.setattr(Aligner, "_search", lambda *arguments: calls.append(arguments) or [])
+    monkeypatch.setattr(Aligner, "_search", lambda *arguments, **options: calls.append(arguments) or [])
     aligner.verify(frames[0][0], estimate(frames[1][0], margin), K)
     assert bool(calls) == searched
 
@@ -239,15 +254,29 @@ def test_a_frame_without_the_ship_is_rejected(aligner, frames, K):
 
 def test_an_estimate_without_a_pose_comes_back(aligner, frames, K):
     nothing = xu.PoseEstimate(None, reason="3 points fix no pose; 4 are needed")
-    assert aligner.verify(frames[0][0], nothing, K) is nothing
+    found = aligner.verify(frames[0][0], nothing, K)
+    assert found.pose is None and not found.accepted and found.reason == nothing.reason
 
 
-def test_many_frames_are_verified_as_each_alone(aligner, frames, K):
-    images, poses = (part[:3] for part in frames)
+def test_many_frames_are_verified_as_each_alone(aligner, frames, K, monkeypatch):
+    """And looked at again where the pose is not sure: here the second of three."""
+    images, poses = np.array(frames[0][:3]), frames[1][:3]
     estimates = [estimate(moved(pose, 2, 0.005, i)) for i, pose in enumerate(poses)]
-    together = verify_frames(aligner, iter(images), estimates, K, progress=False)
-    for image, single, found in zip(images, estimates, together):
-        np.testing.assert_allclose(found.pose, aligner.verify(image, single, K).pose, atol=1e-5)
+    estimates[1] = estimate(tilted(poses[1], 50, 100), 0.5)
+    alone, asked = [aligner.verify(image, one, K) for image, one in zip(images, estimates)], []
+    assert [one.probability >= alignment.SURE_PROBABILITY for one in alone] == [True, False, True]
+
+    def turned_looks(model, images, K):
+        asked.append((model, images, K))
+        return [[estimate(poses[1])] * 3]
+
+    monkeypatch.setattr(alignment, "turned_looks", turned_looks)
+    together = verify_frames(aligner, images, estimates, K, "model")
+    assert len(asked) == 1 and asked[0][0] == "model" and np.array_equal(asked[0][1], images[1:2])
+    alone[1] = aligner.verify(images[1], estimates[1], K, [estimate(poses[1])] * 3)
+    for expected, found, truth in zip(alone, together, poses):
+        np.testing.assert_allclose(found.pose, expected.pose, atol=1e-5)
+        assert found.accepted and xu.rotation_error(found.pose, truth) < 2
 
 
 def test_what_a_pose_explains_looks_like_the_frame(aligner, frames, K):

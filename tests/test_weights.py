@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import xwing_utils as xu
-from xwing import evaluation, scenery
+from xwing import alignment, evaluation, scenery
 from xwing.alignment import MIN_EXPLAINED_CONTRAST, Aligner
 from xwing.mesh import load_mesh
 
@@ -60,13 +60,22 @@ def test_the_pixels_make_poses_as_exact_as_measured(model, root, aligner, measur
     assert figures["box_corner_px_median"] < 1.5 * whole["box_corner_px_median"]
 
 
+def test_turned_frames_show_the_ship_where_it_is(model, found):
+    """Poses in the frame's own axes, close to the true ones in nearly all looks at eight frames."""
+    images = np.stack([xu.read_image(path) for path in found.paths[:8]])
+    looks, truth = alignment.turned_looks(model, images, found.K), found.true_poses
+    assert np.shape(looks) == (8, 3)
+    right = [evaluation.within([look.pose for look in each], [true] * 3) for each, true in zip(looks, truth)]
+    assert np.sum(right) >= 22
+
+
 def test_no_ship_is_seen_where_there_is_none(model, aligner):
-    """Backgrounds in which unsure keypoints make a pose that explains much of what is seen."""
+    """Backgrounds in which unsure keypoints make a pose that explains much of what is seen, in all looks."""
     draws, K = (np.random.default_rng([9, i]) for i in (27, 44, 89, 120, 137, 158)), xu.lens_camera(256, 256)
     images = np.stack([scenery.random_background(256, 256, rng) for rng in draws])
     keypoints = xu.read_keypoints(xu.predict_heatmaps(model, images, channels=36), model.settings)
     estimates = [xu.estimate_pose(points, K, sure, sigma) for points, sure, sigma in zip(*keypoints)]
-    verified = [aligner.verify(image, estimate, K) for image, estimate in zip(images, estimates)]
+    verified = alignment.verify_frames(aligner, images, estimates, K, model)
     explained = [v.explained_contrast >= MIN_EXPLAINED_CONTRAST for v in verified]
     assert sum(explained) >= 3 and not any(v.accepted for v in verified)
 

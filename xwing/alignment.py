@@ -15,8 +15,6 @@ import cv2
 import joblib
 import numpy as np
 from scipy.spatial import ConvexHull
-from scipy.special import expit
-from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing import mesh
@@ -31,11 +29,11 @@ PRIOR_STD_SCALE = 2.0  # factor on the standard deviations that a start comes wi
 MAX_DRAWINGS, MAX_STEPS = 4, 6  # on one level; of Gauss-Newton on one drawing
 MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is drawn anew
 NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
-KEYPOINT_PENALTY = 5.0  # log-likelihood: the most that keypoints say against a pose that is turned
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-EVIDENCE = np.array([-28.7, 29.6, 42.0, 1.0, 0.49, 1.73])  # log-odds for each of `_evidence`
-MIN_PROBABILITY = 0.75  # of being right, from which a single frame's pose is accepted
+EVIDENCE = np.array([-26.13, 27.43, 1.46, 0.4])  # log-odds for each of `_evidence`, see tests/fit_evidence.py
+MIN_PROBABILITY = 0.8  # of being right, from which a single frame's pose is accepted
+SURE_PROBABILITY = 0.9  # below which a frame is worth more looks
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
 SURE_MARGIN = 10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
@@ -153,31 +151,31 @@ class Aligner:
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         return xu.PoseEstimate(refined.pose, covariance, not reason, reason, explained_contrast=explained)
 
-    def verify(self, image, estimate, K):
+    def verify(self, image, estimate, K, others=()):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
 
-        Poses that a flat ship is easily taken for are rivals always. The best is accepted if its edges agree
-        with the frame's, those of its rivals less, and it is what the keypoints say: see `_evidence`.
+        Poses that a flat ship is easily taken for are rivals always. The best is accepted if its edges are
+        the frame's, its rivals explain the pixels worse and the keypoints agree: see `_evidence`. `others`
+        are estimates from more looks at the same frame, such as `turned_looks`.
         """
-        if estimate.pose is None:
-            return estimate
-        if not (found := self._candidates(image, estimate, K)):
+        looks = [look for look in (estimate, *others) if look.pose is not None]
+        if not looks or not (found := self._candidates(image, looks, K)):
             reason = estimate.reason or "too little of the ship is in sight"
             return dataclasses.replace(estimate, accepted=False, reason=reason)
-        found += self._rivals(image, self._rank(image, found, K, estimate)[0][0], K, estimate)
-        ranked, explained = self._rank(image, found, K, estimate)
-        best, *others = _suppress_similar(ranked, 30)
-        margin = others[0].cost - best.cost if others else estimate.log_likelihood_margin
-        same = xu.rotation_error(best.pose, estimate.pose) < 30
-        agreement, *theirs = (self._edge_agreement(image, each.pose, K) for each in (best, *others))
-        evidence = _evidence(agreement, agreement - max(theirs, default=0.0), margin, same, estimate)
-        reason = "" if expit(EVIDENCE @ evidence) >= MIN_PROBABILITY else (
-            f"{agreement:.0%} of its edges are in the frame: too few, or no more than those of other poses")
+        found += self._rivals(image, self._rank(image, found, K)[0][0], K)
+        ranked, explained = self._rank(image, found, K)
+        best, *rivals = _suppress_similar(ranked, 30)
+        margin = rivals[0].cost - best.cost if rivals else looks[0].log_likelihood_margin
+        same = [xu.rotation_error(best.pose, look.pose) < 30 for look in looks]
+        agreement = mesh.edge_agreement(*drawn) if (drawn := self._painted(image, best.pose, K)) else 0.0
+        probability = float(1 / (1 + np.exp(-EVIDENCE @ _evidence(agreement, margin, same))))
+        reason = "" if probability >= MIN_PROBABILITY else (
+            f"right with a probability of {probability:.2f}: {agreement:.0%} of its edges are in the frame")
         return dataclasses.replace(
             estimate, pose=best.pose, covariance=np.linalg.inv(best.information), accepted=not reason,
-            reason=reason, reprojection=estimate.reprojection if same else np.nan,
-            log_likelihood_margin=margin, explained_contrast=explained,
-            runner_up=others[0].pose if others else estimate.runner_up)
+            reason=reason, reprojection=estimate.reprojection if same[0] else np.nan,
+            log_likelihood_margin=margin, explained_contrast=explained, probability=probability,
+            runner_up=rivals[0].pose if rivals else looks[0].runner_up)
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
@@ -192,42 +190,43 @@ class Aligner:
         if not any(drawings):
             return np.full(len(poses), np.inf), 0.0
         cover = np.max([drawing.cover for drawing in drawings if drawing], axis=0)
-        ship = np.flatnonzero(cv2.dilate(cover, np.ones((3, 3))) > 0.02)
-        seen, costs = view.image.reshape(-1, 3)[ship], np.full(len(poses), np.inf)
+        ship, costs = np.flatnonzero(cv2.dilate(cover, np.ones((3, 3))) > 0.02), np.full(len(poses), np.inf)
+        seen, behind = view.image.reshape(-1, 3)[ship], _surroundings(view.light, cover)
         for i, drawing in enumerate(drawings):
             if drawing is not None:
-                costs[i] = _robust_cost(seen - self._paint(view, drawing)[0].reshape(-1, 3)[ship], 2 * NOISE)
+                painted, _ = self._paint(view, drawing, behind)
+                costs[i] = _robust_cost(seen - painted.reshape(-1, 3)[ship], 2 * NOISE)
         return costs, _smooth_sky_cost(view.image, ship)
 
-    def _candidates(self, image, estimate, K):
-        """What an estimate may be, refined. Where it explains too little, the less the surer its keypoints,
-        also what it and its runner-up are easily taken for, and then what is NEARBY the best of these."""
-        first = self._align(image, estimate.pose, K, estimate.covariance)
-        enough = WELL_EXPLAINED if estimate.log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
-        if _explained_contrast(first) >= enough:
+    def _candidates(self, image, looks, K):
+        """What some estimates may be, refined: the only one where it explains enough, or also what all and
+        their runners-up are easily taken for and, where that explains too little, what is NEARBY the best."""
+        first = self._align(image, looks[0].pose, K, looks[0].covariance)
+        enough = WELL_EXPLAINED if looks[0].log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
+        if len(looks) == 1 and _explained_contrast(first) >= enough:
             return [first]
-        likely = [pose for pose in (estimate.pose, estimate.runner_up) if pose is not None]
-        found = self._search(image, [p for pose in likely for p in xu.ambiguous_poses(pose)], K, estimate)
-        found += [] if first is None else [first]
-        ranked, explained = self._rank(image, found, K, estimate)
+        likely = [pose for look in looks for pose in (look.pose, look.runner_up) if pose is not None]
+        starts = [start for pose in likely for start in xu.ambiguous_poses(pose)]
+        found = self._search(image, starts, K, 2 * len(looks)) + ([] if first is None else [first])
+        ranked, explained = self._rank(image, found, K)
         if ranked and explained < MIN_EXPLAINED_CONTRAST:
             best, axes = ranked[0].pose, np.hstack([ranked[0].pose[:3, :3].T, np.zeros((3, 3))])
             turns = [turn * axis for turn in np.radians(NEARBY) for axis in (*axes, *-axes)]
-            found += self._search(image, [xu.move_pose(best, turn) for turn in turns], K, estimate, 2)
-            best = self._rank(image, found, K, estimate)[0][0].pose
-            found += self._search(image, xu.ambiguous_poses(best)[1:], K, estimate)
+            found += self._search(image, [xu.move_pose(best, turn) for turn in turns], K, 2, drawings=2)
+            best = self._rank(image, found, K)[0][0].pose
+            found += self._search(image, xu.ambiguous_poses(best)[1:], K, 2)
         return found
 
-    def _search(self, image, starts, K, estimate, drawings=MAX_DRAWINGS):
-        """The best two of what some poses lead to from a coarse picture on."""
+    def _search(self, image, starts, K, count, drawings=MAX_DRAWINGS):
+        """The best few of what some poses lead to from a coarse picture on."""
         found = self._refine_all(image, starts, K, COARSE, drawings=drawings)
-        best = _suppress_similar(self._rank(image, found, K, estimate, COARSE)[0], 10)[:2]
+        best = _suppress_similar(self._rank(image, found, K, COARSE)[0], 10)[:count]
         return self._refine_all(image, [candidate.pose for candidate in best], K)
 
-    def _rivals(self, image, best, K, estimate):
+    def _rivals(self, image, best, K):
         """The best pose and what it is easily taken for, refined as far as they compete."""
         once = self._refine_all(image, xu.ambiguous_poses(best.pose)[1:], K, drawings=1)
-        ranked, _ = self._rank(image, [best, *once], K, estimate)
+        ranked, _ = self._rank(image, [best, *once], K)
         near = [r.pose for r in _suppress_similar(ranked, 3) if r.cost < ranked[0].cost + RULED_OUT]
         return once + self._refine_all(image, near, K)
 
@@ -235,15 +234,13 @@ class Aligner:
         """Those of some poses that can be refined on one level, as `_Refined`."""
         return [r for pose in poses if (r := self._refine(image, pose, K, level, drawings=drawings))]
 
-    def _rank(self, image, candidates, K, estimate, level=FINE):
+    def _rank(self, image, candidates, K, level=FINE):
         """`_Refined` with their costs, best first, and the share of the contrast that the best explains."""
         if not candidates:
             return [], 0.0
         costs, sky = self.photometric_costs(image, [candidate.pose for candidate in candidates], K, level)
-        explained = (sky - costs.min()) / max(sky, MIN_CONTRAST)
-        costs = [cost + _keypoint_penalty(c.pose, estimate) for cost, c in zip(costs.tolist(), candidates)]
-        ranked = [dataclasses.replace(c, cost=cost) for cost, c in zip(costs, candidates)]
-        return sorted(ranked, key=lambda candidate: candidate.cost), float(explained)
+        ranked = [dataclasses.replace(c, cost=cost) for cost, c in zip(costs.tolist(), candidates)]
+        return sorted(ranked, key=lambda c: c.cost), float((sky - costs.min()) / max(sky, MIN_CONTRAST))
 
     def _view(self, image, poses, K, level=FINE, margin=6):
         """The part of the frame about the ship at some poses, shrunk to WORKING_SIZE; None for too little."""
@@ -272,10 +269,11 @@ class Aligner:
         seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
         return seen if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR else None
 
-    def _paint(self, view, drawing):
+    def _paint(self, view, drawing, behind=None):
         """Solve for colours and light: picture (h, w, 3) and the spread of what remains, grey levels."""
         covered = np.flatnonzero(drawing.cover > 0.01)
-        picture = (1 - drawing.cover[..., None]) * _surroundings(view.light, drawing.cover)
+        behind = _surroundings(view.light, drawing.cover) if behind is None else behind
+        picture = (1 - drawing.cover[..., None]) * behind
         basis = drawing.basis.reshape(drawing.cover.size, -1)[covered]
         target = (view.light - picture).reshape(-1, 3)[covered]
         unit = np.square(mesh.grey_slope(view.light.reshape(-1, 3)[covered]))
@@ -295,11 +293,6 @@ class Aligner:
         if (view := self._view(image, pose, K)) is None or (drawing := self._draw(view, pose)) is None:
             return None
         return view.image, self._paint(view, drawing)[0], drawing.cover
-
-    def _edge_agreement(self, image, pose, K):
-        """`mesh.edge_agreement` of the ship drawn at a pose with a frame; 0 where too little of it shows."""
-        painted = self._painted(image, pose, K)
-        return 0.0 if painted is None else mesh.edge_agreement(*painted)
 
     def _align(self, image, pose, K, covariance):
         """`_refine` on a coarse picture, then on a fine one."""
@@ -406,11 +399,10 @@ def _smooth_sky_cost(image, pixels):
     return _robust_cost(grey - fitted, 2 * NOISE)
 
 
-def _evidence(agreement, lead, margin, same, estimate):
-    """What speaks for a pose, (6,): one; how far its edges agree and by how much more than its rivals'; by
-    how much likelier it is than these, by the pixels and by the keypoints; whether it is the keypoints'."""
-    margins = np.log1p(np.clip([margin, estimate.log_likelihood_margin], 0, 100))
-    return np.array([1, agreement, np.clip(lead, -0.05, 0.05), *margins, same])
+def _evidence(agreement, margin, same):
+    """What speaks for a pose, (4,): one; how far its edges are the frame's; by how much its rivals explain
+    the pixels worse; how many looks found it less those that found another."""
+    return np.array([1, agreement, np.log1p(np.clip(margin, 0, 100)), 2 * sum(same) - len(same)])
 
 
 def _explained_contrast(refined):
@@ -419,12 +411,6 @@ def _explained_contrast(refined):
         return 0.0
     sky = _smooth_sky_cost(refined.template.view.image, refined.template.pixels)
     return (sky - _robust_cost(refined.residual, 2 * NOISE)) / max(sky, MIN_CONTRAST)
-
-
-def _keypoint_penalty(pose, estimate):
-    """What the keypoints say against a pose, as negative log-likelihood: nothing where it is not turned."""
-    turned = xu.rotation_error(pose, estimate.pose) >= 30
-    return min(max(estimate.log_likelihood_margin, 0.0), KEYPOINT_PENALTY) if turned else 0.0
 
 
 def _suppress_similar(ranked, degrees):
@@ -436,15 +422,29 @@ def _suppress_similar(ranked, degrees):
     return kept
 
 
-def verify_frames(aligner, frames, estimates, K, progress=True):
-    """`Aligner.verify` on all cores for N estimates: a list. frames: any iterable, read as needed; one that
-    is None or missing keeps its estimate."""
-    frames = iter(frames)
-    tasks = (joblib.delayed(_verify)(aligner, next(frames, None), estimate, K) for estimate in estimates)
-    verified = joblib.Parallel(n_jobs=-1, return_as="generator", max_nbytes=None)(tasks)  # none on disk
-    return list(tqdm(verified, total=len(estimates), desc="verifying", unit="frame", disable=not progress))
+def turned_looks(model, images, K):
+    """What a network finds in images (N, S, S, 3) uint8 turned by a quarter, a half and three quarters: three
+    `PoseEstimate` for each, in its own axes, of other errors. K: (3, 3), or (N, 3, 3)."""
+    turned = np.concatenate([np.rot90(images, turns, (1, 2)) for turns in (1, 2, 3)])
+    maps = np.split(xu.predict_heatmaps(model, turned, channels=len(xu.KEYPOINTS)), 3)
+    maps = np.concatenate([np.rot90(part, -turns, (1, 2)) for turns, part in enumerate(maps, 1)])
+    found = zip(np.resize(K, (len(maps), 3, 3)), *xu.read_keypoints(maps, model.settings))
+    looks = [xu.estimate_pose(points, camera, *sureness) for camera, points, *sureness in found]
+    return [looks[i :: len(images)] for i in range(len(images))]
 
 
-def _verify(aligner, frame, estimate, K):
-    cv2.setNumThreads(1)  # the frames are what is shared out
-    return estimate if frame is None else aligner.verify(frame, estimate, K)
+def verify_frames(aligner, images, estimates, K, model):
+    """`Aligner.verify` on all cores for images (N, S, S, 3) uint8 and N estimates, with `turned_looks` by the
+    model where the pose is not sure without: a list."""
+    def verify(*arguments):
+        cv2.setNumThreads(1)  # the frames are what is shared out
+        return aligner.verify(*arguments)
+
+    def verify_rows(rows, others):
+        tasks = (joblib.delayed(verify)(images[i], estimates[i], K, o) for i, o in zip(rows, others))
+        return zip(rows, joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks))  # none on disk
+
+    found = dict(verify_rows(range(len(images)), [()] * len(images)))
+    unsure = [i for i in found if not found[i].probability >= SURE_PROBABILITY]
+    found |= verify_rows(unsure, turned_looks(model, images[unsure], K)) if unsure else {}
+    return list(found.values())

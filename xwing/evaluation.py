@@ -363,8 +363,8 @@ class Evaluation:
     keypoints: np.ndarray  # (N, C, 2) pixels, all that the network finds
     confidence: np.ndarray  # (N, C)
     sigma: np.ndarray  # (N, C) pixels
-    from_points: list  # N PoseEstimate, from the keypoints alone
-    estimates: list  # N PoseEstimate, verified on the pixels; without an aligner the same
+    from_points: np.ndarray  # N PoseEstimate, from the keypoints alone
+    estimates: np.ndarray  # N PoseEstimate, verified on the pixels; without an aligner the same
     heatmap_mse: np.ndarray  # (N, 8), see `heatmap_errors`
     true_keypoints: np.ndarray  # (N, C, 2) pixels
     true_poses: np.ndarray  # (N, 4, 4)
@@ -399,18 +399,16 @@ def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=
     truth = xu.keypoints_of(matrices, view, projection, size, size, xu.KEYPOINTS[:count])
     xu.predict_heatmaps(model, np.zeros((1, size, size, 3), np.uint8), batch_size)  # the first call compiles
     started = time.perf_counter()
-    for start in tqdm(range(0, len(paths), batch_size), "network", unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=not progress):
         images = np.stack([xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]])
         maps = xu.predict_heatmaps(model, images, batch_size, count)
-        mse = heatmap_errors(maps, truth[start:, :8], model.settings)
-        found.append((*xu.read_keypoints(maps, model.settings), mse))
-    keypoints, confidence, sigma, mse = (np.concatenate(part) for part in zip(*found))
-    from_points = [xu.estimate_pose(k, K, c, s) for k, c, s in zip(keypoints, confidence, sigma)]
-    estimates = from_points if aligner is None else alignment.verify_frames(
-        aligner, map(xu.read_image, paths), from_points, K, progress)
+        seen = xu.read_keypoints(maps, model.settings)
+        estimates = [xu.estimate_pose(k, K, c, s) for k, c, s in zip(*seen)]
+        verified = alignment.verify_frames(aligner, images, estimates, K, model) if aligner else estimates
+        found.append((*seen, estimates, verified, heatmap_errors(maps, truth[start:, :8], model.settings)))
+    found = [np.concatenate(part) for part in zip(*found)]
     seconds = (time.perf_counter() - started) / len(paths)
     poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
-    found = keypoints, confidence, sigma, from_points, estimates, mse
     return Evaluation(paths, K, size, *found, truth, poses, seconds)
 
 

@@ -324,7 +324,7 @@ class UnpaintedMesh:
     """Draws a mesh as it looks in linear light, as a sum whose coefficients are its colours and the light.
 
     Each surface shows its material's colour under even light, plus light that varies smoothly with its
-    direction times its brightness; both reach it as far as other parts do not keep them away.
+    direction, the same for bright and dark paint, which is not known; other parts keep some of both away.
 
     Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
     """
@@ -339,10 +339,9 @@ class UnpaintedMesh:
         self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
         self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
         materials = np.eye(len(mesh.names))[mesh.face_materials[shown]]
-        brightness = to_light(255 * mesh.colours.mean(1))[mesh.face_materials[shown], None]
         x, y, z = np.concatenate([self.normals, -self.normals]).T
         harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
-        table = np.hstack([np.tile(materials, (2, 1)), np.tile(brightness, (2, 1)) * harmonics])
+        table = np.hstack([np.tile(materials, (2, 1)), harmonics])
         table *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
         table = np.hstack([table, np.ones((len(table), 1))])
         self.table = np.float32(np.pad(table, ((0, 1), (0, 0))))  # fronts, backs, nothing
