@@ -5,8 +5,8 @@ one colour per material, and light that varies smoothly with a surface's directi
 linearly and are solved for; what the ship does not cover is guessed from the pixels around it. What then
 differs between drawing and frame says how the pose must move (Gauss-Newton). Drawing costs most, so each
 drawing serves several steps: its pixels are points of the surface, looked up elsewhere in the frame where the
-pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. All of this happens in linear
-light, as in a lens; only differences are measured in grey levels.
+pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. Rival poses are judged as if
+the ship were repainted. All of this is in linear light; only differences are measured in grey levels.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is dr
 NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-EVIDENCE = np.array([-26.13, 27.43, 1.46, 0.4])  # log-odds for each of `_evidence`, see tests/fit_evidence.py
+EVIDENCE = np.array([-25.39, 26.88, 1.45, 0.47])  # log-odds for each of `_evidence`, see tests/fit_evidence.py
 MIN_PROBABILITY = 0.8  # of being right, from which a single frame's pose is accepted
 SURE_PROBABILITY = 0.9  # below which a frame is worth more looks
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
@@ -118,8 +118,8 @@ class Aligner:
     """
 
     def __init__(self, ship, blur=0.4):
-        self.ship, self.blur = mesh.UnpaintedMesh(ship), blur
-        self.outline = ship.vertices[ConvexHull(ship.vertices).vertices]
+        self.ship, self.repainted = (mesh.UnpaintedMesh(ship, true_paint) for true_paint in (True, False))
+        self.blur, self.outline = blur, ship.vertices[ConvexHull(ship.vertices).vertices]
         weights = [0.1] * len(ship.names) + [1.0] * mesh.UnpaintedMesh.HARMONICS
         self.stiffness = np.diag(np.float32(weights)) * 255**2  # draws colours and light towards 0
 
@@ -186,7 +186,7 @@ class Aligner:
         """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
         one; negative log-likelihoods over the same pixels, but for a constant."""
         view = self._view(image, poses, K, level)
-        drawings = [None if view is None else self._draw(view, pose) for pose in poses]
+        drawings = [None if view is None else self._draw(view, pose, self.repainted) for pose in poses]
         if not any(drawings):
             return np.full(len(poses), np.inf), 0.0
         cover = np.max([drawing.cover for drawing in drawings if drawing], axis=0)
@@ -264,9 +264,9 @@ class Aligner:
         K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
         return _View(mesh.to_grey(light), light, K, blur)
 
-    def _draw(self, view, pose):
+    def _draw(self, view, pose, ship):
         """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
-        seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
+        seen = ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
         return seen if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR else None
 
     def _paint(self, view, drawing, behind=None):
@@ -290,9 +290,9 @@ class Aligner:
 
     def _painted(self, image, pose, K):
         """The frame about the ship, and the ship drawn there at a pose, (h, w, 3), its cover; or None."""
-        if (view := self._view(image, pose, K)) is None or (drawing := self._draw(view, pose)) is None:
-            return None
-        return view.image, self._paint(view, drawing)[0], drawing.cover
+        view = self._view(image, pose, K)
+        drawing = view and self._draw(view, pose, self.repainted)
+        return drawing and (view.image, self._paint(view, drawing)[0], drawing.cover)
 
     def _align(self, image, pose, K, covariance):
         """`_refine` on a coarse picture, then on a fine one."""
@@ -306,7 +306,7 @@ class Aligner:
         prior = _Prior(pose if expected is None else expected, np.zeros((6, 6)) + known)
         for _ in range(drawings):
             view = self._view(image, pose, K, level)
-            if view is None or (drawing := self._draw(view, pose)) is None:
+            if view is None or (drawing := self._draw(view, pose, self.ship)) is None:
                 return None
             refined = _descend(self._template(view, drawing), prior)
             pose = refined.pose

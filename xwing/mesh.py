@@ -324,14 +324,15 @@ class UnpaintedMesh:
     """Draws a mesh as it looks in linear light, as a sum whose coefficients are its colours and the light.
 
     Each surface shows its material's colour under even light, plus light that varies smoothly with its
-    direction, the same for bright and dark paint, which is not known; other parts keep some of both away.
+    direction: times its brightness, or the same on any paint unless the ship has its `true_paint`. Both reach
+    it as far as other parts do not keep them away.
 
     Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
     """
 
     HARMONICS = 8  # of degree 1 and 2
 
-    def __init__(self, mesh):
+    def __init__(self, mesh, true_paint=True):
         area, openness = visibility(mesh.triangles)
         shown = area.any(1)
         self.area, self.triangles = area[shown], np.float32(mesh.triangles[shown])
@@ -339,9 +340,10 @@ class UnpaintedMesh:
         self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
         self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
         materials = np.eye(len(mesh.names))[mesh.face_materials[shown]]
+        brightness = np.where(true_paint, to_light(255 * mesh.colours.mean(1)), 1)[mesh.face_materials[shown]]
         x, y, z = np.concatenate([self.normals, -self.normals]).T
         harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
-        table = np.hstack([np.tile(materials, (2, 1)), harmonics])
+        table = np.hstack([np.tile(materials, (2, 1)), np.tile(brightness, 2)[:, None] * harmonics])
         table *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
         table = np.hstack([table, np.ones((len(table), 1))])
         self.table = np.float32(np.pad(table, ((0, 1), (0, 0))))  # fronts, backs, nothing
