@@ -166,7 +166,7 @@ def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K
         found = [aligner.verify(image, start, K) for image, start in zip(frames[0], starts)]
         return sum(f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1]))
 
-    assert right() == 10
+    assert right() >= 9
     monkeypatch.setattr(alignment, "NEARBY", ())
     assert right() < 8
 
