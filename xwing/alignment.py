@@ -118,8 +118,8 @@ class Aligner:
     """
 
     def __init__(self, ship, blur=0.4):
-        self.ship, self.repainted = (mesh.UnpaintedMesh(ship, true_paint) for true_paint in (True, False))
-        self.blur, self.outline = blur, ship.vertices[ConvexHull(ship.vertices).vertices]
+        self.ship, self.blur = mesh.UnpaintedMesh(ship), blur
+        self.outline = ship.vertices[ConvexHull(ship.vertices).vertices]
         weights = [0.1] * len(ship.names) + [1.0] * mesh.UnpaintedMesh.HARMONICS
         self.stiffness = np.diag(np.float32(weights)) * 255**2  # draws colours and light towards 0
 
@@ -186,7 +186,7 @@ class Aligner:
         """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
         one; negative log-likelihoods over the same pixels, but for a constant."""
         view = self._view(image, poses, K, level)
-        drawings = [None if view is None else self._draw(view, pose, self.repainted) for pose in poses]
+        drawings = [None if view is None else self._draw(view, pose, true_paint=False) for pose in poses]
         if not any(drawings):
             return np.full(len(poses), np.inf), 0.0
         cover = np.max([drawing.cover for drawing in drawings if drawing], axis=0)
@@ -264,9 +264,9 @@ class Aligner:
         K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
         return _View(mesh.to_grey(light), light, K, blur)
 
-    def _draw(self, view, pose, ship):
+    def _draw(self, view, pose, true_paint=True):
         """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
-        seen = ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur)
+        seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur, true_paint)
         return seen if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR else None
 
     def _paint(self, view, drawing, behind=None):
@@ -291,7 +291,7 @@ class Aligner:
     def _painted(self, image, pose, K):
         """The frame about the ship, and the ship drawn there at a pose, (h, w, 3), its cover; or None."""
         view = self._view(image, pose, K)
-        drawing = view and self._draw(view, pose, self.repainted)
+        drawing = view and self._draw(view, pose, true_paint=False)
         return drawing and (view.image, self._paint(view, drawing)[0], drawing.cover)
 
     def _align(self, image, pose, K, covariance):
@@ -306,7 +306,7 @@ class Aligner:
         prior = _Prior(pose if expected is None else expected, np.zeros((6, 6)) + known)
         for _ in range(drawings):
             view = self._view(image, pose, K, level)
-            if view is None or (drawing := self._draw(view, pose, self.ship)) is None:
+            if view is None or (drawing := self._draw(view, pose)) is None:
                 return None
             refined = _descend(self._template(view, drawing), prior)
             pose = refined.pose

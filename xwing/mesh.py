@@ -324,32 +324,32 @@ class UnpaintedMesh:
     """Draws a mesh as it looks in linear light, as a sum whose coefficients are its colours and the light.
 
     Each surface shows its material's colour under even light, plus light that varies smoothly with its
-    direction: times its brightness, or the same on any paint unless the ship has its `true_paint`. Both reach
-    it as far as other parts do not keep them away.
+    direction, times its brightness where the paint is the true one; other parts keep some of both away.
 
     Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
     """
 
     HARMONICS = 8  # of degree 1 and 2
 
-    def __init__(self, mesh, true_paint=True):
+    def __init__(self, mesh):
         area, openness = visibility(mesh.triangles)
         shown = area.any(1)
         self.area, self.triangles = area[shown], np.float32(mesh.triangles[shown])
         self.normals = _normals(self.triangles)
         self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
         self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
-        materials = np.eye(len(mesh.names))[mesh.face_materials[shown]]
-        brightness = np.where(true_paint, to_light(255 * mesh.colours.mean(1)), 1)[mesh.face_materials[shown]]
+        materials = np.eye(len(mesh.names))[np.tile(mesh.face_materials[shown], 2)]  # fronts, then backs
+        brightness = to_light(255 * mesh.colours.mean(1))[materials.argmax(1), None]
         x, y, z = np.concatenate([self.normals, -self.normals]).T
         harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
-        table = np.hstack([np.tile(materials, (2, 1)), np.tile(brightness, 2)[:, None] * harmonics])
-        table *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
-        table = np.hstack([table, np.ones((len(table), 1))])
-        self.table = np.float32(np.pad(table, ((0, 1), (0, 0))))  # fronts, backs, nothing
+        tables = np.stack([np.hstack([materials, harmonics * light]) for light in (1, brightness)])
+        tables *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
+        tables = np.pad(tables, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+        self.tables = np.float32(np.pad(tables, ((0, 0), (0, 1), (0, 0))))  # in any paint, in the true one
 
-    def draw(self, pose, K, width, height, blur):
+    def draw(self, pose, K, width, height, blur, true_paint=True):
         """The `Drawing` at a pose (4, 4) through K (3, 3) and a Gaussian filter of so many pixels."""
+        table = self.tables[int(true_paint)]
         s, rotation, translation = SUPERSAMPLING, np.float32(pose[:3, :3]), np.float32(pose[:3, 3])
         back = self.normals @ (-rotation.T @ translation) < self.offsets
         scale = s * K[0, 0] / translation[2]  # samples for one model unit
@@ -361,8 +361,8 @@ class UnpaintedMesh:
         samples = [(slice(i, None, s), slice(j, None, s)) for i in range(s) for j in range(s)]
         rows = [shown[sample][..., 0].astype(np.int32).ravel() for sample in samples]
         covered = np.flatnonzero(np.max(rows, axis=0) >= 0)
-        basis = np.zeros((height * width, self.table.shape[1]), np.float32)
-        basis[covered] = sum(self.table[row[covered]] for row in rows) / np.float32(s * s)
+        basis = np.zeros((height * width, table.shape[1]), np.float32)
+        basis[covered] = sum(table[row[covered]] for row in rows) / np.float32(s * s)
         basis = cv2.GaussianBlur(basis.reshape(height, width, -1), (0, 0), max(blur, 0.01))
         depth = np.minimum.reduce([depth[sample] for sample in samples])
         return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth)
