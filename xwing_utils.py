@@ -42,34 +42,65 @@ ROOT = Path(__file__).resolve().parent  # of the repository
 FRAME_SIZE = 256  # pixels, width and height of the frames of a set
 # (8, 3) model units: the corners of the ship's bounding box, the first 8 keypoints. The bits of a corner's
 # number say where it is: 1 left of the pilot, 2 at the tail, 4 on top.
-BOUNDING_BOX = np.array([(x, y, z) for z in (-.032, .034) for y in (-.182, .163) for x in (-.156, .156)])
-BOX_EDGES = np.array([(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit])  # (12, 2) corners
+BOUNDING_BOX = np.array(
+    [(x, y, z) for z in (-0.032, 0.034) for y in (-0.182, 0.163) for x in (-0.156, 0.156)]
+)
+BOX_EDGES = np.array(
+    [(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit]
+)  # (12, 2) corners
 DIAMETER = float(np.linalg.norm(BOUNDING_BOX[7] - BOUNDING_BOX[0]))  # model units
 # (4, 2, 3) model units: each cannon's muzzle and a second point on its line of fire.
 LASERS = np.array([[(x, -0.1, z), (x, -0.3, z)] for z in (-0.01, 0.01) for x in (-0.145, 0.145)])
 # What the corners of a symmetric-looking box are taken for: (8,) permutations, the true one first.
-CORNER_PERMUTATIONS = {name: np.arange(8) ^ bits for name, bits in (
-    ("identity", 0), ("left-right", 1), ("top-bottom", 4), ("both", 5), ("nose-tail", 2))}
+CORNER_PERMUTATIONS = {
+    name: np.arange(8) ^ bits
+    for name, bits in (
+        ("identity", 0),
+        ("left-right", 1),
+        ("top-bottom", 4),
+        ("both", 5),
+        ("nose-tail", 2),
+    )
+}
 MIRROR = CORNER_PERMUTATIONS["left-right"]  # (8,) what each corner turns into in a mirror image
 
 # Points on the hull: they say which side is seen, and are easier to see than corners in empty space. Visible
 # where the outward normal faces the camera (zero: always). Those at x < 0 come with their mirror images.
 _HULL = [  # name, x, y, z, normal x, y, z
-    ("canopy", 0, 0.000, 0.0330, 0, 0, 1), ("droid", 0, 0.050, 0.0340, 0, 0, 1),
-    ("gear bay", 0, 0.020, -0.0205, 0, 0, -1), ("belly", 0, 0.095, -0.0255, 0, 0, -1),
-    ("nose", 0, -0.182, 0.0000, 0, 0, 0), ("tail", 0, 0.130, 0.0000, 0, 1, 0),
+    ("canopy", 0, 0.000, 0.0330, 0, 0, 1),
+    ("droid", 0, 0.050, 0.0340, 0, 0, 1),
+    ("gear bay", 0, 0.020, -0.0205, 0, 0, -1),
+    ("belly", 0, 0.095, -0.0255, 0, 0, -1),
+    ("nose", 0, -0.182, 0.0000, 0, 0, 0),
+    ("tail", 0, 0.130, 0.0000, 0, 1, 0),
     ("stripe", -0.0125, -0.100, 0.0000, -1, 0, 0),
-    ("lower wing", -0.090, 0.070, -0.0100, 0, 0, -1), ("upper wing", -0.090, 0.070, 0.0100, 0, 0, 1),
-    ("lower muzzle", -0.149, -0.085, -0.0100, 0, 0, 0), ("upper muzzle", -0.149, -0.085, 0.0100, 0, 0, 0),
-    ("lower cannon", -0.149, 0.110, -0.0100, 0, 0, 0), ("upper cannon", -0.149, 0.110, 0.0100, 0, 0, 0),
-    ("lower intake", -0.042, 0.040, -0.0185, 0, -1, 0), ("upper intake", -0.042, 0.040, 0.0185, 0, -1, 0),
-    ("lower nozzle", -0.042, 0.163, -0.0185, 0, 1, 0), ("upper nozzle", -0.042, 0.163, 0.0185, 0, 1, 0)]
-_SIDES = [side for name, x, y, z, nx, ny, nz in _HULL for side in (
-    [(name, x, y, z, nx, ny, nz)] if x == 0 else
-    [(f"right {name}", x, y, z, nx, ny, nz), (f"left {name}", -x, y, z, -nx, ny, nz)])]  # the pilot's right
+    ("lower wing", -0.090, 0.070, -0.0100, 0, 0, -1),
+    ("upper wing", -0.090, 0.070, 0.0100, 0, 0, 1),
+    ("lower muzzle", -0.149, -0.085, -0.0100, 0, 0, 0),
+    ("upper muzzle", -0.149, -0.085, 0.0100, 0, 0, 0),
+    ("lower cannon", -0.149, 0.110, -0.0100, 0, 0, 0),
+    ("upper cannon", -0.149, 0.110, 0.0100, 0, 0, 0),
+    ("lower intake", -0.042, 0.040, -0.0185, 0, -1, 0),
+    ("upper intake", -0.042, 0.040, 0.0185, 0, -1, 0),
+    ("lower nozzle", -0.042, 0.163, -0.0185, 0, 1, 0),
+    ("upper nozzle", -0.042, 0.163, 0.0185, 0, 1, 0),
+]
+_SIDES = [
+    side
+    for name, x, y, z, nx, ny, nz in _HULL
+    for side in (
+        [(name, x, y, z, nx, ny, nz)]
+        if x == 0
+        else [(f"right {name}", x, y, z, nx, ny, nz), (f"left {name}", -x, y, z, -nx, ny, nz)]
+    )
+]  # the pilot's right
 KEYPOINT_NAMES = [*(f"corner {k}" for k in range(8)), *(point[0] for point in _SIDES)]
-KEYPOINTS = np.concatenate([BOUNDING_BOX, [point[1:4] for point in _SIDES]])  # (36, 3) for the network
-NORMALS = np.concatenate([np.zeros((8, 3)), [point[4:] for point in _SIDES]])  # (36, 3) outward, or zero
+KEYPOINTS = np.concatenate(
+    [BOUNDING_BOX, [point[1:4] for point in _SIDES]]
+)  # (36, 3) for the network
+NORMALS = np.concatenate(
+    [np.zeros((8, 3)), [point[4:] for point in _SIDES]]
+)  # (36, 3) outward, or zero
 
 # ============================================================ files
 
@@ -85,7 +116,9 @@ def read_json(path):
 @contextlib.contextmanager
 def part_files(*paths):
     """Paths to write to, which replace `paths` together if all goes well; sweeps what killed runs left."""
-    parts = {Path(p): Path(p).with_name(f".{Path(p).name}.{os.getpid()}-{id(paths)}.part") for p in paths}
+    parts = {
+        Path(p): Path(p).with_name(f".{Path(p).name}.{os.getpid()}-{id(paths)}.part") for p in paths
+    }
     for path in parts:
         for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
             if not psutil.pid_exists(int(old.name.split(".")[-2].split("-")[0])):
@@ -96,7 +129,9 @@ def part_files(*paths):
             os.replace(part, path)
     except OSError as error:  # named by the file that was asked for, where it is about that
         own = error.errno and str(error.filename) in ("None", *map(str, parts.values()))
-        raise (OSError(error.errno, error.strerror, str(next(iter(parts)))) if own else error) from None
+        raise (
+            OSError(error.errno, error.strerror, str(next(iter(parts)))) if own else error
+        ) from None
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -119,7 +154,9 @@ def setting(name, default):
         if isinstance(value, float) and not np.isfinite(value):
             raise ValueError
     except ValueError:
-        raise ValueError(f"XWING_{name}: expected a number such as {default:g}, got {text!r}") from None
+        raise ValueError(
+            f"XWING_{name}: expected a number such as {default:g}, got {text!r}"
+        ) from None
     print(f"{name} = {value!r}, from the environment variable XWING_{name}")
     return value
 
@@ -129,8 +166,12 @@ def check_array(value, shape, name):
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected numbers of shape {shape}, got {str(value)[:80]}") from None
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape)):
+        raise ValueError(
+            f"{name}: expected numbers of shape {shape}, got {str(value)[:80]}"
+        ) from None
+    if array.ndim != len(shape) or any(
+        want not in (None, got) for want, got in zip(shape, array.shape)
+    ):
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}".replace("None", "N"))
     return array
 
@@ -139,11 +180,17 @@ def _check_matrix(value, name, rigid=True):
     """(4, 4) float64 with finite entries, rotation and translation if `rigid`; the ValueError names it."""
     matrix = check_array(value, (4, 4), name)
     if not np.isfinite(matrix).all():
-        raise ValueError(f"{name}: the matrix has NaN or infinite entries; render or remove the frame")
+        raise ValueError(
+            f"{name}: the matrix has NaN or infinite entries; render or remove the frame"
+        )
     rotation = matrix[:3, :3]
-    error = max(np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max())
+    error = max(
+        np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max()
+    )
     if rigid and error > 1e-4:
-        raise ValueError(f"{name}: not a rigid motion (rotation and translation, no scale); got\n{matrix}")
+        raise ValueError(
+            f"{name}: not a rigid motion (rotation and translation, no scale); got\n{matrix}"
+        )
     if rigid and np.linalg.det(rotation) < 0:
         raise ValueError(f"{name}: the matrix mirrors (determinant -1); a pose must be a rotation")
     return matrix
@@ -153,12 +200,22 @@ def load_camera(path):
     """The model-view and projection matrices (4, 4), OpenGL, of a camera file or of the folder with it."""
     path = Path(path) / "camera_info.json" if Path(path).is_dir() else path
     info = read_json(path)
-    missing = {"model_view_matrix", "projection_matrix"}.difference(info if isinstance(info, dict) else ())
+    missing = {"model_view_matrix", "projection_matrix"}.difference(
+        info if isinstance(info, dict) else ()
+    )
     if missing:
-        raise ValueError(f"{path}: {' and '.join(sorted(missing))} missing; expected a set's camera file")
+        raise ValueError(
+            f"{path}: {' and '.join(sorted(missing))} missing; expected a set's camera file"
+        )
     projection = _check_matrix(info["projection_matrix"], f"{path}, projection_matrix", rigid=False)
-    if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not np.allclose(projection[3], [0, 0, -1, 0]):
-        raise ValueError(f"{path}, projection_matrix: no OpenGL perspective projection; got\n{projection}")
+    if (
+        projection[0, 0] <= 0
+        or projection[1, 1] <= 0
+        or not np.allclose(projection[3], [0, 0, -1, 0])
+    ):
+        raise ValueError(
+            f"{path}, projection_matrix: no OpenGL perspective projection; got\n{projection}"
+        )
     return _check_matrix(info["model_view_matrix"], f"{path}, model_view_matrix"), projection
 
 
@@ -166,7 +223,9 @@ def list_frames(folder):
     """The numbered JPEG files of a folder in the order of their numbers; FileNotFoundError if none."""
     paths = [p for p in Path(folder).glob("*") if re.fullmatch(r"\d+\.jpe?g", p.name.lower())]
     if not paths:
-        raise FileNotFoundError(f"{folder}: expected a folder with frames 0.jpg, 1.jpg, ..., found none")
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with frames 0.jpg, 1.jpg, ..., found none"
+        )
     return sorted(paths, key=lambda p: (int(p.stem), p.stem))
 
 
@@ -183,17 +242,25 @@ def read_image(path, size=None):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, grey
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+                image = Image.fromarray(
+                    (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
+                )
             elif image.has_transparency_data:  # on black
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, "black"), image.convert("RGBA")
+                )
             pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow has many, struct.error for a damaged EXIF header among them
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); copy or render it again") from None
+        raise ValueError(
+            f"{path}: cannot be read as a picture ({error}); copy or render it again"
+        ) from None
     if size is not None and pixels.shape[1::-1] != tuple(size):
         got = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise ValueError(f"{path}: expected {size[0]}x{size[1]} pixels, got {got}; resize the whole set")
+        raise ValueError(
+            f"{path}: expected {size[0]}x{size[1]} pixels, got {got}; resize the whole set"
+        )
     return pixels
 
 
@@ -228,19 +295,28 @@ def project_points(image, points, model_view_matrix, projection_matrix, transfor
     if transformation_mat is not None:
         matrix = matrix @ check_array(transformation_mat, (4, 4), "transformation_mat")
     if np.ndim(image) < 2:
-        raise ValueError(f"image: expected a frame or np.empty((height, width)), got shape {np.shape(image)}")
+        raise ValueError(
+            f"image: expected a frame or np.empty((height, width)), got shape {np.shape(image)}"
+        )
     clip = points @ matrix.T
     behind = ~(clip[:, 3] > 0)
     if behind.any():
-        raise ValueError(f"{behind.sum()} of {len(points)} points lie at or behind the camera (or are NaN)")
+        raise ValueError(
+            f"{behind.sum()} of {len(points)} points lie at or behind the camera (or are NaN)"
+        )
     return (clip[:, :2] / clip[:, 3:] * [1, -1] + 1) / 2 * np.shape(image)[1::-1]
 
 
 def camera_matrix(projection_matrix, width, height):
     """The OpenCV intrinsic matrix K, (3, 3) in pixels, of an OpenGL projection to width x height pixels."""
     p = check_array(projection_matrix, (4, 4), "projection_matrix")
-    return np.array([[p[0, 0] * width / 2, 0.0 - p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
-                     [0, p[1, 1] * height / 2, (1 + p[1, 2]) * height / 2], [0, 0, 1]])
+    return np.array(
+        [
+            [p[0, 0] * width / 2, 0.0 - p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
+            [0, p[1, 1] * height / 2, (1 + p[1, 2]) * height / 2],
+            [0, 0, 1],
+        ]
+    )
 
 
 def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
@@ -248,8 +324,12 @@ def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
     given = {"width": width, "height": height, "focal": focal, "sensor": sensor, "view": view}
     for name, value in given.items():
         if value is not None and not 0 < value < (180 if name == "view" else np.inf):
-            raise ValueError(f"{name}: expected a positive number, a view of less than 180, got {value}")
-    pixels = max(width, height) * (focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2)))
+            raise ValueError(
+                f"{name}: expected a positive number, a view of less than 180, got {value}"
+            )
+    pixels = max(width, height) * (
+        focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2))
+    )
     return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
 
 
@@ -258,7 +338,9 @@ def check_camera_matrix(K):
     K = check_array(K, (3, 3), "K")
     plain = np.array([[K[0, 0], 0, K[0, 2]], [0, K[1, 1], K[1, 2]], [0, 0, 1]])
     if not (np.isfinite(K).all() and min(K[0, 0], K[1, 1]) > 0 and np.abs(K - plain).max() < 1e-5):
-        raise ValueError(f"K: expected a camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got\n{K}")
+        raise ValueError(
+            f"K: expected a camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got\n{K}"
+        )
     return K
 
 
@@ -281,13 +363,21 @@ def project_pose(points, pose, K):
     return (camera / depth) @ K[:2].T
 
 
-def keypoints_of(matrices, model_view_matrix, projection_matrix, width=FRAME_SIZE, height=FRAME_SIZE,
-                 points=BOUNDING_BOX):
+def keypoints_of(
+    matrices,
+    model_view_matrix,
+    projection_matrix,
+    width=FRAME_SIZE,
+    height=FRAME_SIZE,
+    points=BOUNDING_BOX,
+):
     """The pixels (N, K, 2) of model points (K, 3) under model matrices (N, 4, 4). Errors name the matrix."""
     frame, points, keypoints = np.empty((height, width)), to_homogeneous(points), []
     for i, matrix in enumerate(matrices):
         try:
-            keypoints.append(project_points(frame, points, model_view_matrix, projection_matrix, matrix))
+            keypoints.append(
+                project_points(frame, points, model_view_matrix, projection_matrix, matrix)
+            )
         except ValueError as error:
             raise ValueError(f"matrix {i} of {len(matrices)}: {error}") from None
     return np.array(keypoints).reshape(-1, len(points), 2)
@@ -379,7 +469,9 @@ def decode_heatmaps(heatmaps, sigma=SIGMA):
     found = ((window > 0) & (window < np.inf))[:, len(x) // 2, len(x) // 2]  # the brightest pixel
     squared = (x - offset[:, :1, None]) ** 2 + (y - offset[:, 1:, None]) ** 2
     expected = np.where(np.isnan(window), 0, np.exp(-squared / (2 * sigma**2))).sum((1, 2))
-    mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(expected, 0.1 * 2 * np.pi * sigma**2)
+    mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(
+        expected, 0.1 * 2 * np.pi * sigma**2
+    )
     keypoints = np.where(found[:, None], peaks.reshape(-1, 2) + 0.5 + offset, np.nan)
     confidence = np.where(found, np.clip(mass, 0, 1), 0.0)
     return keypoints.reshape(*lead, count, 2), confidence.reshape(*lead, count)
@@ -401,7 +493,12 @@ def _gaussian_offset(window, x, y, sigma):
     usable = near & np.isfinite(window) & (window > 1e-6)
     window = np.where(usable, window, 1).reshape(len(window), x.size).astype(float)
     weight = window**2 * usable.reshape(window.shape)  # least squares of h, not of its logarithm
-    basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / [1, sigma, sigma, sigma**2]
+    basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / [
+        1,
+        sigma,
+        sigma,
+        sigma**2,
+    ]
     normal = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
     right = (weight * np.log(window)) @ basis
     scale = np.trace(normal, axis1=1, axis2=2)[:, None] + 1e-300
@@ -423,12 +520,23 @@ def keypoint_sigma(heatmaps, keypoints, sigma=SIGMA, reach=10.0):
     heatmaps, keypoints = np.asarray(heatmaps), np.asarray(keypoints)
     height, width = heatmaps.shape[-3:-1]
     centre = np.nan_to_num(keypoints)[..., None, :, :]
-    x, y = np.arange(width)[:, None] + 0.5 - centre[..., 0], np.arange(height)[:, None] + 0.5 - centre[..., 1]
-    wx, wy = np.exp(-(x**2) / (2 * reach**2)), np.exp(-(y**2) / (2 * reach**2))  # (..., W, K), (..., H, K)
-    rows = [np.einsum("...hwk,...wk->...hk", heatmaps, (wx * x**i).astype(heatmaps.dtype)) for i in range(3)]
+    x, y = (
+        np.arange(width)[:, None] + 0.5 - centre[..., 0],
+        np.arange(height)[:, None] + 0.5 - centre[..., 1],
+    )
+    wx, wy = (
+        np.exp(-(x**2) / (2 * reach**2)),
+        np.exp(-(y**2) / (2 * reach**2)),
+    )  # (..., W, K), (..., H, K)
+    rows = [
+        np.einsum("...hwk,...wk->...hk", heatmaps, (wx * x**i).astype(heatmaps.dtype))
+        for i in range(3)
+    ]
     moment = {(i, j): (rows[i] * wy * y**j).sum(-2) for i in range(3) for j in range(3 - i)}
     with np.errstate(divide="ignore", invalid="ignore"):
-        mx, my, mxx, mxy, myy = (moment[ij] / moment[0, 0] for ij in ((1, 0), (0, 1), (2, 0), (1, 1), (0, 2)))
+        mx, my, mxx, mxy, myy = (
+            moment[ij] / moment[0, 0] for ij in ((1, 0), (0, 1), (2, 0), (1, 1), (0, 2))
+        )
         xx, xy, yy = mxx - mx**2, mxy - mx * my, myy - my**2
         half = np.hypot((xx - yy) / 2, xy)
         axes = (xx + yy) / 2 + np.stack([-half, half])  # variances along the spot's principal axes
@@ -461,7 +569,9 @@ def mirror_permutation(points):
     points = check_array(points, (None, 3), "points")
     distance = np.linalg.norm(points[:, None] * [-1, 1, 1] - points[None], axis=-1)
     if (distance.min(1) > 1e-6).any():
-        raise ValueError(f"points: {points[distance.min(1).argmax()]} has no mirror image among them; add it")
+        raise ValueError(
+            f"points: {points[distance.min(1).argmax()]} has no mirror image among them; add it"
+        )
     return distance.argmin(1)
 
 
@@ -476,19 +586,46 @@ def augmentation(seed=None, without=()):
     steps = {
         "geometry": A.Affine((0.7, 1.3), (-0.08, 0.08), None, (-180, 180), keep_ratio=True, p=0.6),
         "flare": A.RandomSunFlare((0, 0, 1, 1), 60, num_flare_circles_range=(2, 6), p=0.1),
-        "light": A.OneOf([A.ColorJitter((0.3, 2.2), (0.3, 3), 0, 0), A.RandomBrightnessContrast(0.4, 0.4),
-                          A.RandomGamma((50, 170)), A.RandomToneCurve(0.3)], p=0.7),
-        "colour": A.OneOf([A.ColorJitter(0, 0, (0, 5), 0), A.HueSaturationValue(30, 60, 20),
-                           A.RGBShift(30, 30, 30), A.ToGray()], p=0.5),
-        "sharpness": A.OneOf([A.Sharpen((0.3, 0.9)), A.GaussianBlur((3, 7), (0.3, 2)), A.MotionBlur((3, 7)),
-                              A.Downscale((0.4, 0.9))], p=0.4),
+        "light": A.OneOf(
+            [
+                A.ColorJitter((0.3, 2.2), (0.3, 3), 0, 0),
+                A.RandomBrightnessContrast(0.4, 0.4),
+                A.RandomGamma((50, 170)),
+                A.RandomToneCurve(0.3),
+            ],
+            p=0.7,
+        ),
+        "colour": A.OneOf(
+            [
+                A.ColorJitter(0, 0, (0, 5), 0),
+                A.HueSaturationValue(30, 60, 20),
+                A.RGBShift(30, 30, 30),
+                A.ToGray(),
+            ],
+            p=0.5,
+        ),
+        "sharpness": A.OneOf(
+            [
+                A.Sharpen((0.3, 0.9)),
+                A.GaussianBlur((3, 7), (0.3, 2)),
+                A.MotionBlur((3, 7)),
+                A.Downscale((0.4, 0.9)),
+            ],
+            p=0.4,
+        ),
         "noise": A.OneOf([A.GaussNoise((0.01, 0.08)), A.ISONoise()], p=0.25),
         "erasing": A.CoarseDropout((1, 5), (0.04, 0.2), (0.04, 0.2), "random_uniform", p=0.3),
-        "compression": A.ImageCompression(quality_range=(40, 98), p=0.3)}
+        "compression": A.ImageCompression(quality_range=(40, 98), p=0.3),
+    }
     if unknown := set(without) - set(steps):
-        raise ValueError(f"without: expected some of {', '.join(steps)}, got {', '.join(sorted(unknown))}")
-    return A.Compose([step for name, step in steps.items() if name not in without], seed=seed,
-                     keypoint_params=A.KeypointParams(format="xy", remove_invisible=False))
+        raise ValueError(
+            f"without: expected some of {', '.join(steps)}, got {', '.join(sorted(unknown))}"
+        )
+    return A.Compose(
+        [step for name, step in steps.items() if name not in without],
+        seed=seed,
+        keypoint_params=A.KeypointParams(format="xy", remove_invisible=False),
+    )
 
 
 def augment(image, keypoints, transform):
@@ -503,9 +640,24 @@ def crop(image, corner, size):
     return cv2.warpAffine(image, shift, (size, size), flags=cv2.INTER_NEAREST)
 
 
-def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_size=16, size=FRAME_SIZE,
-                 crop=False, augmented=True, randomise=None, synthesise=None, shares=(0, 0),
-                 epoch_size=None, without=(), seed=0, shard=(0, 1), workers=2):
+def make_dataset(
+    paths,
+    matrices,
+    model_view_matrix,
+    projection_matrix,
+    batch_size=16,
+    size=FRAME_SIZE,
+    crop=False,
+    augmented=True,
+    randomise=None,
+    synthesise=None,
+    shares=(0, 0),
+    epoch_size=None,
+    without=(),
+    seed=0,
+    shard=(0, 1),
+    workers=2,
+):
     """A `keras.utils.PyDataset` that reads or draws, augments and batches frames on `workers` threads.
 
     Args:
@@ -525,24 +677,52 @@ def make_dataset(paths, matrices, model_view_matrix, projection_matrix, batch_si
         ValueError: arguments that do not fit.
     """
     keras, epoch_size = import_keras(), epoch_size or len(paths)
-    if len(paths) != len(matrices) or epoch_size < 1 or not (len(paths) or augmented and shares[1] == 1):
-        raise ValueError(f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
-                         "matrix a frame (render some: make data), or an epoch_size and all samples drawn")
+    if (
+        len(paths) != len(matrices)
+        or epoch_size < 1
+        or not (len(paths) or augmented and shares[1] == 1)
+    ):
+        raise ValueError(
+            f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
+            "matrix a frame (render some: make data), or an epoch_size and all samples drawn"
+        )
     missing = (shares[0] and not randomise) or (shares[1] and not synthesise)
     if missing or not (min(shares) >= 0 and sum(shares) < 1 + 1e-9):
-        raise ValueError(f"shares: expected 0 or more, 1 or less together, and their functions; got {shares}")
+        raise ValueError(
+            f"shares: expected 0 or more, 1 or less together, and their functions; got {shares}"
+        )
     if size < 1 or (crop and size > FRAME_SIZE):
-        raise ValueError(f"size: expected pixels, at most {FRAME_SIZE} for squares of a frame, got {size}")
+        raise ValueError(
+            f"size: expected pixels, at most {FRAME_SIZE} for squares of a frame, got {size}"
+        )
     if batch_size < 1 or batch_size % shard[1]:
-        raise ValueError(f"batch_size: expected a multiple of the {shard[1]} workers, got {batch_size}")
-    dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})(workers=workers, max_queue_size=8)
+        raise ValueError(
+            f"batch_size: expected a multiple of the {shard[1]} workers, got {batch_size}"
+        )
+    dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})(
+        workers=workers, max_queue_size=8
+    )
     vars(dataset).update(
-        paths=list(paths), poses=np.array([pose_in_camera(model_view_matrix, m) for m in matrices]),
-        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE), permutation=mirror_permutation(KEYPOINTS),
+        paths=list(paths),
+        poses=np.array([pose_in_camera(model_view_matrix, m) for m in matrices]),
+        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE),
+        permutation=mirror_permutation(KEYPOINTS),
         keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=KEYPOINTS),
-        facing=front_facing(matrices, model_view_matrix), batch_size=batch_size, size=size,
-        crop=crop, augmented=augmented, randomise=randomise, synthesise=synthesise, shares=shares,
-        epoch_size=epoch_size, without=without, seed=seed, shard=shard, epoch=0, finished={})
+        facing=front_facing(matrices, model_view_matrix),
+        batch_size=batch_size,
+        size=size,
+        crop=crop,
+        augmented=augmented,
+        randomise=randomise,
+        synthesise=synthesise,
+        shares=shares,
+        epoch_size=epoch_size,
+        without=without,
+        seed=seed,
+        shard=shard,
+        epoch=0,
+        finished={},
+    )
     return dataset
 
 
@@ -584,7 +764,9 @@ class _Batches:
         if self.augmented:
             image, keypoints = augment(image, keypoints, transform)
         if self.crop:
-            margin = CROP_MARGIN if rng.random() < 0.5 else 0  # in the black, where there are points to find
+            margin = (
+                CROP_MARGIN if rng.random() < 0.5 else 0
+            )  # in the black, where there are points to find
             middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
             corner = np.round(middle - self.size / 2).clip(-margin, FRAME_SIZE - self.size + margin)
             image, keypoints = crop(image, corner, self.size), keypoints - corner
@@ -625,7 +807,9 @@ def _segmentation_models():
     """The module segmentation_models, for the Keras backend in use."""
     keras = import_keras()
     os.environ["SM_FRAMEWORK"] = "tf.keras" if keras.backend.backend() == "tensorflow" else "keras"
-    if keras.backend.backend() != "tensorflow":  # names that Keras 3 moved and the package still asks for
+    if (
+        keras.backend.backend() != "tensorflow"
+    ):  # names that Keras 3 moved and the package still asks for
         keras.utils.generic_utils = keras.utils
         keras.backend.sigmoid = keras.ops.sigmoid
         keras.backend.int_shape = lambda x: tuple(x.shape)
@@ -657,7 +841,9 @@ class HeatmapLoss:
     def __call__(self, y_true, y_pred):
         ops = import_keras().ops
         y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
-        gx, gy = (self._profile(y_true[..., i], y_pred.shape[2 - i]) for i in (0, 1))  # (B, W, K), (B, H, K)
+        gx, gy = (
+            self._profile(y_true[..., i], y_pred.shape[2 - i]) for i in (0, 1)
+        )  # (B, W, K), (B, H, K)
         if self.kind == "softmax":
             return self._cross_entropy(gx, gy, y_pred)
         target = gy[:, :, None] * gx[:, None]
@@ -667,7 +853,9 @@ class HeatmapLoss:
     def _profile(self, position, length):
         ops = import_keras().ops
         centres = (ops.arange(length, dtype="float32") + 0.5) * self.stride
-        return ops.exp(-ops.square(centres[None, :, None] - position[:, None]) / (2 * self.sigma**2))
+        return ops.exp(
+            -ops.square(centres[None, :, None] - position[:, None]) / (2 * self.sigma**2)
+        )
 
     def _cross_entropy(self, gx, gy, y_pred):
         ops, mass = import_keras().ops, 2 * np.pi * (self.sigma / self.stride) ** 2
@@ -688,11 +876,20 @@ def spatial_softmax(logits, sigma):
     logits = ops.cast(logits, "float32")
     largest = ops.stop_gradient(ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0))
     weights, absent = ops.exp(logits - largest), height * width * ops.exp(-largest)
-    return weights * (2 * np.pi * sigma**2 / (ops.sum(weights, axis=(1, 2), keepdims=True) + absent))
+    return weights * (
+        2 * np.pi * sigma**2 / (ops.sum(weights, axis=(1, 2), keepdims=True) + absent)
+    )
 
 
-def build_model(backbone=BACKBONE, keypoints=KEYPOINTS.shape[0], sigma=SIGMA, head="softmax",
-                decoder_filters=DECODER_FILTERS, size=FRAME_SIZE, stride=STRIDE):
+def build_model(
+    backbone=BACKBONE,
+    keypoints=KEYPOINTS.shape[0],
+    sigma=SIGMA,
+    head="softmax",
+    decoder_filters=DECODER_FILTERS,
+    size=FRAME_SIZE,
+    stride=STRIDE,
+):
     """An untrained U-Net: frames (B, size, size, 3) in [0, 255] -> heatmaps (B, size/stride, ..., keypoints).
 
     Args:
@@ -715,21 +912,42 @@ def build_model(backbone=BACKBONE, keypoints=KEYPOINTS.shape[0], sigma=SIGMA, he
     if not (np.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
     if not all(1 <= count <= 4096 for count in (keypoints, *decoder_filters)):
-        raise ValueError(f"expected 1 to 4096 keypoints and filters, got {keypoints} and {decoder_filters}")
+        raise ValueError(
+            f"expected 1 to 4096 keypoints and filters, got {keypoints} and {decoder_filters}"
+        )
     if size < 32 or size % 32 or stride not in (1, 2):
-        raise ValueError(f"expected a multiple of 32 as size and 1 or 2 as stride, got {size} and {stride}")
+        raise ValueError(
+            f"expected a multiple of 32 as size and 1 or 2 as stride, got {size} and {stride}"
+        )
     frames = keras.Input((size, size, 3), name="frames")
-    unet = sm.Unet(backbone, input_shape=(size, size, 3), classes=keypoints, activation="linear",
-                   encoder_weights=None, decoder_filters=tuple(decoder_filters))
+    unet = sm.Unet(
+        backbone,
+        input_shape=(size, size, 3),
+        classes=keypoints,
+        activation="linear",
+        encoder_weights=None,
+        decoder_filters=tuple(decoder_filters),
+    )
     if stride == 2:
         features = unet.get_layer("decoder_stage3b_relu").output
         maps = keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features)
         unet = keras.Model(unet.input, maps)
     maps = unet(keras.layers.Rescaling(1 / 127.5, -1.0)(frames))
-    maps = spatial_softmax(maps, sigma / stride) if head == "softmax" else keras.ops.cast(maps, "float32")
+    maps = (
+        spatial_softmax(maps, sigma / stride)
+        if head == "softmax"
+        else keras.ops.cast(maps, "float32")
+    )
     model = keras.Model(frames, maps, name="xwing")
-    model.settings = dict(backbone=backbone, keypoints=keypoints, sigma=sigma, head=head,
-                          decoder_filters=list(decoder_filters), size=size, stride=stride)
+    model.settings = dict(
+        backbone=backbone,
+        keypoints=keypoints,
+        sigma=sigma,
+        head=head,
+        decoder_filters=list(decoder_filters),
+        size=size,
+        stride=stride,
+    )
     return model
 
 
@@ -738,10 +956,14 @@ def compile_model(model, learning_rate=1e-3, loss=None):
     keras, settings = import_keras(), model.settings
     kind = "softmax" if settings["head"] == "softmax" else "mse"
     loss = loss or HeatmapLoss(settings["sigma"], kind, settings["stride"])
-    nmae = functools.update_wrapper(functools.partial(nmae_argmax, stride=settings["stride"]), nmae_argmax)
+    nmae = functools.update_wrapper(
+        functools.partial(nmae_argmax, stride=settings["stride"]), nmae_argmax
+    )
     cpu = all("cpu" in device.lower() for device in keras.distribution.list_devices())
     jit = False if cpu or keras.backend.backend() == "torch" else "auto"
-    model.compile(keras.optimizers.Adam(learning_rate, clipnorm=1.0), loss, metrics=[nmae], jit_compile=jit)
+    model.compile(
+        keras.optimizers.Adam(learning_rate, clipnorm=1.0), loss, metrics=[nmae], jit_compile=jit
+    )
     return model
 
 
@@ -783,17 +1005,23 @@ def weights_settings(path):
     path, settings_path = weights_files(path)
     for file in (path, settings_path):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; run notebooks/train.ipynb, or {_RESTORE}")
+            raise FileNotFoundError(
+                f"{file}: no such file; run notebooks/train.ipynb, or {_RESTORE}"
+            )
     info = read_json(settings_path)
     known = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
     model = info.get("model") if isinstance(info, dict) else None
     if not isinstance(model, dict) or set(model) - {"points"} != known:
-        raise ValueError(f"{settings_path}: no model with {', '.join(sorted(known))} in it; {_RESTORE}")
+        raise ValueError(
+            f"{settings_path}: no model with {', '.join(sorted(known))} in it; {_RESTORE}"
+        )
     if info.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
         raise ValueError(f"{path}: not the weights of {settings_path.name}, or damaged; {_RESTORE}")
     points = model.pop("points", [])
     if not isinstance(points, list) or points != KEYPOINTS[: len(points)].tolist():
-        raise ValueError(f"{path}: trained on other model points than those of KEYPOINTS; train again")
+        raise ValueError(
+            f"{path}: trained on other model points than those of KEYPOINTS; train again"
+        )
     return info
 
 
@@ -811,15 +1039,21 @@ def load_model(path, size=None):
     try:
         model, shapes = build_model(**{**settings, "size": size or settings["size"]}), []
         with h5py.File(path) as file:  # shapes before any tensor: a small file can hold a huge one
-            file.visititems(lambda _, item: shapes.append(item.shape) if hasattr(item, "shape") else None)
+            file.visititems(
+                lambda _, item: shapes.append(item.shape) if hasattr(item, "shape") else None
+            )
         if sorted(shapes) != sorted(tuple(variable.shape) for variable in model.weights):
             raise ValueError(f"its {len(shapes)} tensors have other shapes than the network's")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Keras names every layer that does not fit
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # Keras names every layer that does not fit
             model.load_weights(path)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path}: not weights of this project's network ({reason}); {_RESTORE}") from None
+        raise ValueError(
+            f"{path}: not weights of this project's network ({reason}); {_RESTORE}"
+        ) from None
     model.trained_size = settings["size"]
     return model
 
@@ -828,8 +1062,12 @@ def predict_heatmaps(model, images, batch_size=16, channels=8):
     """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8, up to 9 MB a frame."""
     images, size = np.asarray(images), model.settings["size"]
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-        raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
-    maps = np.empty((len(images), *model.output_shape[1:3], min(channels, model.output_shape[3])), np.float32)
+        raise ValueError(
+            f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}"
+        )
+    maps = np.empty(
+        (len(images), *model.output_shape[1:3], min(channels, model.output_shape[3])), np.float32
+    )
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.resize(part, (batch_size, size, size, 3))  # always the same shape: one graph
@@ -840,7 +1078,9 @@ def predict_heatmaps(model, images, batch_size=16, channels=8):
 
 def average_mirrored(network, images, keypoints):
     """The geometric mean of the heatmaps that a network sees in images (N, H, W, 3) and in their mirrors."""
-    seen, mirrored = (np.maximum(network(x), 0) for x in (images, np.ascontiguousarray(images[:, :, ::-1])))
+    seen, mirrored = (
+        np.maximum(network(x), 0) for x in (images, np.ascontiguousarray(images[:, :, ::-1]))
+    )
     return np.sqrt(seen * mirrored[:, :, ::-1][..., mirror_permutation(KEYPOINTS[:keypoints])])
 
 
@@ -863,20 +1103,31 @@ def predict_keypoints(model, images, batch_size=16, channels=8):
         keypoints (N, channels, 2) in pixels and confidence (N, channels) in [0, 1].
     """
     starts = range(0, max(len(images), 1), batch_size)
-    maps = (predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts)
-    return tuple(map(np.concatenate, zip(*(read_keypoints(part, model.settings)[:2] for part in maps))))
+    maps = (
+        predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts
+    )
+    return tuple(
+        map(np.concatenate, zip(*(read_keypoints(part, model.settings)[:2] for part in maps)))
+    )
 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE, MIN_SURE_POINTS = 0.2, 8  # where fewer are sure, unsure ones count too, down to a quarter
+MIN_CONFIDENCE, MIN_SURE_POINTS = (
+    0.2,
+    8,
+)  # where fewer are sure, unsure ones count too, down to a quarter
 MIN_SIGMA = 0.7  # pixels of what the network is shown: it claims no more than that of a keypoint
-INLIER_SIGMAS = 3.0  # a point further than so many standard deviations from its projection is an outlier
+INLIER_SIGMAS = (
+    3.0  # a point further than so many standard deviations from its projection is an outlier
+)
 MIN_INLIER_RATIO = 0.7  # share of the points in use that must be inliers
 MAX_REDUCED_CHI = 1.25  # root of chi square per degree of freedom of the inliers
 CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
 MIN_MARGIN = 0.15  # a runner-up must fit worse by at least that much, in units of log-likelihood
-PRIOR_WEIGHT = 6.0  # what a turn against the expected pose costs at most, in units of log-likelihood
+PRIOR_WEIGHT = (
+    6.0  # what a turn against the expected pose costs at most, in units of log-likelihood
+)
 HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship's long axis
 
 
@@ -884,16 +1135,26 @@ HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship
 class PoseEstimate:
     """What is known about the pose in one frame."""
 
-    pose: np.ndarray | None  # (4, 4) model -> OpenCV camera; None where not even four points were found
-    covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation
+    pose: (
+        np.ndarray | None
+    )  # (4, 4) model -> OpenCV camera; None where not even four points were found
+    covariance: np.ndarray | None = (
+        None  # (6, 6): rotation vector in camera axes (radians), then translation
+    )
     accepted: bool = False
     reason: str = ""  # why it was not accepted
     reprojection: float = np.nan  # pixels, root mean square over the inliers
-    reduced_chi: float = np.nan  # root of chi square per degree of freedom: 1 where errors are as expected
+    reduced_chi: float = (
+        np.nan
+    )  # root of chi square per degree of freedom: 1 where errors are as expected
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
-    runner_up: np.ndarray | None = None  # (4, 4) the best pose that is turned by over 30 degrees against it
+    runner_up: np.ndarray | None = (
+        None  # (4, 4) the best pose that is turned by over 30 degrees against it
+    )
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, once measured
+    explained_contrast: float = (
+        np.nan
+    )  # share of the frame's contrast that the ship explains, once measured
     probability: float = np.nan  # of being right, once a single frame is judged on its pixels
 
     @property
@@ -935,9 +1196,13 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
     keypoints, K = check_array(keypoints, (None, 2), "keypoints"), check_camera_matrix(K)
     count = len(keypoints)
     points = check_array(KEYPOINTS[:count] if points is None else points, (count, 3), "points")
-    confidence = np.ones(count) if confidence is None else check_array(confidence, (count,), "confidence")
+    confidence = (
+        np.ones(count) if confidence is None else check_array(confidence, (count,), "confidence")
+    )
     least = MIN_CONFIDENCE / (4 if sigma is None else 1)  # of a point that is sure
-    if sigma is None:  # 1.8 pixels of a 256 px frame for a sure corner, 18 more for one without confidence
+    if (
+        sigma is None
+    ):  # 1.8 pixels of a 256 px frame for a sure corner, 18 more for one without confidence
         sigma = (1.8 + 18 * (1 - confidence)) * 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
     sigma = check_array(sigma, (count,), "sigma")
     usable = np.isfinite(keypoints).all(1) & np.isfinite(sigma) & (confidence >= MIN_CONFIDENCE / 4)
@@ -947,7 +1212,9 @@ def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=
         raise ValueError(f"sigma: expected positive numbers of pixels, got {sigma[usable].min()}")
     hull = usable & (np.arange(count) >= 8)
     for chosen in [hull, usable] if hull.sum() >= 6 else [usable]:
-        found = _Correspondences(points[chosen], keypoints[chosen], sigma[chosen], K, prior).estimate()
+        found = _Correspondences(
+            points[chosen], keypoints[chosen], sigma[chosen], K, prior
+        ).estimate()
         if found.accepted:
             break
     inliers = np.zeros(count, bool)
@@ -980,8 +1247,15 @@ class _Correspondences:
         poses = [] if self.prior is None else [self.prior]
         try:
             found, turn, shift, _ = cv2.solvePnPRansac(
-                self.points, self.keypoints, self.K, None, iterationsCount=100, confidence=0.999,
-                reprojectionError=INLIER_SIGMAS * float(np.median(self.sigma)), flags=cv2.SOLVEPNP_SQPNP)
+                self.points,
+                self.keypoints,
+                self.K,
+                None,
+                iterationsCount=100,
+                confidence=0.999,
+                reprojectionError=INLIER_SIGMAS * float(np.median(self.sigma)),
+                flags=cv2.SOLVEPNP_SQPNP,
+            )
         except cv2.error:  # points that fix no pose
             return poses
         if found and np.isfinite(turn).all() and shift[2] > 0:
@@ -1007,8 +1281,12 @@ class _Correspondences:
             visited.append(_Candidate(float(cost), pose))
             if remaining:
                 weighted = slopes.T / (1 + squared).repeat(2)
-                _, step = cv2.solve(weighted @ slopes, weighted @ errors.reshape(-1, 1), flags=cv2.DECOMP_SVD)
-                step *= min(1.0, 0.3 / max(cv2.norm(step[:3]), 1e-12))  # turns by at most 0.3 radians
+                _, step = cv2.solve(
+                    weighted @ slopes, weighted @ errors.reshape(-1, 1), flags=cv2.DECOMP_SVD
+                )
+                step *= min(
+                    1.0, 0.3 / max(cv2.norm(step[:3]), 1e-12)
+                )  # turns by at most 0.3 radians
                 pose = move_pose(pose, step.ravel())
         return min(visited)
 
@@ -1022,12 +1300,18 @@ class _Correspondences:
 
     def estimate(self):
         """The `PoseEstimate` from these points; its inliers are theirs."""
-        found = sorted(self.refine(pose) for pose in self.propose()) if len(self.points) >= 4 else []
+        found = (
+            sorted(self.refine(pose) for pose in self.propose()) if len(self.points) >= 4 else []
+        )
         if not found:
             return PoseEstimate(None, reason=f"{len(self.points)} points fix no pose; 4 are needed")
         turned = [other for other in found if rotation_error(other.pose, found[0].pose) > 30]
-        runner_up = next((other for other in turned if other.pose[2, 3] > 0), _Candidate(np.inf, None))
-        return self.judge(self.refine(found[0].pose).pose, runner_up.pose, runner_up.cost - found[0].cost)
+        runner_up = next(
+            (other for other in turned if other.pose[2, 3] > 0), _Candidate(np.inf, None)
+        )
+        return self.judge(
+            self.refine(found[0].pose).pose, runner_up.pose, runner_up.cost - found[0].cost
+        )
 
     def judge(self, pose, runner_up, margin):
         """The `PoseEstimate` that accepts a pose, or says why not."""
@@ -1036,16 +1320,27 @@ class _Correspondences:
         count = int(inliers.sum())
         chi = float(np.sqrt(squared[inliers].sum() / max(2 * count - 6, 1)))
         faults = {
-            f"{count} of {len(squared)} points agree with the pose":
-                covariance is None or count < MIN_INLIER_RATIO * len(squared),
+            f"{count} of {len(squared)} points agree with the pose": covariance is None
+            or count < MIN_INLIER_RATIO * len(squared),
             "the pose lies behind the camera": (self.points @ pose[2, :3] + pose[2, 3] <= 0).any(),
             f"the points fit {chi:.1f} times worse than expected": chi > MAX_REDUCED_CHI,
-            "a pose turned by more than 30 degrees fits nearly as well": margin < MIN_MARGIN}
+            "a pose turned by more than 30 degrees fits nearly as well": margin < MIN_MARGIN,
+        }
         reason = next((fault for fault, found in faults.items() if found), "")
-        reprojection = float(np.sqrt((squared * self.sigma**2)[inliers].mean())) if count else np.inf
+        reprojection = (
+            float(np.sqrt((squared * self.sigma**2)[inliers].mean())) if count else np.inf
+        )
         return PoseEstimate(
-            pose, covariance, accepted=not reason, reason=reason, reprojection=reprojection, reduced_chi=chi,
-            inliers=inliers, runner_up=runner_up, log_likelihood_margin=margin)
+            pose,
+            covariance,
+            accepted=not reason,
+            reason=reason,
+            reprojection=reprojection,
+            reduced_chi=chi,
+            inliers=inliers,
+            runner_up=runner_up,
+            log_likelihood_margin=margin,
+        )
 
 
 def move_pose(pose, step):
@@ -1084,7 +1379,15 @@ def draw_box(image, keypoints, colour=(90, 255, 90)):
     image = np.array(image, order="C")
     for a, b in BOX_EDGES:
         if np.isfinite(keypoints[[a, b]]).all():
-            cv2.line(image, cv_point(keypoints[a]), cv_point(keypoints[b]), colour, 1, cv2.LINE_AA, CV_SHIFT)
+            cv2.line(
+                image,
+                cv_point(keypoints[a]),
+                cv_point(keypoints[b]),
+                colour,
+                1,
+                cv2.LINE_AA,
+                CV_SHIFT,
+            )
     return image
 
 
@@ -1094,5 +1397,7 @@ def draw_axes(image, pose, K, length=0.15):
     origin, *ends = project_pose(np.concatenate([np.zeros((1, 3)), np.eye(3) * length]), pose, K)
     for end, colour in zip(ends, ((255, 70, 70), (80, 255, 80), (90, 140, 255))):
         if np.isfinite([origin, end]).all():
-            cv2.arrowedLine(image, cv_point(origin), cv_point(end), colour, 1, cv2.LINE_AA, CV_SHIFT, 0.15)
+            cv2.arrowedLine(
+                image, cv_point(origin), cv_point(end), colour, 1, cv2.LINE_AA, CV_SHIFT, 0.15
+            )
     return image

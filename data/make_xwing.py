@@ -55,13 +55,36 @@ class ShipBuilder:
 def fuselage(ship):
     """A chamfered box that widens from the nose, lofted through stations along y."""
     #          y     half-width  half-height
-    stations = [(-0.182, 0.005, 0.006), (-0.165, 0.0075, 0.0075), (-0.12, 0.011, 0.010),
-                (-0.05, 0.017, 0.0145), (0.0, 0.021, 0.018), (0.05, 0.024, 0.0205), (0.10, 0.026, 0.022),
-                (0.13, 0.026, 0.022)]
+    stations = [
+        (-0.182, 0.005, 0.006),
+        (-0.165, 0.0075, 0.0075),
+        (-0.12, 0.011, 0.010),
+        (-0.05, 0.017, 0.0145),
+        (0.0, 0.021, 0.018),
+        (0.05, 0.024, 0.0205),
+        (0.10, 0.026, 0.022),
+        (0.13, 0.026, 0.022),
+    ]
     # The outline of a section, counter-clockwise from the lower right, in units of the half-sizes.
-    outline = np.array([(0.55, -1), (1, -0.5), (1, -0.18), (1, 0.22), (1, 0.5), (0.55, 1),
-                        (-0.55, 1), (-1, 0.5), (-1, 0.22), (-1, -0.18), (-1, -0.5), (-0.55, -1)])
-    rings = [np.stack([outline[:, 0] * w, np.full(12, y), outline[:, 1] * h], 1) for y, w, h in stations]
+    outline = np.array(
+        [
+            (0.55, -1),
+            (1, -0.5),
+            (1, -0.18),
+            (1, 0.22),
+            (1, 0.5),
+            (0.55, 1),
+            (-0.55, 1),
+            (-1, 0.5),
+            (-1, 0.22),
+            (-1, -0.18),
+            (-1, -0.5),
+            (-0.55, -1),
+        ]
+    )
+    rings = [
+        np.stack([outline[:, 0] * w, np.full(12, y), outline[:, 1] * h], 1) for y, w, h in stations
+    ]
     for k, (front, back) in enumerate(zip(rings, rings[1:])):
         for j in range(12):
             i = (j + 1) % 12
@@ -84,7 +107,9 @@ def fuselage_details(ship):
     ship.box("red", (-0.006, 0.074, 0.0255), (0.006, 0.12, 0.0275))
     for x in (-0.01, 0.01):
         ship.box("yellow", (x - 0.0023, 0.08, 0.0255), (x + 0.0023, 0.1, 0.027))
-    ship.box("dark", (-0.008, -0.02, -0.0205), (0.008, 0.055, -0.016))  # the gear bay under the belly
+    ship.box(
+        "dark", (-0.008, -0.02, -0.0205), (0.008, 0.055, -0.016)
+    )  # the gear bay under the belly
     ship.box("metal", (-0.011, 0.07, -0.0255), (0.011, 0.12, -0.021))
     ship.box("metal", (-0.004, -0.13, -0.0125), (0.004, -0.06, -0.0085))
 
@@ -92,14 +117,24 @@ def fuselage_details(ship):
 def canopy(ship):
     """The dark cockpit with light frame ribs, and the droid behind it."""
     #          y     half-width  top
-    stations = [(-0.045, 0.009, 0.0148), (-0.012, 0.0115, 0.031), (0.012, 0.012, 0.033),
-                (0.032, 0.010, 0.0215)]
+    stations = [
+        (-0.045, 0.009, 0.0148),
+        (-0.012, 0.0115, 0.031),
+        (0.012, 0.012, 0.033),
+        (0.032, 0.010, 0.0215),
+    ]
     base = [0.0135, 0.0155, 0.0185, 0.0195]
 
     def section(k, grow=0.0):
         y, width, top = stations[k]
-        return np.array([(width * 1.25 + grow, y, base[k] - 0.003), (width * 0.72 + grow, y, top + grow),
-                         (-width * 0.72 - grow, y, top + grow), (-width * 1.25 - grow, y, base[k] - 0.003)])
+        return np.array(
+            [
+                (width * 1.25 + grow, y, base[k] - 0.003),
+                (width * 0.72 + grow, y, top + grow),
+                (-width * 0.72 - grow, y, top + grow),
+                (-width * 1.25 - grow, y, base[k] - 0.003),
+            ]
+        )
 
     for k in range(3):
         front, back = section(k), section(k + 1)
@@ -142,7 +177,10 @@ def wing(ship, side, level):
                 ship.quads(material, surface[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]])
     rim = [(top[:, 0], bottom[:, 0]), (top[:, -1], bottom[:, -1]), (top[-1], bottom[-1])]
     for upper, lower in rim:
-        ship.quads("grey", [[upper[k], upper[k + 1], lower[k + 1], lower[k]] for k in range(len(upper) - 1)])
+        ship.quads(
+            "grey",
+            [[upper[k], upper[k + 1], lower[k + 1], lower[k]] for k in range(len(upper) - 1)],
+        )
 
 
 def engine(ship, side, level):
@@ -164,7 +202,12 @@ def cannon(ship, side, level):
     ship.lathe("metal", [(0.006, 0.062), (0.007, 0.064), (0.007, 0.084), (0.006, 0.086)], x, z)
     ship.lathe("hull", [(0.0038, 0.04), (0.0032, 0.0)], x, z)
     ship.lathe("metal", [(0.0025, 0.04), (0.0025, -0.085), (0, -0.085)], x, z)
-    ring = [(0.0025, -0.068), (0.0052, -0.066), (0.0052, -0.060), (0.0025, -0.058)]  # near the muzzle
+    ring = [
+        (0.0025, -0.068),
+        (0.0052, -0.066),
+        (0.0052, -0.060),
+        (0.0025, -0.058),
+    ]  # near the muzzle
     ship.lathe("grey", ring, x, z)
 
 
@@ -191,7 +234,9 @@ def write(folder):
         lines += ["f {} {} {}".format(*(f + offset)) for f in mesh.faces]
         offset += len(mesh.vertices)
     (folder / "xwing.obj").write_text("\n".join(lines) + "\n")
-    materials = [f"newmtl {name}\nKd {r:.4f} {g:.4f} {b:.4f}\n" for name, (r, g, b) in COLOURS.items()]
+    materials = [
+        f"newmtl {name}\nKd {r:.4f} {g:.4f} {b:.4f}\n" for name, (r, g, b) in COLOURS.items()
+    ]
     (folder / "xwing.mtl").write_text("\n".join(materials))
 
 

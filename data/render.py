@@ -37,8 +37,12 @@ SAMPLES = 16  # rays a pixel
 CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
     "camera_world_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]],
     "model_view_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]],
-    "projection_matrix": [[1.9444442987442017, 0, 0, 0], [0, 1.9444442987442017, 0, 0],
-                          [0, 0, -1.0020020008087158, -0.20020020008087158], [0, 0, -1, 0]],
+    "projection_matrix": [
+        [1.9444442987442017, 0, 0, 0],
+        [0, 1.9444442987442017, 0, 0],
+        [0, 0, -1.0020020008087158, -0.20020020008087158],
+        [0, 0, -1, 0],
+    ],
 }
 FOCAL = CAMERA["projection_matrix"][0][0]  # in half frame widths
 
@@ -78,26 +82,87 @@ class Flight:
 
 CALM = Flight(  # banks, one full barrel roll, leaves the frame once
     waypoints=(
-        (0, -0.55, 0.52, 1.37), (1.2, -0.25, 0.34, 1.22), (2.2, 0.18, 0.05, 0.98), (3, 0.55, -0.25, 0.8),
-        (3.7, 0.82, -0.3, 0.76), (4.5, 0.62, 0.12, 0.9), (5.3, 0.12, 0.4, 1.08), (6.2, -0.4, 0.15, 1),
-        (7, -1, -0.25, 0.92), (7.55, -1.33, -0.34, 0.95), (8.2, -0.95, -0.12, 1.05), (9, -0.25, 0.22, 1.18),
-        (10, 0.42, 0.46, 1.38)),
-    rolls=((0, 0), (1, 5), (1.8, 25), (2.6, 55), (3.6, 120), (4.6, 250), (5.6, 365), (6.4, 340), (7.2, 305),
-           (8.2, 335), (9.2, 385), (10, 400)),
-    smoothing=1.6, sky="bright", sky_turn=(0.02, 0.06, 0.015), light=(-0.4, 0.8, 0.45))
+        (0, -0.55, 0.52, 1.37),
+        (1.2, -0.25, 0.34, 1.22),
+        (2.2, 0.18, 0.05, 0.98),
+        (3, 0.55, -0.25, 0.8),
+        (3.7, 0.82, -0.3, 0.76),
+        (4.5, 0.62, 0.12, 0.9),
+        (5.3, 0.12, 0.4, 1.08),
+        (6.2, -0.4, 0.15, 1),
+        (7, -1, -0.25, 0.92),
+        (7.55, -1.33, -0.34, 0.95),
+        (8.2, -0.95, -0.12, 1.05),
+        (9, -0.25, 0.22, 1.18),
+        (10, 0.42, 0.46, 1.38),
+    ),
+    rolls=(
+        (0, 0),
+        (1, 5),
+        (1.8, 25),
+        (2.6, 55),
+        (3.6, 120),
+        (4.6, 250),
+        (5.6, 365),
+        (6.4, 340),
+        (7.2, 305),
+        (8.2, 335),
+        (9.2, 385),
+        (10, 400),
+    ),
+    smoothing=1.6,
+    sky="bright",
+    sky_turn=(0.02, 0.06, 0.015),
+    light=(-0.4, 0.8, 0.45),
+)
 WILD = Flight(  # two to three times as fast, closer and farther, rolls either way, leaves the frame once
     waypoints=(
-        (0, 0.6, -0.45, 1.9), (0.7, 0.05, -0.05, 1.35), (1.3, -0.5, 0.35, 0.85), (1.8, -0.6, -0.05, 0.62),
-        (2.3, -0.1, -0.42, 0.66), (2.9, 0.55, -0.2, 0.95), (3.4, 0.6, 0.35, 1.35), (4, 0.05, 0.55, 1.8),
-        (4.6, -0.5, 0.15, 1.45), (5.1, -0.45, -0.4, 1), (5.6, 0.15, -0.45, 0.7), (6.1, 0.75, -0.05, 0.6),
-        (6.55, 1.75, 0.5, 0.72), (7, 1.45, 0.75, 1), (7.5, 0.45, 0.5, 1.4), (8.1, -0.35, 0, 1.95),
-        (8.7, -0.6, -0.5, 1.5), (9.3, 0, -0.3, 0.95), (10, 0.65, -0.1, 0.75)),
-    rolls=((0, 0), (1, 20), (1.8, 110), (2.7, 270), (3.5, 360), (4.5, 310), (5.4, 170), (6.2, 60), (7, 80),
-           (8, 200), (9, 330), (10, 380)),
-    smoothing=1.3, sky="sharp", sky_turn=(-0.10, 0.15, 0.06), light=(0.6, 0.5, 0.6))
+        (0, 0.6, -0.45, 1.9),
+        (0.7, 0.05, -0.05, 1.35),
+        (1.3, -0.5, 0.35, 0.85),
+        (1.8, -0.6, -0.05, 0.62),
+        (2.3, -0.1, -0.42, 0.66),
+        (2.9, 0.55, -0.2, 0.95),
+        (3.4, 0.6, 0.35, 1.35),
+        (4, 0.05, 0.55, 1.8),
+        (4.6, -0.5, 0.15, 1.45),
+        (5.1, -0.45, -0.4, 1),
+        (5.6, 0.15, -0.45, 0.7),
+        (6.1, 0.75, -0.05, 0.6),
+        (6.55, 1.75, 0.5, 0.72),
+        (7, 1.45, 0.75, 1),
+        (7.5, 0.45, 0.5, 1.4),
+        (8.1, -0.35, 0, 1.95),
+        (8.7, -0.6, -0.5, 1.5),
+        (9.3, 0, -0.3, 0.95),
+        (10, 0.65, -0.1, 0.75),
+    ),
+    rolls=(
+        (0, 0),
+        (1, 20),
+        (1.8, 110),
+        (2.7, 270),
+        (3.5, 360),
+        (4.5, 310),
+        (5.4, 170),
+        (6.2, 60),
+        (7, 80),
+        (8, 200),
+        (9, 330),
+        (10, 380),
+    ),
+    smoothing=1.3,
+    sky="sharp",
+    sky_turn=(-0.10, 0.15, 0.06),
+    light=(0.6, 0.5, 0.6),
+)
 WIDE = dataclasses.replace(  # as CALM, in 16:9
-    CALM, waypoints=tuple((t, x, y * 9 / 16, z) for t, x, y, z in CALM.waypoints),
-    width=1280, height=720, samples=36)
+    CALM,
+    waypoints=tuple((t, x, y * 9 / 16, z) for t, x, y, z in CALM.waypoints),
+    width=1280,
+    height=720,
+    samples=36,
+)
 
 
 def flight_poses(flight=CALM, count=300, fps=30):
@@ -121,7 +186,9 @@ def flight_poses(flight=CALM, count=300, fps=30):
     heading /= np.linalg.norm(heading, axis=1, keepdims=True)
     right = np.cross(heading, [0, 1, 0])
     right /= np.linalg.norm(right, axis=1, keepdims=True)
-    axes = np.stack([-right, -heading, np.cross(right, heading)], -1)  # of the model: x is the pilot's left
+    axes = np.stack(
+        [-right, -heading, np.cross(right, heading)], -1
+    )  # of the model: x is the pilot's left
     roll = CubicSpline(rolls[:, 0], rolls[:, 1])(time)
     matrices = np.tile(np.eye(4), (count, 1, 1))
     matrices[:, :3, :3] = axes @ Rotation.from_euler("y", -roll[:, None], degrees=True).as_matrix()
@@ -171,9 +238,13 @@ class Sky:
         count = int(10 ** rng.uniform(2.0, 4.0))
         stars = rng.normal(size=(count, 3))
         self.stars = stars / np.linalg.norm(stars, axis=1, keepdims=True)
-        self.star_light = np.minimum(0.15 * (rng.pareto(1.3, count) + 0.3), 4.0) * rng.uniform(0.4, 1.2)
+        self.star_light = np.minimum(0.15 * (rng.pareto(1.3, count) + 0.3), 4.0) * rng.uniform(
+            0.4, 1.2
+        )
         sizes = rng.uniform(0.4, 0.75, count)
-        self.star_size = sizes * (1 + 0.25 * np.log1p(self.star_light))  # sigma, pixels of a frame 256 wide
+        self.star_size = sizes * (
+            1 + 0.25 * np.log1p(self.star_light)
+        )  # sigma, pixels of a frame 256 wide
         warmth = np.clip(rng.normal(0.25, 0.22, (count, 1)), 0, 1)
         self.star_colour = (1 - warmth) * [0.70, 0.84, 1.0] + warmth * [1.0, 0.93, 0.82]
 
@@ -186,7 +257,9 @@ class Sky:
             if warp is not None:
                 points = points + cv2.resize(warp, (w, h), interpolation=cv2.INTER_LINEAR)
             points = (points * 2**octave + self.offsets[channel * 8 + octave]).reshape(-1, 3).T
-            layer = map_coordinates(self.lattice, points, order=2, mode="grid-wrap", prefilter=False)
+            layer = map_coordinates(
+                self.lattice, points, order=2, mode="grid-wrap", prefilter=False
+            )
             layer = cv2.resize(layer.reshape(h, w), (width, height), interpolation=cv2.INTER_CUBIC)
             total = total + self.roughness**octave * layer
             weight += self.roughness**octave
@@ -199,7 +272,9 @@ class Sky:
         ridges = 1 - np.abs(2 * self.noise(4, width, height, rotation, 6, warp) - 1)
         density = (1 - self.filaments) * clouds + self.filaments * clouds * ridges**3 * 1.6
         density = np.clip((density - self.cover) / (1 - self.cover) + 0.25, 0, 1) ** self.contrast
-        mix = np.stack([self.noise(c, width, height, rotation, 3) for c in (5, 6, 7)], -1) ** 3 + 1e-3
+        mix = (
+            np.stack([self.noise(c, width, height, rotation, 3) for c in (5, 6, 7)], -1) ** 3 + 1e-3
+        )
         colour = (mix / mix.sum(-1, keepdims=True)) @ self.colours
         image = self.floor + self.brightness * density[..., None] * colour
         return np.clip(image + self._draw_stars(width, height, rotation), 0, 1)
@@ -212,7 +287,9 @@ class Sky:
         depth = np.where(z < -0.1, -z, np.nan)
         column = (FOCAL * x / depth + 1) / 2 * width
         row = (height - FOCAL * y / depth * width) / 2
-        seen = (column > -reach) & (column < width + reach) & (row > -reach) & (row < height + reach)
+        seen = (
+            (column > -reach) & (column < width + reach) & (row > -reach) & (row < height + reach)
+        )
         canvas = np.zeros((height + 4 * reach, width + 4 * reach, 3))
         sizes, light = self.star_size * scale, self.star_light[:, None] * self.star_colour
         grid = np.arange(2 * reach + 1) + 0.5
@@ -220,7 +297,9 @@ class Sky:
             left, top = int(column[k]) - reach, int(row[k]) - reach
             squared = (grid[None] + left - column[k]) ** 2 + (grid[:, None] + top - row[k]) ** 2
             spot = np.exp(-squared / (2 * sizes[k] ** 2))[..., None] * light[k]
-            canvas[top + 2 * reach : top + 4 * reach + 1, left + 2 * reach : left + 4 * reach + 1] += spot
+            canvas[
+                top + 2 * reach : top + 4 * reach + 1, left + 2 * reach : left + 4 * reach + 1
+            ] += spot
         return canvas[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
 
 
@@ -242,8 +321,13 @@ class PictureSky:
         cosine, sine = np.cos(self.angle), np.sin(self.angle)
         turn = self.zoom * SIZE / width * np.array([[cosine, -sine], [sine, cosine]])
         matrix = np.column_stack([turn, self.centre - turn @ [width / 2, height / 2]])
-        image = cv2.warpAffine(self.picture, matrix, (width, height),
-                               flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+        image = cv2.warpAffine(
+            self.picture,
+            matrix,
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT,
+        )
         return np.clip(image / 255.0 * self.gain, 0, 1)
 
 
@@ -258,7 +342,9 @@ class Look:
     sky_rotation: np.ndarray  # (3, 3), camera axes -> sky
     light_direction: np.ndarray  # (3,), towards the light
     light_strength: float
-    light_focus: float  # exponent of the lobe: 1 is a soft half-sphere, 60 nearly a sun, infinity a sun
+    light_focus: (
+        float  # exponent of the lobe: 1 is a soft half-sphere, 60 nearly a sun, infinity a sun
+    )
     ambient: float
     tint: np.ndarray  # (3,) multiplies the ship's colour
     paint: np.ndarray  # (M, 3) multiplies each material's colour
@@ -300,7 +386,9 @@ def shifted_look(rng, materials):
         light_focus=np.inf,
         ambient=rng.uniform(0.15, 0.5),
         tint=np.exp(rng.normal(0, 0.15, 3)),
-        paint=np.array([grey * np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.3, 3)) for _ in materials]),
+        paint=np.array(
+            [grey * np.exp(rng.normal(0, 0.25) + rng.normal(0, 0.3, 3)) for _ in materials]
+        ),
         roughness=rng.uniform(0.05, 0.3),
         quality=int(rng.integers(60, 90)),
         seed=int(rng.integers(2**31)),
@@ -309,10 +397,16 @@ def shifted_look(rng, materials):
 
 GREY = {"type": "rgb", "value": 0.5}
 SHADING = {  # name -> (Mitsuba's model, its colour, its roughness)
-    "principled": ({"type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": GREY},
-                   "base_color.value", "roughness.value"),
-    "plastic": ({"type": "roughplastic", "alpha": 0.1, "diffuse_reflectance": GREY},
-                "diffuse_reflectance.value", "alpha"),
+    "principled": (
+        {"type": "principled", "roughness": 0.5, "specular": 0.4, "base_color": GREY},
+        "base_color.value",
+        "roughness.value",
+    ),
+    "plastic": (
+        {"type": "roughplastic", "alpha": 0.1, "diffuse_reflectance": GREY},
+        "diffuse_reflectance.value",
+        "alpha",
+    ),
 }
 
 
@@ -342,12 +436,16 @@ class Renderer:
     def _shape(self, material):
         """One material's triangles as a Mitsuba mesh, and its parameters, which a frame's look changes."""
         mi = self.mi
-        used, faces = np.unique(self.mesh.faces[self.mesh.face_materials == material], return_inverse=True)
+        used, faces = np.unique(
+            self.mesh.faces[self.mesh.face_materials == material], return_inverse=True
+        )
         properties = mi.Properties()
         properties["bsdf"] = mi.load_dict({"type": "twosided", "bsdf": self.shading[0]})
         properties["face_normals"] = True
         name = self.materials[material]
-        shape = mi.Mesh(name, len(used), faces.size // 3, has_vertex_normals=False, props=properties)
+        shape = mi.Mesh(
+            name, len(used), faces.size // 3, has_vertex_normals=False, props=properties
+        )
         parameters = mi.traverse(shape)
         parameters["vertex_positions"] = self.mesh.vertices[used].astype(np.float32).ravel()
         parameters["faces"] = faces.astype(np.uint32).ravel()
@@ -367,7 +465,11 @@ class Renderer:
         """The lights in model axes: a map of ambient light and a cosine lobe, or a sun and a constant sky."""
         direction = matrix[:3, :3].T @ look.light_direction
         if np.isinf(look.light_focus):
-            sun = {"type": "directional", "direction": list(-direction), "irradiance": look.light_strength}
+            sun = {
+                "type": "directional",
+                "direction": list(-direction),
+                "irradiance": look.light_strength,
+            }
             return {"sun": sun, "light": {"type": "constant", "radiance": look.ambient}}
         theta = ((np.arange(width // 2) + 0.5) / (width // 2) * np.pi)[:, None]
         phi = ((np.arange(width) + 0.5) / width * 2 * np.pi)[None]
@@ -383,7 +485,9 @@ class Renderer:
         """The pixel rectangle (left, top, right, bottom) that holds the ship, or None outside the frame."""
         x, y, z = (self.mesh.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
         if z.max() > -0.05:
-            raise ValueError(f"the ship is {-z.max():.3f} model units from the camera; keep it 0.05 away")
+            raise ValueError(
+                f"the ship is {-z.max():.3f} model units from the camera; keep it 0.05 away"
+            )
         column, row = (1 - FOCAL * x / z) / 2 * width, (height + FOCAL * y / z * width) / 2
         left, right = max(int(column.min()) - 1, 0), min(int(column.max()) + 2, width)
         top, bottom = max(int(row.min()) - 1, 0), min(int(row.max()) + 2, height)
@@ -399,16 +503,39 @@ class Renderer:
         self._paint(look)
         # The mesh stands still and the camera moves: to_world = inverse(model matrix) @ camera.
         camera = np.linalg.inv(matrix) @ [[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]
-        film = {"type": "hdrfilm", "width": width, "height": height, "pixel_format": "rgba",
-                "rfilter": {"type": "box"}, "crop_offset_x": left, "crop_offset_y": top,
-                "crop_width": right - left, "crop_height": bottom - top}
-        sensor = {"type": "perspective", "fov": float(np.degrees(2 * np.arctan(1 / FOCAL))), "fov_axis": "x",
-                  "near_clip": 0.01, "to_world": mi.ScalarTransform4f(camera), "film": film,
-                  "sampler": {"type": "multijitter", "sample_count": samples}}
+        film = {
+            "type": "hdrfilm",
+            "width": width,
+            "height": height,
+            "pixel_format": "rgba",
+            "rfilter": {"type": "box"},
+            "crop_offset_x": left,
+            "crop_offset_y": top,
+            "crop_width": right - left,
+            "crop_height": bottom - top,
+        }
+        sensor = {
+            "type": "perspective",
+            "fov": float(np.degrees(2 * np.arctan(1 / FOCAL))),
+            "fov_axis": "x",
+            "near_clip": 0.01,
+            "to_world": mi.ScalarTransform4f(camera),
+            "film": film,
+            "sampler": {"type": "multijitter", "sample_count": samples},
+        }
         shapes = {name: shape for name, (shape, _) in zip(self.materials, self.shapes)}
-        scene = mi.load_dict({"type": "scene", "integrator": {"type": "direct", "hide_emitters": True},
-                              "sensor": sensor, **self._light(matrix, look), **shapes})
-        canvas[top:bottom, left:right] = np.array(mi.render(scene, spp=samples, seed=look.seed), dtype=float)
+        scene = mi.load_dict(
+            {
+                "type": "scene",
+                "integrator": {"type": "direct", "hide_emitters": True},
+                "sensor": sensor,
+                **self._light(matrix, look),
+                **shapes,
+            }
+        )
+        canvas[top:bottom, left:right] = np.array(
+            mi.render(scene, spp=samples, seed=look.seed), dtype=float
+        )
         return canvas
 
     def frame(self, matrix, look, width=SIZE, height=SIZE, samples=SAMPLES):
@@ -472,11 +599,17 @@ def flight_frame(seed, index, mesh_path=SHIP, flight=CALM):
 
 
 FLIGHTS = {"flight": CALM, "wild": WILD, "wide": WIDE}
-MAKERS = {"random": random_frame, "shifted": shifted_frame, "looks": looks_frame,
-          **{name: functools.partial(flight_frame, flight=flight) for name, flight in FLIGHTS.items()}}
+MAKERS = {
+    "random": random_frame,
+    "shifted": shifted_frame,
+    "looks": looks_frame,
+    **{name: functools.partial(flight_frame, flight=flight) for name, flight in FLIGHTS.items()},
+}
 
 
-def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, progress=True, dask=None):
+def render_set(
+    folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, progress=True, dask=None
+):
     """Render frames 0 to count-1 into `folder`, except the complete pairs that are there; return how many.
 
     `workers` processes of this machine do it (-1 is one a core), or with `dask` the workers of the Dask
@@ -490,23 +623,43 @@ def render_set(folder, count, seed, kind="random", mesh_path=SHIP, workers=-1, p
     if kind not in MAKERS:
         raise ValueError(f"kind: expected one of {', '.join(MAKERS)}, got {kind!r}")
     if seed < 0 or count < 1 or (kind in FLIGHTS and count > 300):
-        raise ValueError(f"expected seed >= 0 and count >= 1, <= 300 in a flight; got {seed} and {count}")
+        raise ValueError(
+            f"expected seed >= 0 and count >= 1, <= 300 in a flight; got {seed} and {count}"
+        )
     folder, digest = Path(folder), mesh_digest(load_mesh(mesh_path))
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
         frame = FLIGHTS.get(kind, CALM)
         samples = looks.SAMPLES if kind == "looks" else frame.samples
-        _claim(folder, {"seed": seed, "kind": kind, "mesh": Path(mesh_path).name, "samples": samples,
-                        "size": frame.width, "mesh_digest": digest}, frame.width / frame.height)
+        _claim(
+            folder,
+            {
+                "seed": seed,
+                "kind": kind,
+                "mesh": Path(mesh_path).name,
+                "samples": samples,
+                "size": frame.width,
+                "mesh_digest": digest,
+            },
+            frame.width / frame.height,
+        )
         names = [f"{i:03d}" if kind in FLIGHTS else str(i) for i in range(count)]
-        missing = [i for i, name in enumerate(names)
-                   if not ((folder / f"{name}.jpg").exists() and (folder / f"{name}_mat.json").exists())]
-        jobs = [joblib.delayed(_render_pair)(kind, seed, i, folder / names[i], mesh_path) for i in missing]
+        missing = [
+            i
+            for i, name in enumerate(names)
+            if not ((folder / f"{name}.jpg").exists() and (folder / f"{name}_mat.json").exists())
+        ]
+        jobs = [
+            joblib.delayed(_render_pair)(kind, seed, i, folder / names[i], mesh_path)
+            for i in missing
+        ]
         bar = tqdm(total=len(jobs), desc=str(folder), unit="frame", disable=not progress)
         try:
             _run(jobs, workers, dask, bar)
         except OSError as error:
-            raise OSError(f"{error}; the frames that are complete stay: make room and start again") from None
+            raise OSError(
+                f"{error}; the frames that are complete stay: make room and start again"
+            ) from None
     return len(missing)
 
 
@@ -514,14 +667,23 @@ def _refuse_committed(folder, seed, kind):
     """ValueError where another folder, of a set that comes with the project, has these frames."""
     for path in (HERE / name / "render_info.json" for name in COMMITTED):
         taken = xu.read_json(path) if path.exists() else {}
-        if (taken.get("seed"), taken.get("kind")) == (seed, kind) and folder.resolve() != path.parent:
-            raise ValueError(f"seed {seed}: data/{path.parent.name}/ has these frames, and who trains on "
-                             "them cannot be measured with them; expected another --seed")
+        if (taken.get("seed"), taken.get("kind")) == (
+            seed,
+            kind,
+        ) and folder.resolve() != path.parent:
+            raise ValueError(
+                f"seed {seed}: data/{path.parent.name}/ has these frames, and who trains on "
+                "them cannot be measured with them; expected another --seed"
+            )
 
 
 def mesh_digest(mesh):
     """16 hexadecimal digits that change with a mesh's triangles, materials or colours."""
-    parts = [mesh.triangles.astype("<f8"), mesh.face_materials.astype("<i8"), mesh.colours.astype("<f8")]
+    parts = [
+        mesh.triangles.astype("<f8"),
+        mesh.face_materials.astype("<i8"),
+        mesh.colours.astype("<f8"),
+    ]
     text = json.dumps(mesh.names).encode() + b"".join(part.tobytes() for part in parts)
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -533,7 +695,9 @@ def _only_one(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process renders into it; give another folder") from None
+            raise ValueError(
+                f"{folder}: another process renders into it; give another folder"
+            ) from None
         yield
 
 
@@ -549,7 +713,9 @@ def _claim(folder, info, aspect):
         if not isinstance(known, dict) or {**info, **known} != info:
             raise ValueError(f"{folder}: made with {known}, asked for {info}; give another folder")
     elif any(file for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for file in folder.glob(end)):
-        raise ValueError(f"{folder} holds frames that this program did not render; give another folder")
+        raise ValueError(
+            f"{folder} holds frames that this program did not render; give another folder"
+        )
     else:
         xu.write_files({path: json.dumps(info)})
     projection = (np.array(CAMERA["projection_matrix"]) * [[1], [aspect], [1], [1]]).tolist()
@@ -563,8 +729,12 @@ def _render_pair(kind, seed, index, path, mesh_path):
     """Write `path`.jpg and `path`_mat.json."""
     image, matrix, quality = MAKERS[kind](seed, index, mesh_path)
     jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    xu.write_files({path.with_name(f"{path.name}_mat.json"): json.dumps(matrix.tolist()),
-                    path.with_name(f"{path.name}.jpg"): jpeg.tobytes()})
+    xu.write_files(
+        {
+            path.with_name(f"{path.name}_mat.json"): json.dumps(matrix.tolist()),
+            path.with_name(f"{path.name}.jpg"): jpeg.tobytes(),
+        }
+    )
 
 
 def _run(jobs, workers, dask, bar):
@@ -575,7 +745,9 @@ def _run(jobs, workers, dask, bar):
             from distributed import Client
 
             client = stack.enter_context(Client(dask))
-            client.run(sys.path.extend, [str(HERE), str(HERE.parent)])  # where the workers find this file
+            client.run(
+                sys.path.extend, [str(HERE), str(HERE.parent)]
+            )  # where the workers find this file
             stack.enter_context(joblib.parallel_config("dask", wait_for_workers_timeout=60))
         for _ in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):
             bar.update()
@@ -586,12 +758,20 @@ def main(arguments=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=MAKERS, default="random",
-                        help="random poses; in a shifted look; in scenes; the clip's flight; a wilder one; "
-                        "the clip's in 1280x720")
-    parser.add_argument("--mesh", type=Path, default=SHIP, help="a Wavefront OBJ mesh in model units")
+    parser.add_argument(
+        "--kind",
+        choices=MAKERS,
+        default="random",
+        help="random poses; in a shifted look; in scenes; the clip's flight; a wilder one; "
+        "the clip's in 1280x720",
+    )
+    parser.add_argument(
+        "--mesh", type=Path, default=SHIP, help="a Wavefront OBJ mesh in model units"
+    )
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
-    parser.add_argument("--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786"
+    )
     a = parser.parse_args(arguments)
     try:
         _refuse_committed(a.folder, a.seed, a.kind)

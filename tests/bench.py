@@ -55,11 +55,18 @@ def live(count):
     paths, truth = ([items[i % len(items)] for i in range(count)] for items in (paths, truth))
     track, seconds = timed_film((Frame(xu.read_image(path)) for path in paths), K)
     seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
-    found = [(t.pose, pose) for t, pose, shown in zip(track, truth, seen) if shown and t.pose is not None]
+    found = [
+        (t.pose, pose) for t, pose, shown in zip(track, truth, seen) if shown and t.pose is not None
+    ]
     off = np.array([xu.rotation_error(*pair) for pair in found])
     middle, most = np.quantile(off, [0.5, 0.95])
-    return {"fps": count / seconds, "rotation_deg_median": middle, "rotation_deg_95": most,
-            "flips": int((off > 90).sum()), "lost": int(sum(seen)) - len(off)}
+    return {
+        "fps": count / seconds,
+        "rotation_deg_median": middle,
+        "rotation_deg_95": most,
+        "flips": int((off > 90).sum()),
+        "lost": int(sum(seen)) - len(off),
+    }
 
 
 def large(count, width, height):
@@ -67,15 +74,20 @@ def large(count, width, height):
     _, poses, K = lap()
     K[:2] *= height / xu.FRAME_SIZE
     K[0, 2] = width / 2
-    sky = cv2.GaussianBlur(np.random.default_rng(0).normal(0, 1, (height, width, 3)), (0, 0), height / 20)
+    sky = cv2.GaussianBlur(
+        np.random.default_rng(0).normal(0, 1, (height, width, 3)), (0, 0), height / 20
+    )
     sky = np.float32([10, 15, 50]) * np.exp(0.4 * np.float32(sky / sky.std()))
     with tempfile.TemporaryDirectory() as folder:
         drawn, ship = poses[60 : 60 + count], load_mesh(SHIP)
         film.write_clip((draw(ship, pose, K, sky) for pose in drawn), Path(folder) / "a.mp4", 30)
         track, seconds = timed_film(Clip(Path(folder) / "a.mp4"), K)
     off = [np.inf if t.pose is None else xu.rotation_error(t.pose, p) for t, p in zip(track, drawn)]
-    return {"fps": count / seconds, "rotation_deg_median": np.median(off),
-            "tracked": sum(t.status == "tracked" for t in track)}
+    return {
+        "fps": count / seconds,
+        "rotation_deg_median": np.median(off),
+        "tracked": sum(t.status == "tracked" for t in track),
+    }
 
 
 def draw(ship, pose, K, sky):
@@ -90,18 +102,28 @@ def draw(ship, pose, K, sky):
     ids, _ = rasterise(ship.triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)
     colours = np.vstack([colours, [[np.nan] * 3]]).astype(np.float32)[ids]
     behind = cv2.resize(sky, (2 * width, 2 * height))
-    return cv2.resize(np.where(np.isnan(colours), behind, colours), (width, height),
-                      interpolation=cv2.INTER_AREA).clip(0, 255).astype(np.uint8)
+    return (
+        cv2.resize(
+            np.where(np.isnan(colours), behind, colours),
+            (width, height),
+            interpolation=cv2.INTER_AREA,
+        )
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def plain(count):
     import imageio.v2 as imageio
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     model, (paths, _, K) = xu.load_model(WEIGHTS, xu.FRAME_SIZE), lap()
-    model.predict(np.zeros((1, 256, 256, 3), np.uint8), verbose=0)  # the first call builds the graph
+    model.predict(
+        np.zeros((1, 256, 256, 3), np.uint8), verbose=0
+    )  # the first call builds the graph
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         pictures, stride = [], model.settings["stride"]
@@ -109,15 +131,20 @@ def plain(count):
             image = xu.read_image(path)
             heatmaps, found = model.predict(image[None], verbose=0)[0], []
             for k in range(8):
-                best = max((heatmaps[row, column, k], row, column)
-                           for row in range(heatmaps.shape[0]) for column in range(heatmaps.shape[1]))
+                best = max(
+                    (heatmaps[row, column, k], row, column)
+                    for row in range(heatmaps.shape[0])
+                    for column in range(heatmaps.shape[1])
+                )
                 found.append(((best[2] + 0.5) * stride, (best[1] + 0.5) * stride, best[0]))
             good = [i for i in range(8) if found[i][2] > 0.1]
             figure = plt.figure(figsize=(2.56, 2.56), dpi=100)
             axis = figure.add_axes((0, 0, 1, 1))
             axis.imshow(image), axis.axis("off")
             if len(good) >= 6:
-                _, turn, move = cv2.solvePnP(xu.BOUNDING_BOX[good], np.array(found)[good, :2].copy(), K, None)
+                _, turn, move = cv2.solvePnP(
+                    xu.BOUNDING_BOX[good], np.array(found)[good, :2].copy(), K, None
+                )
                 for line in xu.LASERS:
                     axis.plot(*cv2.projectPoints(line, turn, move, K, None)[0][:, 0].T, color="red")
             axis.set(xlim=(0, 256), ylim=(256, 0))
@@ -170,13 +197,19 @@ def run(work, *arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--count", type=int, default=300, help="frames of the short run; the long: ten times")
+    parser.add_argument(
+        "--count", type=int, default=300, help="frames of the short run; the long: ten times"
+    )
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     if options.run:
         result = globals()[options.run[0]](*map(int, options.run[1:]))
-        print(json.dumps(result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(
+            json.dumps(
+                result | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            )
+        )
         return
     count, figures = options.count, {}
     print("| stage, one after another | ms a frame |\n|---|---|")
@@ -186,14 +219,20 @@ def main():
             print(f"| {name} | {value:.2f} |")
     print("\n| end to end | frames | frames a second | peak memory, MB | |\n|---|---|---|---|---|")
     for name, work, *arguments in (
-            ("live", live, count), ("long", live, 10 * count), ("plain", plain, count // 5),
-            ("1280x720", large, count // 3, 1280, 720), ("3840x2160", large, count // 6, 3840, 2160)):
+        ("live", live, count),
+        ("long", live, 10 * count),
+        ("plain", plain, count // 5),
+        ("1280x720", large, count // 3, 1280, 720),
+        ("3840x2160", large, count // 6, 3840, 2160),
+    ):
         result = run(work, *arguments)
         figures |= {f"{name}.{key}": value for key, value in result.items()}
         fps, peak = result.pop("fps"), result.pop("peak_mb")
         more = ", ".join(f"{key} {value:.3g}" for key, value in result.items())
         print(f"| {name} | {arguments[0]} | {fps:.1f} | {peak:.0f} | {more} |", flush=True)
-    print(f"\nlive is {figures['live.fps'] / figures['plain.fps']:.1f} times as fast as the plain way")
+    print(
+        f"\nlive is {figures['live.fps'] / figures['plain.fps']:.1f} times as fast as the plain way"
+    )
     if options.json:
         xu.write_files({options.json: json.dumps(figures, indent=1) + "\n"})
 

@@ -46,7 +46,9 @@ RIDGE = 0.5  # penalty on the coefficients, so that none runs away
 def random_flight(rng):
     """A `render.Flight` over points of the frame at intervals of 0.8 to 2.2 seconds."""
     seconds = np.concatenate([[0], np.cumsum(rng.uniform(0.8, 2.2, 30))])
-    points = np.column_stack([seconds, rng.uniform(-0.75, 0.75, (31, 2)), rng.uniform(0.75, 1.8, 31)])
+    points = np.column_stack(
+        [seconds, rng.uniform(-0.75, 0.75, (31, 2)), rng.uniform(0.75, 1.8, 31)]
+    )
     rolls = np.column_stack([seconds, rng.uniform(0, 360) + np.cumsum(rng.uniform(-120, 120, 31))])
     smoothing, sky = rng.uniform(1.4, 2.4), rng.choice(list(render.SKIES))
     light, sky_turn = rng.normal(size=3), rng.normal(0, 0.08, 3)
@@ -68,7 +70,9 @@ def flight_frame(number, index):
 def render_frame(folder, number, index):
     if not (folder / f"{index:03d}_mat.json").exists():
         image, matrix, quality = flight_frame(number, index)
-        cv2.imwrite(str(folder / f"{index:03d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+        cv2.imwrite(
+            str(folder / f"{index:03d}.jpg"), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality]
+        )
         (folder / f"{index:03d}_mat.json").write_text(json.dumps(matrix.tolist()))
 
 
@@ -81,7 +85,10 @@ def load_flight(folder, number, workers):
     joblib.Parallel(n_jobs=workers)(jobs)
     (paths, matrices), (view, projection) = xu.load_dataset(folder), xu.load_camera(folder)
     K = xu.camera_matrix(projection, xu.FRAME_SIZE, xu.FRAME_SIZE)
-    images, poses = [xu.read_image(p) for p in paths], [xu.pose_in_camera(view, m) for m in matrices]
+    images, poses = (
+        [xu.read_image(p) for p in paths],
+        [xu.pose_in_camera(view, m) for m in matrices],
+    )
     if LOOKS[number % len(LOOKS)] == "repainted":
         randomise, pairs = Randomiser(load_mesh(SHIP)), zip(images, poses)
         images = [randomise(*pair, K, np.random.default_rng([SEED, number, 2])) for pair in pairs]
@@ -92,14 +99,18 @@ def wrong_pose(pose, rng):
     """A pose that the true one is taken for, or one a bit off."""
     if rng.random() < 0.5:
         return xu.ambiguous_poses(pose)[rng.integers(1, 4)]
-    return xu.move_pose(pose, rng.normal(0, 1, 6) * np.repeat([np.radians(rng.uniform(3, 25)), 0.02], 3))
+    return xu.move_pose(
+        pose, rng.normal(0, 1, 6) * np.repeat([np.radians(rng.uniform(3, 25)), 0.02], 3)
+    )
 
 
 def plays(images, truth, K, detector, aligner, rng):
     """Yield what the tracker says of a flight: how it was played, tracked poses and true ones."""
     for step in (1, 2, 3, 4):
         shown, true = images[::step], truth[::step]
-        gone = np.convolve(rng.random(len(shown)) < 0.06, np.ones(6))[: len(shown)] > 0  # six in a row
+        gone = (
+            np.convolve(rng.random(len(shown)) < 0.06, np.ones(6))[: len(shown)] > 0
+        )  # six in a row
         for name in ("live", "network off", "gaps", "no pixels"):
             pixels = None if name == "no pixels" else aligner
             tracker, track = tracking.Tracker(K, FPS / step, detector, pixels, keep=True), []
@@ -113,10 +124,19 @@ def plays(images, truth, K, detector, aligner, rng):
             if name in ("live", "no pixels"):
                 yield f"{name}, smoothed, {step}", tracking.smooth(tracker.steps), true
         for start in range(0, len(shown) - 8, 24):
-            tracker, wrong = tracking.Tracker(K, FPS / step, None, aligner), wrong_pose(true[start], rng)
-            tracker.update_pose(xu.PoseEstimate(wrong, np.eye(6) * 1e-4, True, explained_contrast=0.6))
+            tracker, wrong = (
+                tracking.Tracker(K, FPS / step, None, aligner),
+                wrong_pose(true[start], rng),
+            )
+            tracker.update_pose(
+                xu.PoseEstimate(wrong, np.eye(6) * 1e-4, True, explained_contrast=0.6)
+            )
             after = slice(start + 1, start + 8)
-            yield f"wrong start, {step}", [tracker.update(image) for image in shown[after]], true[after]
+            yield (
+                f"wrong start, {step}",
+                [tracker.update(image) for image in shown[after]],
+                true[after],
+            )
 
 
 def measure(folder, workers):
@@ -129,12 +149,23 @@ def measure(folder, workers):
         for play, track, true in plays(images, truth, K, detector, aligner, rng):
             right = evaluation.within([t.pose for t in track], true)
             for t, pose, hit in zip(track, true, right):
-                if t.pose is None or xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() < 4:
+                if (
+                    t.pose is None
+                    or xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() < 4
+                ):
                     continue
                 step, contrast = xu.pose_step(pose, t.pose), t.explained_contrast
                 features = dict(zip(FEATURES, tracking.trust_features(t.covariance, contrast)))
-                rows.append({"flight": number, "play": play, "kind": f"{t.status}, {np.isfinite(contrast)}",
-                             "square": step @ np.linalg.solve(t.covariance, step), "right": hit, **features})
+                rows.append(
+                    {
+                        "flight": number,
+                        "play": play,
+                        "kind": f"{t.status}, {np.isfinite(contrast)}",
+                        "square": step @ np.linalg.solve(t.covariance, step),
+                        "right": hit,
+                        **features,
+                    }
+                )
         pd.DataFrame(rows).to_csv(folder / "rows.csv")
     return pd.DataFrame(rows)
 
@@ -146,7 +177,9 @@ def fit(rows, features):
 
     def loss(w):
         z = x @ w
-        return np.logaddexp(0, z).sum() - right @ z + RIDGE * w @ w, x.T @ (expit(z) - right) + 2 * RIDGE * w
+        return np.logaddexp(0, z).sum() - right @ z + RIDGE * w @ w, x.T @ (
+            expit(z) - right
+        ) + 2 * RIDGE * w
 
     coefficients = np.zeros(len(FEATURES))
     coefficients[used] = minimize(loss, np.zeros(used.sum()), jac=True).x
@@ -167,8 +200,10 @@ def report(rows):
         names = [name for name in FEATURES[1:] if group[name].any()]
         for count in range(len(names) + 1):
             for features in itertools.combinations(names, count):
-                losses = [log_loss(out, fit(group[group["flight"] != flight], features))
-                          for flight, out in group.groupby("flight")]
+                losses = [
+                    log_loss(out, fit(group[group["flight"] != flight], features))
+                    for flight, out in group.groupby("flight")
+                ]
                 found = ", ".join(f"{value:.2f}" for value in fit(group, features))
                 print(f"  {pd.concat(losses).mean():.4f}  ({found})  {' '.join(features)}")
 
@@ -176,6 +211,8 @@ def report(rows):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--workers", type=int, default=-1, help="processes that render; -1 is one a core")
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="processes that render; -1 is one a core"
+    )
     a = parser.parse_args()
     report(measure(a.folder, a.workers))

@@ -20,11 +20,22 @@ from xwing.synthesis import Randomiser
 from xwing.training import publish_weights
 
 SIZE, BATCH, KEPT, SIGMA = 128, 16, 128, 4.0
-AUGMENTATIONS = "geometry", "flare", "light", "colour", "sharpness", "noise", "erasing", "compression"
+AUGMENTATIONS = (
+    "geometry",
+    "flare",
+    "light",
+    "colour",
+    "sharpness",
+    "noise",
+    "erasing",
+    "compression",
+)
 FULL_DECODER = (256, 128, 64, 32, 16)  # segmentation_models' own
 STEPS = {  # name -> (precision, arguments of build_model)
     "float32, decoder of segmentation_models, maps of the frame's size": (
-        "float32", dict(decoder_filters=FULL_DECODER, stride=1)),
+        "float32",
+        dict(decoder_filters=FULL_DECODER, stride=1),
+    ),
     "the same in mixed_bfloat16": ("mixed_bfloat16", dict(decoder_filters=FULL_DECODER, stride=1)),
     "... and the smaller decoder": ("mixed_bfloat16", dict(stride=1)),
     "... and maps of half the size (as shipped)": ("mixed_bfloat16", {}),
@@ -45,7 +56,9 @@ class Frames:
         self.parts = paths[trained], matrices[trained], *camera
         self.batches = xu.make_dataset(*self.parts, **options, randomise=randomise, shares=(0.3, 0))
         held = xu.make_dataset(paths[kept], matrices[kept], *camera, augmented=False, **options)
-        self.images, self.truth = (np.concatenate(part) for part in zip(*(held[i] for i in range(len(held)))))
+        self.images, self.truth = (
+            np.concatenate(part) for part in zip(*(held[i] for i in range(len(held))))
+        )
 
     def __iter__(self):
         """Endless batches, epoch after epoch, and the seconds that each took to make."""
@@ -57,8 +70,14 @@ class Frames:
             self.batches.on_epoch_end()
 
 
-def build(backbone=xu.BACKBONE, precision="mixed_bfloat16", kind="softmax", sigma=SIGMA, rate=1e-3,
-          **arguments):
+def build(
+    backbone=xu.BACKBONE,
+    precision="mixed_bfloat16",
+    kind="softmax",
+    sigma=SIGMA,
+    rate=1e-3,
+    **arguments,
+):
     """A fresh network, compiled for one of the losses."""
     keras = xu.import_keras()
     keras.utils.clear_session()
@@ -101,7 +120,9 @@ def profile(frames, steps):
     print("|---|---|---|---|")
     for name, (precision, arguments) in STEPS.items():
         for backbone in (xu.BACKBONE, "efficientnetb0"):
-            done, network, making = train(build(backbone, precision, **arguments), frames, steps=steps)
+            done, network, making = train(
+                build(backbone, precision, **arguments), frames, steps=steps
+            )
             each = f"{1e3 * network / (done - 1):.0f} | {1e3 * making / (done - 1):.0f}"
             print(f"| {name} | {backbone} | {each} |", flush=True)
 
@@ -120,7 +141,9 @@ def encoders(frames, seconds):
 
 def losses(frames, steps):
     """Print what each loss reaches in the same number of steps."""
-    print(f"\n| loss, {steps} steps | corner error | best permutation | MSE of the maps | of empty maps |")
+    print(
+        f"\n| loss, {steps} steps | corner error | best permutation | MSE of the maps | of empty maps |"
+    )
     print("|---|---|---|---|---|")
     for kind in ("softmax", "mse", "weighted"):
         model = build(kind=kind)
@@ -138,7 +161,9 @@ def augmentations(frames, steps):
     images = np.stack([xu.read_image(path) for path in paths])
     keras, whole = xu.import_keras(), xu.load_model(weights)
     shipped, sigma = whole.get_weights(), whole.settings["sigma"]
-    rate = keras.optimizers.schedules.CosineDecay(2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50)
+    rate = keras.optimizers.schedules.CosineDecay(
+        2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50
+    )
     print(f"\n| left out for {steps} steps | seed | corner error | within 5 px | wrong way round |")
     print("|---|---|---|---|---|")
     rows = [("(before)", 0), ("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
@@ -147,14 +172,23 @@ def augmentations(frames, steps):
             model = build(sigma=sigma, rate=rate)
             model.set_weights(shipped)
             without = [name] if name in AUGMENTATIONS else []
-            batches = xu.make_dataset(*frames.parts, BATCH, SIZE, True, without=without, seed=seed,
-                                      epoch_size=BATCH * steps)
+            batches = xu.make_dataset(
+                *frames.parts,
+                BATCH,
+                SIZE,
+                True,
+                without=without,
+                seed=seed,
+                epoch_size=BATCH * steps,
+            )
             model.fit(batches, verbose=0, shuffle=False)
             whole.set_weights(model.get_weights())
         report = corner_report(xu.predict_keypoints(whole, images)[0], truth)
         wrong = sum(report["permutations"].values()) - report["permutations"]["identity"]
-        print(f"| {name} | {seed} | {report['corner_px']:.2f} px | {report['within_5px']:.1%} | {wrong} |",
-              flush=True)
+        print(
+            f"| {name} | {seed} | {report['corner_px']:.2f} px | {report['within_5px']:.1%} | {wrong} |",
+            flush=True,
+        )
 
 
 def recipes():
@@ -173,13 +207,25 @@ def recipes():
             model = xu.load_model(Path(folder) / "xwing.weights.h5")
         log, found = pd.read_csv(run / "log.csv"), evaluate_folder(xu.ROOT / "data" / "test", model)
         samples = log.samples_seen.diff().fillna(log.samples_seen)  # of each epoch
-        rows[name] = {"samples": log.samples_seen.iloc[-1],
-                      "minutes": (samples / log.samples_per_second).sum() / 60,
-                      "loss": log.loss[log.val_corner_px.idxmin()], **summarise(found.errors())}
+        rows[name] = {
+            "samples": log.samples_seen.iloc[-1],
+            "minutes": (samples / log.samples_per_second).sum() / 60,
+            "loss": log.loss[log.val_corner_px.idxmin()],
+            **summarise(found.errors()),
+        }
     if not rows:
         raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/README.md")
-    columns = ["samples", "minutes", "loss", "heatmap_mse_sigma10", "corner_px_median", "corners_within_5px",
-               "poses_found", "flips", "rotation_deg_median"]
+    columns = [
+        "samples",
+        "minutes",
+        "loss",
+        "heatmap_mse_sigma10",
+        "corner_px_median",
+        "corners_within_5px",
+        "poses_found",
+        "flips",
+        "rotation_deg_median",
+    ]
     result = pd.DataFrame(rows).T[columns]
     text = result.to_csv(index_label="recipe", float_format="%.6g", lineterminator="\n")
     xu.write_files({table: text})
@@ -192,15 +238,22 @@ def main():
     parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
     parser.add_argument("--left-out", type=int, default=500, help="steps without each augmentation")
     parser.add_argument("--profile", type=int, default=6, help="steps for each row of the profile")
-    parser.add_argument("--only", choices=["profile", "encoders", "losses", "augmentations", "recipes"],
-                        help="one table; recipes needs two runs of train.ipynb, see weights/README.md")
+    parser.add_argument(
+        "--only",
+        choices=["profile", "encoders", "losses", "augmentations", "recipes"],
+        help="one table; recipes needs two runs of train.ipynb, see weights/README.md",
+    )
     a = parser.parse_args()
     if a.only == "recipes":
         return recipes()
     frames = Frames()
     print(f"{frames.count} frames of data/{frames.name}/, batches of {BATCH} squares of {SIZE} px")
-    for name, run, amount in (("profile", profile, a.profile), ("encoders", encoders, a.seconds),
-                              ("losses", losses, a.steps), ("augmentations", augmentations, a.left_out)):
+    for name, run, amount in (
+        ("profile", profile, a.profile),
+        ("encoders", encoders, a.seconds),
+        ("losses", losses, a.steps),
+        ("augmentations", augmentations, a.left_out),
+    ):
         if a.only in (None, name):
             run(frames, amount)
 

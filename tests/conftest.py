@@ -65,11 +65,18 @@ class OracleModel:
 
     def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
         self.keypoints, self.maps, self.scale = keypoints, size // stride, stride
-        self.settings = {"size": size, "sigma": sigma, "stride": stride, "keypoints": keypoints.shape[1]}
+        self.settings = {
+            "size": size,
+            "sigma": sigma,
+            "stride": stride,
+            "keypoints": keypoints.shape[1],
+        }
         self.output_shape = (None, self.maps, self.maps, keypoints.shape[1])
 
     def predict_on_batch(self, images):
-        numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int).clip(max=len(self.keypoints) - 1)
+        numbers = (
+            np.round(images.mean((1, 2, 3)) / 20).astype(int).clip(max=len(self.keypoints) - 1)
+        )
         sigma, middle = self.settings["sigma"] / self.scale, images.shape[2] // 2
         permutation = xu.mirror_permutation(xu.KEYPOINTS[: self.keypoints.shape[1]])
         drawn = []
@@ -90,20 +97,29 @@ def oracle():
 @pytest.fixture
 def oracle_frames():
     """A function: N -> (N, 256, 256, 3) uint8 frames for an oracle."""
+
     def frames(count, size=256):
         left = np.repeat(np.uint8([8, 0]), size // 2)[:, None]
         return np.stack([np.full((size, size, 3), 20 * i, np.uint8) + left for i in range(count)])
+
     return frames
 
 
 @pytest.fixture(scope="session")
 def run_python():
     """A function: code, environment variables -> what it prints in a fresh Python in the repository."""
+
     def run(code, **environment):
         chosen = ("KERAS_BACKEND", "SM_FRAMEWORK")
         clean = {key: value for key, value in os.environ.items() if key not in chosen}
-        done = subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, cwd=xu.ROOT,
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**clean, **environment},
+            cwd=xu.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -58,9 +58,15 @@ def folder_frames(folder):
 
 def all_looks(model, images, cameras):
     """Four `PoseEstimate` for each of N images: of the frame as it is, and turned."""
-    found = xu.read_keypoints(xu.predict_heatmaps(model, images, channels=len(xu.KEYPOINTS)), model.settings)
-    first = [xu.estimate_pose(points, K, *sureness) for K, points, *sureness in zip(cameras, *found)]
-    return [[one, *others] for one, others in zip(first, alignment.turned_looks(model, images, cameras))]
+    found = xu.read_keypoints(
+        xu.predict_heatmaps(model, images, channels=len(xu.KEYPOINTS)), model.settings
+    )
+    first = [
+        xu.estimate_pose(points, K, *sureness) for K, points, *sureness in zip(cameras, *found)
+    ]
+    return [
+        [one, *others] for one, others in zip(first, alignment.turned_looks(model, images, cameras))
+    ]
 
 
 def judged(aligner, image, truth, K, looks):
@@ -70,7 +76,9 @@ def judged(aligner, image, truth, K, looks):
     for others in ((), looks[1:]):
         with mock.patch.object(alignment, "_evidence", side_effect=measure) as watched:
             found = aligner.verify(image, looks[0], K, others)
-        error = 180.0 if truth is None or found.pose is None else xu.rotation_error(found.pose, truth)
+        error = (
+            180.0 if truth is None or found.pose is None else xu.rotation_error(found.pose, truth)
+        )
         rows.append((measure(*watched.call_args.args), error) if watched.called else None)
     return rows
 
@@ -101,20 +109,34 @@ def accepted(rows, odds, limit):
 
 
 def main():
-    ship, model = load_mesh(xu.ROOT / "data" / "xwing.obj"), xu.load_model(ROOT / "weights/xwing.weights.h5")
+    ship, model = (
+        load_mesh(xu.ROOT / "data" / "xwing.obj"),
+        xu.load_model(ROOT / "weights/xwing.weights.h5"),
+    )
     aligner, shifted = alignment.Aligner(ship), str(ROOT / "data" / "shifted")
-    sets = {"drawn": drawn_frames(Synthesiser(ship), SEEDS[0], DRAWN),
-            "without the ship": drawn_frames(EmptySynthesiser(ship), SEEDS[1], EMPTY, ship=False)}
+    sets = {
+        "drawn": drawn_frames(Synthesiser(ship), SEEDS[0], DRAWN),
+        "without the ship": drawn_frames(EmptySynthesiser(ship), SEEDS[1], EMPTY, ship=False),
+    }
     sets |= {folder: folder_frames(folder) for folder in (shifted, *sys.argv[1:])}
     rows = {}
     for name, frames in sets.items():
         images, truth, cameras = zip(*frames)
-        looks = [look for i in range(0, len(images), 32)
-                 for look in all_looks(model, np.array(images[i : i + 32]), np.array(cameras[i : i + 32]))]
-        tasks = (joblib.delayed(judged)(aligner, *frame) for frame in zip(images, truth, cameras, looks))
+        looks = [
+            look
+            for i in range(0, len(images), 32)
+            for look in all_looks(
+                model, np.array(images[i : i + 32]), np.array(cameras[i : i + 32])
+            )
+        ]
+        tasks = (
+            joblib.delayed(judged)(aligner, *frame) for frame in zip(images, truth, cameras, looks)
+        )
         rows[name] = joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks)
     fitted = [one for name in list(sets)[:3] for pair in rows[name] for one in pair if one]
-    odds = fit(np.array([one[0] for one in fitted]), np.array([one[1] < RIGHT for one in fitted], float))
+    odds = fit(
+        np.array([one[0] for one in fitted]), np.array([one[1] < RIGHT for one in fitted], float)
+    )
     print("EVIDENCE =", odds.round(2).tolist())
     for name, pairs in rows.items():
         for k, looks in enumerate(("first look", "all looks")):
@@ -122,8 +144,12 @@ def main():
             right = np.array([one[1] < RIGHT for one in kind])
             score = np.array([odds @ one[0] for one in kind])
             area = evaluation.roc(score, right)[2] if right.any() else np.nan
-            print(f"{name}, {looks}: best pose right in {right.sum()} of {len(pairs)}, ROC area {area:.3f}")
-    table = {name: [accepted(pairs, odds, limit) for limit in LIMITS] for name, pairs in rows.items()}
+            print(
+                f"{name}, {looks}: best pose right in {right.sum()} of {len(pairs)}, ROC area {area:.3f}"
+            )
+    table = {
+        name: [accepted(pairs, odds, limit) for limit in LIMITS] for name, pairs in rows.items()
+    }
     print(pd.DataFrame(table, LIMITS).T.to_string())
 
 

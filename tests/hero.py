@@ -20,7 +20,9 @@ def main():
     corners = np.array([xu.project_pose(xu.BOUNDING_BOX, pose, K) for pose in truth])
     seen = xu.in_frame(corners, clip.width, clip.height).sum(1) >= 4
     poses = [tracked.pose for tracked in track]
-    table = evaluation.compare_tracks({"1280x720, both sides": poses}, np.array(truth), seen, K, clip.fps)
+    table = evaluation.compare_tracks(
+        {"1280x720, both sides": poses}, np.array(truth), seen, K, clip.fps
+    )
     print(tracking.summary(track), f"of {seen.sum()} that show four corners", sep=", ")
     print(table.T.round(4).to_string())
     mp4, gif = (xu.ROOT / "images" / f"hero.{suffix}" for suffix in ("mp4", "gif"))

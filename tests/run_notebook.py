@@ -19,15 +19,25 @@ KERNEL_SECONDS = 120  # in which a kernel must have started
 def run_notebook(path, target, limit):
     """Execute one notebook in its own folder and write it to `target`; return "", or what went wrong."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=limit, startup_timeout=KERNEL_SECONDS,
-                            resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=limit,
+        startup_timeout=KERNEL_SECONDS,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     try:
         client.execute()
     except Exception as error:
         if client.code_cells_executed == 0:
-            atexit.unregister(client._cleanup_kernel)  # it would only complain that there is no kernel
+            atexit.unregister(
+                client._cleanup_kernel
+            )  # it would only complain that there is no kernel
             return f"{path}: the kernel did not start: {error}"
-        code = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        code = [
+            cell.source
+            for cell in notebook.cells
+            if cell.cell_type == "code" and cell.source.strip()
+        ]
         number = client.code_cells_executed
         if isinstance(error, CellTimeoutError):
             fault = f"took longer than {limit} s and was ended (--limit SECONDS, make ... LIMIT=SECONDS)"
@@ -45,12 +55,18 @@ def main():
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--limit", type=int, default=1800, help="seconds that one cell may take")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--inplace", action="store_true", help="write the outputs into the notebooks")
-    where.add_argument("--output-dir", type=Path, help="write the executed notebooks into this folder")
+    where.add_argument(
+        "--inplace", action="store_true", help="write the outputs into the notebooks"
+    )
+    where.add_argument(
+        "--output-dir", type=Path, help="write the executed notebooks into this folder"
+    )
     options = parser.parse_args()
     for path in options.notebooks:
         print(f"running {path}", flush=True)
-        fault = run_notebook(path, path if options.inplace else options.output_dir / path.name, options.limit)
+        fault = run_notebook(
+            path, path if options.inplace else options.output_dir / path.name, options.limit
+        )
         if fault:
             sys.exit(fault)
 

@@ -38,8 +38,13 @@ def box_error(pose, truth, K):
 
 
 def estimate(pose, margin=20.0, runner_up=None):
-    return xu.PoseEstimate(pose, np.diag([2e-3] * 3 + [1e-4] * 3), True, runner_up=runner_up,
-                           log_likelihood_margin=margin)
+    return xu.PoseEstimate(
+        pose,
+        np.diag([2e-3] * 3 + [1e-4] * 3),
+        True,
+        runner_up=runner_up,
+        log_likelihood_margin=margin,
+    )
 
 
 def tilted(pose, tilt, roll):
@@ -80,17 +85,24 @@ def test_the_distance_is_not_biased(aligner, frames, K):
 
 def test_a_prediction_is_refined_on_the_fine_level(aligner, frames, K):
     for i, (image, truth) in enumerate(zip(*frames)):
-        found = aligner.track(image, moved(truth, 1.5, 0.003, i), K, np.diag([1e-3] * 3 + [1e-4] * 3))
+        found = aligner.track(
+            image, moved(truth, 1.5, 0.003, i), K, np.diag([1e-3] * 3 + [1e-4] * 3)
+        )
         assert found.accepted and found.explained_contrast > MIN_EXPLAINED_CONTRAST
         assert xu.rotation_error(found.pose, truth) < 2 and found.covariance.shape == (6, 6)
 
 
 @pytest.mark.parametrize("share,tried", [(1.0, False), (1.2, True)])
 def test_a_coarse_picture_is_tried_where_less_is_explained_than_usual(
-        aligner, frames, K, monkeypatch, share, tried):
+    aligner, frames, K, monkeypatch, share, tried
+):
     image, truth = frames[0][0], frames[1][0]
     monkeypatch.setattr(alignment, "WELL_EXPLAINED", 0.99)
-    explained, levels, refine = aligner.track(image, truth, K).explained_contrast, [], Aligner._refine
+    explained, levels, refine = (
+        aligner.track(image, truth, K).explained_contrast,
+        [],
+        Aligner._refine,
+    )
 
     def watched(self, image, pose, K, level, *arguments, **options):
         levels.append(level)
@@ -124,7 +136,9 @@ def test_a_precise_start_is_kept_where_the_pixels_say_nothing(aligner, frames, K
     assert found is None or xu.rotation_error(found[0], truth) < 0.1
 
 
-@pytest.mark.parametrize("shift", [(2.0, 0, 0), (0, 0, -2.0)], ids=["beside the frame", "behind the camera"])
+@pytest.mark.parametrize(
+    "shift", [(2.0, 0, 0), (0, 0, -2.0)], ids=["beside the frame", "behind the camera"]
+)
 def test_a_ship_out_of_sight_cannot_be_aligned(aligner, frames, K, shift):
     image, gone = frames[0][0], frames[1][0].copy()
     gone[:3, 3] += shift
@@ -164,7 +178,9 @@ def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K
     def right():
         starts = [estimate(tilted(truth, 0, 35), 2.0) for truth in frames[1]]
         found = [aligner.verify(image, start, K) for image, start in zip(frames[0], starts)]
-        return sum(f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1]))
+        return sum(
+            f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1])
+        )
 
     assert right() >= 9
     monkeypatch.setattr(alignment, "NEARBY", ())
@@ -172,7 +188,9 @@ def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K
 
 
 @pytest.mark.parametrize("margin,turn", [(2.0, 0), (0.0, 0), (0.0, 180)])
-def test_pixels_that_are_sure_of_a_pose_outvote_keypoints_that_say_nothing(aligner, frames, K, margin, turn):
+def test_pixels_that_are_sure_of_a_pose_outvote_keypoints_that_say_nothing(
+    aligner, frames, K, margin, turn
+):
     start = tilted(frames[1][0], 0, turn)
     found = aligner.verify(frames[0][0], estimate(start, margin, frames[1][0]), K)
     assert found.accepted and xu.rotation_error(found.pose, frames[1][0]) < 2
@@ -217,23 +235,38 @@ def test_edges_agree_in_any_paint_but_not_elsewhere(aligner, frames, K, pattern)
             changed[:, stripes] = np.clip(changed[:, stripes] * 1.4, 0, 255).astype(np.uint8)
         if pattern == "other paint":
             changed = np.ascontiguousarray(255 - image[..., ::-1])
-        right, beside = (edge_agreement(*aligner._painted(changed, moved(truth, turn, 0, 0), K))
-                         for turn in (0, 25))
+        right, beside = (
+            edge_agreement(*aligner._painted(changed, moved(truth, turn, 0, 0), K))
+            for turn in (0, 25)
+        )
         assert 0 <= beside < right - 0.05 and right > 0.5
 
 
 def test_no_edges_agree_where_there_are_none(aligner, frames, K):
-    assert edge_agreement(*aligner._painted(np.full((256, 256, 3), 90, np.uint8), frames[1][0], K)) == 0
+    assert (
+        edge_agreement(*aligner._painted(np.full((256, 256, 3), 90, np.uint8), frames[1][0], K))
+        == 0
+    )
 
 
-@pytest.mark.parametrize("well,least,margin,searched", [
-    (0.1, 0.1, 2.0, False), (0.99, 0.1, 2.0, True), (0.99, 0.1, 20.0, False), (0.99, 0.98, 20.0, True)])
+@pytest.mark.parametrize(
+    "well,least,margin,searched",
+    [
+        (0.1, 0.1, 2.0, False),
+        (0.99, 0.1, 2.0, True),
+        (0.99, 0.1, 20.0, False),
+        (0.99, 0.98, 20.0, True),
+    ],
+)
 def test_sure_keypoints_are_searched_around_only_where_they_explain_too_little(
-        aligner, frames, K, monkeypatch, well, least, margin, searched):
+    aligner, frames, K, monkeypatch, well, least, margin, searched
+):
     calls = []
     monkeypatch.setattr(alignment, "WELL_EXPLAINED", well)
     monkeypatch.setattr(alignment, "MIN_EXPLAINED_CONTRAST", least)
-    monkeypatch.setattr(Aligner, "_search", lambda *arguments, **options: calls.append(arguments) or [])
+    monkeypatch.setattr(
+        Aligner, "_search", lambda *arguments, **options: calls.append(arguments) or []
+    )
     aligner.verify(frames[0][0], estimate(frames[1][0], margin), K)
     assert bool(calls) == searched
 

@@ -18,10 +18,19 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is missing")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update"]
-SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page at once
-            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page at once
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 LIMIT = 600_000  # ms that a notebook may take
 ERRORS = "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
 FINISHED = """errors => document.querySelector(errors) ||
@@ -37,7 +46,9 @@ def copy(root, tmp_path_factory):
     """A folder with the tracked files; its notebooks have no outputs."""
     folder = tmp_path_factory.mktemp("lab") / "xwing"
     folder.mkdir()
-    subprocess.run(f"git ls-files -z | xargs -0 cp --parents -t '{folder}'", shell=True, cwd=root, check=True)
+    subprocess.run(
+        f"git ls-files -z | xargs -0 cp --parents -t '{folder}'", shell=True, cwd=root, check=True
+    )
     clear = [sys.executable, "-m", "jupyter", "nbconvert", "--clear-output", "--inplace"]
     subprocess.run([*clear, *folder.glob("notebooks/*.ipynb")], check=True, capture_output=True)
     return folder
@@ -53,10 +64,21 @@ def address(copy):
     command = re.search(r"/jupyter (lab .*)", (copy / "Makefile").read_text())[1].split()
     command += ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
     token = secrets.token_hex()
-    environment = {**os.environ, "PYTHONPATH": str(copy), "XWING_SMOKE": "1", "JUPYTER_TOKEN": token,
-                   "JUPYTER_CONFIG_DIR": str(copy.parent), "JUPYTER_RUNTIME_DIR": str(copy.parent)}
-    server = subprocess.Popen([sys.executable, "-m", "jupyter", *command], cwd=copy, env=environment,
-                              stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "XWING_SMOKE": "1",
+        "JUPYTER_TOKEN": token,
+        "JUPYTER_CONFIG_DIR": str(copy.parent),
+        "JUPYTER_RUNTIME_DIR": str(copy.parent),
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", *command],
+        cwd=copy,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stderr)
     address = next(match[0] for match in found if match)
     threading.Thread(target=server.stderr.read, daemon=True).start()
@@ -98,7 +120,10 @@ def test_pnp_runs_and_its_viewer_moves_and_plays(page, address, tmp_path):
     assert run_all(page, address, "notebooks/pnp.ipynb", tmp_path) == ([], [])
     assert page.locator(".jp-OutputArea video").count() == 1
     changed = "before => document.querySelector('img.widget-image').src != before"
-    picture, readout = page.locator("img.widget-image"), page.locator(".widget-slider .widget-readout")
+    picture, readout = (
+        page.locator("img.widget-image"),
+        page.locator(".widget-slider .widget-readout"),
+    )
     page.locator(".widget-slider .noUi-handle").press("Home")
     playwright.expect(readout).to_have_text("0")
     first = picture.get_attribute("src")

@@ -12,7 +12,9 @@ from PIL import Image
 
 import xwing_utils as xu
 
-pytestmark = pytest.mark.filterwarnings("ignore:Got processor for keypoints")  # pipelines of one transform
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Got processor for keypoints"
+)  # pipelines of one transform
 KEYPOINT_PARAMS = A.KeypointParams(format="xy", remove_invisible=False)
 IDENTITY = np.eye(4).tolist()
 
@@ -20,7 +22,10 @@ IDENTITY = np.eye(4).tolist()
 @pytest.fixture
 def folder(root, tmp_path):
     """A copy of the first four frames of data/sample."""
-    for name in ["camera_info.json", *(f"{i}{end}" for i in range(4) for end in (".jpg", "_mat.json"))]:
+    for name in [
+        "camera_info.json",
+        *(f"{i}{end}" for i in range(4) for end in (".jpg", "_mat.json")),
+    ]:
         shutil.copy(root / "data" / "sample" / name, tmp_path / name)
     return tmp_path
 
@@ -28,8 +33,10 @@ def folder(root, tmp_path):
 # ------------------------------------------------------------ sets on disk
 
 
-@pytest.mark.parametrize("name,count", [("sample", 512), ("test", 512), ("shifted", 256), ("looks", 256),
-                                        ("frames", 300)])
+@pytest.mark.parametrize(
+    "name,count",
+    [("sample", 512), ("test", 512), ("shifted", 256), ("looks", 256), ("frames", 300)],
+)
 def test_committed_sets_load(root, name, count):
     paths, matrices = xu.load_dataset(root / "data" / name)
     assert len(paths) == count and matrices.shape == (count, 4, 4)
@@ -49,11 +56,15 @@ def test_poses_of_the_committed_sets_follow_the_documented_distribution(root, na
     z = matrices[:, 2, 3]
     assert 0.4 < (z == 0).mean() < 0.6 and z.min() >= -0.4 and z.max() <= 0.3
     inside = xu.in_frame(xu.keypoints_of(matrices, *camera)).sum(1)
-    assert 0.4 < (inside == 8).mean() < 0.6 and 0.78 < (inside >= 6).mean() < 0.9  # data/README.md says so
+    assert (
+        0.4 < (inside == 8).mean() < 0.6 and 0.78 < (inside >= 6).mean() < 0.9
+    )  # data/README.md says so
 
 
 def test_committed_sets_share_no_frame(root):
-    sets = [xu.load_dataset(root / "data" / name)[1] for name in ("sample", "test", "shifted", "looks")]
+    sets = [
+        xu.load_dataset(root / "data" / name)[1] for name in ("sample", "test", "shifted", "looks")
+    ]
     for first, second in itertools.combinations(sets, 2):
         assert np.abs(first[:, None] - second[None]).max((2, 3)).min() > 1e-3
 
@@ -86,19 +97,22 @@ def test_a_frame_without_its_matrix_is_named(folder):
         xu.load_dataset(folder)
 
 
-@pytest.mark.parametrize("value,message", [
-    ("[[1, 0, 0", "JSON"),
-    ("", "JSON"),
-    (np.eye(3).tolist(), "shape"),
-    ([1, 2, 3], "shape"),
-    ([[1, 2], [3]], "shape"),
-    ({"matrix": IDENTITY}, "shape"),
-    (np.diag([np.nan, 1, 1, 1]).tolist(), "NaN"),
-    (np.diag([np.inf, 1, 1, 1]).tolist(), "infinite"),
-    (np.diag([-1.0, 1, 1, 1]).tolist(), "mirrors"),
-    (np.diag([2.0, 2, 2, 1]).tolist(), "rigid"),
-    ([*IDENTITY[:3], [0.1, 0.2, 0.3, 1]], "rigid"),
-])
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        ("[[1, 0, 0", "JSON"),
+        ("", "JSON"),
+        (np.eye(3).tolist(), "shape"),
+        ([1, 2, 3], "shape"),
+        ([[1, 2], [3]], "shape"),
+        ({"matrix": IDENTITY}, "shape"),
+        (np.diag([np.nan, 1, 1, 1]).tolist(), "NaN"),
+        (np.diag([np.inf, 1, 1, 1]).tolist(), "infinite"),
+        (np.diag([-1.0, 1, 1, 1]).tolist(), "mirrors"),
+        (np.diag([2.0, 2, 2, 1]).tolist(), "rigid"),
+        ([*IDENTITY[:3], [0.1, 0.2, 0.3, 1]], "rigid"),
+    ],
+)
 def test_a_bad_matrix_is_named(folder, value, message):
     (folder / "2_mat.json").write_text(value if isinstance(value, str) else json.dumps(value))
     with pytest.raises(ValueError, match=f"(?s)2_mat.json.*{message}"):
@@ -112,15 +126,25 @@ def test_the_camera_comes_from_its_file_or_folder(root, camera):
     assert projection[0, 0] == projection[1, 1] == 1.9444442987442017
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"projection_matrix": None}, "projection_matrix"),
-    ({"projection_matrix": IDENTITY}, "perspective"),
-    ({"model_view_matrix": np.diag([1, -1, 1, 1]).tolist()}, "model_view_matrix.*mirrors"),
-    ({"model_view_matrix": np.full((4, 4), np.nan).tolist()}, "model_view_matrix.*NaN"),
-    ("{}", "missing"), ("[]", "missing"), ("not json", "JSON")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"projection_matrix": None}, "projection_matrix"),
+        ({"projection_matrix": IDENTITY}, "perspective"),
+        ({"model_view_matrix": np.diag([1, -1, 1, 1]).tolist()}, "model_view_matrix.*mirrors"),
+        ({"model_view_matrix": np.full((4, 4), np.nan).tolist()}, "model_view_matrix.*NaN"),
+        ("{}", "missing"),
+        ("[]", "missing"),
+        ("not json", "JSON"),
+    ],
+)
 def test_a_bad_camera_is_named(folder, change, message):
     path = folder / "camera_info.json"
-    text = change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change})
+    text = (
+        change
+        if isinstance(change, str)
+        else json.dumps({**json.loads(path.read_text()), **change})
+    )
     path.write_text(text)
     with pytest.raises(ValueError, match=f"camera_info.json.*{message}"):
         xu.load_camera(folder)
@@ -137,20 +161,23 @@ def saved(tmp_path, image, name="0.png", **arguments):
     return xu.read_image(tmp_path / name, (32, 16))
 
 
-@pytest.mark.parametrize("mode,colour,name,expected", [
-    ("RGB", (250, 100, 10), "0.png", (250, 100, 10)),
-    ("RGB", (250, 100, 10), "0.bmp", (250, 100, 10)),
-    ("RGBA", (250, 100, 10, 255), "0.png", (250, 100, 10)),
-    ("RGBA", (250, 100, 10, 51), "0.png", (50, 20, 2)),
-    ("LA", (200, 255), "0.png", (200, 200, 200)),
-    ("L", 77, "0.png", (77, 77, 77)),
-    ("L", 77, "0.jpg", (77, 77, 77)),
-    ("1", 1, "0.png", (255, 255, 255)),
-    ("I;16", 257 * 77, "0.png", (77, 77, 77)),
-    ("I;16", 65535, "0.png", (255, 255, 255)),
-    ("I;16", 0, "0.tif", (0, 0, 0)),
-    ("CMYK", (0, 255, 255, 0), "0.jpg", (254, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "mode,colour,name,expected",
+    [
+        ("RGB", (250, 100, 10), "0.png", (250, 100, 10)),
+        ("RGB", (250, 100, 10), "0.bmp", (250, 100, 10)),
+        ("RGBA", (250, 100, 10, 255), "0.png", (250, 100, 10)),
+        ("RGBA", (250, 100, 10, 51), "0.png", (50, 20, 2)),
+        ("LA", (200, 255), "0.png", (200, 200, 200)),
+        ("L", 77, "0.png", (77, 77, 77)),
+        ("L", 77, "0.jpg", (77, 77, 77)),
+        ("1", 1, "0.png", (255, 255, 255)),
+        ("I;16", 257 * 77, "0.png", (77, 77, 77)),
+        ("I;16", 65535, "0.png", (255, 255, 255)),
+        ("I;16", 0, "0.tif", (0, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), "0.jpg", (254, 0, 0)),
+    ],
+)
 def test_pictures_of_all_modes_become_rgb(tmp_path, mode, colour, name, expected):
     pixels = saved(tmp_path, Image.new(mode, (32, 16), colour), name)
     assert pixels.shape == (16, 32, 3) and pixels.dtype == np.uint8
@@ -170,9 +197,16 @@ def test_16_bits_are_scaled_and_not_cut(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["0.jpg", "0.png"])
-@pytest.mark.parametrize("orientation,stored_as", [
-    (1, lambda p: p), (2, lambda p: p[:, ::-1]), (3, lambda p: np.rot90(p, 2)), (6, np.rot90),
-    (8, lambda p: np.rot90(p, -1))])
+@pytest.mark.parametrize(
+    "orientation,stored_as",
+    [
+        (1, lambda p: p),
+        (2, lambda p: p[:, ::-1]),
+        (3, lambda p: np.rot90(p, 2)),
+        (6, np.rot90),
+        (8, lambda p: np.rot90(p, -1)),
+    ],
+)
 def test_pictures_are_turned_as_their_exif_tag_says(tmp_path, name, orientation, stored_as):
     upright, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
     upright[:8, :16] = 250  # the top left is bright
@@ -215,7 +249,9 @@ def test_pictures_that_are_none_or_of_another_size_are_named(folder):
 
 def dataset_of(sample, camera, count=8, **arguments):
     paths, matrices = sample
-    return xu.make_dataset(paths[:count], matrices[:count], *camera, **{"batch_size": 4, **arguments})
+    return xu.make_dataset(
+        paths[:count], matrices[:count], *camera, **{"batch_size": 4, **arguments}
+    )
 
 
 def next_epoch(dataset):
@@ -286,8 +322,11 @@ def test_batches_are_the_same_from_many_threads(sample, camera):
 def test_an_epoch_has_every_frame_once_in_an_order_of_its_own(sample, camera, mirror_only):
     dataset = dataset_of(sample, camera, count=10)
     frames = [xu.read_image(p) for p in sample[0][:10]]
-    number = {f.tobytes(): i for i, frame in enumerate(frames)
-              for f in (frame, np.ascontiguousarray(frame[:, ::-1]))}
+    number = {
+        f.tobytes(): i
+        for i, frame in enumerate(frames)
+        for f in (frame, np.ascontiguousarray(frame[:, ::-1]))
+    }
     orders = []
     for _ in range(3):
         orders.append([number[image.tobytes()] for b in range(3) for image in dataset[b][0]])
@@ -342,13 +381,16 @@ def test_squares_cut_round_the_ship(sample, camera):
     assert held.mean() > 0.95
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"size": 512, "crop": True}, "size"),
-    ({"size": 0}, "size"),
-    ({"batch_size": 0}, "batch_size"),
-    ({"batch_size": 3, "shard": (0, 2)}, "batch_size"),
-    ({"count": 0}, "0 frames"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"size": 512, "crop": True}, "size"),
+        ({"size": 0}, "size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 3, "shard": (0, 2)}, "batch_size"),
+        ({"count": 0}, "0 frames"),
+    ],
+)
 def test_arguments_that_cannot_be_used(sample, camera, arguments, message):
     with pytest.raises(ValueError, match=message):
         dataset_of(sample, camera, **arguments)
@@ -388,7 +430,9 @@ def test_half_the_frames_are_mirrored_with_identities_swapped(sample, camera, mi
         assert upright.sum() + turned.sum() == 1
         matrix = sample[1][np.argmax(upright | turned)]
         matrix = xu.mirror_transformation(matrix) if turned.any() else matrix
-        np.testing.assert_allclose(keypoints[:8, :2], xu.keypoints_of([matrix], *camera)[0], atol=1e-3)
+        np.testing.assert_allclose(
+            keypoints[:8, :2], xu.keypoints_of([matrix], *camera)[0], atol=1e-3
+        )
         shown = xu.front_facing([matrix], camera[0])[0]
         np.testing.assert_array_equal(keypoints[:, 0] == -1e4, ~shown)
         expected = xu.keypoints_of([matrix], *camera, points=xu.KEYPOINTS)[0]
@@ -405,12 +449,16 @@ def test_frames_are_randomised_as_they_are_on_disk(sample, camera, K):
         seen.append((image.copy(), pose, K, rng.random()))
         return np.zeros_like(image)
 
-    dataset = dataset_of(sample, camera, count=8, batch_size=8, seed=3, randomise=randomise, shares=(1, 0))
+    dataset = dataset_of(
+        sample, camera, count=8, batch_size=8, seed=3, randomise=randomise, shares=(1, 0)
+    )
     images, _ = dataset[0]
     frames = {xu.read_image(path).tobytes(): matrix for path, matrix in zip(*sample)}
     assert len(seen) == 8 and images.mean() < 40
     for image, pose, got, _ in seen:
-        np.testing.assert_allclose(pose, xu.pose_in_camera(camera[0], frames[image.tobytes()]), atol=1e-12)
+        np.testing.assert_allclose(
+            pose, xu.pose_in_camera(camera[0], frames[image.tobytes()]), atol=1e-12
+        )
         np.testing.assert_allclose(got, K)
     before = [random for *_, random in seen]
     dataset[0]
@@ -442,11 +490,19 @@ def moved(transform, *points, image=None):
     return xu.augment(dot(100, 100) if image is None else image, points, pipeline)
 
 
-@pytest.mark.parametrize("transform", [
-    A.Affine(rotate=(90, 90), p=1), A.Affine(rotate=(180, 180), p=1), A.Affine(rotate=(-33, -33), p=1),
-    A.Affine(scale=(0.8, 0.8), p=1), A.Affine(scale=(1.25, 1.25), p=1),
-    A.Affine(translate_px={"x": (10, 10), "y": (-7, -7)}, p=1), MOTION,
-], ids=["quarter", "half", "turn", "shrink", "grow", "shift", "all"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        A.Affine(rotate=(90, 90), p=1),
+        A.Affine(rotate=(180, 180), p=1),
+        A.Affine(rotate=(-33, -33), p=1),
+        A.Affine(scale=(0.8, 0.8), p=1),
+        A.Affine(scale=(1.25, 1.25), p=1),
+        A.Affine(translate_px={"x": (10, 10), "y": (-7, -7)}, p=1),
+        MOTION,
+    ],
+    ids=["quarter", "half", "turn", "shrink", "grow", "shift", "all"],
+)
 @pytest.mark.parametrize("position", [(100.5, 140.5), (88.3, 171.9)])
 def test_keypoints_move_with_the_picture(transform, position):
     image, keypoints = moved(transform, position, image=dot(*position))
@@ -457,7 +513,9 @@ def test_keypoints_move_with_the_picture(transform, position):
 def test_keypoints_move_with_the_picture_under_the_project_s_own_motion():
     moves = 0
     for seed in range(20):
-        transform = A.Compose(xu.augmentation().transforms[:1], keypoint_params=KEYPOINT_PARAMS, seed=seed)
+        transform = A.Compose(
+            xu.augmentation().transforms[:1], keypoint_params=KEYPOINT_PARAMS, seed=seed
+        )
         image, keypoints = xu.augment(dot(120.3, 140.8), [(120.3, 140.8)], transform)
         assert np.abs(centroid(image) - keypoints[0]).max() < 0.15
         moves += np.abs(keypoints[0] - (120.3, 140.8)).max() > 1
@@ -492,7 +550,9 @@ def test_two_writers_of_one_file_in_one_process_do_not_share_its_part(tmp_path):
     assert first != second and path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [OSError("the camera is gone"), FileNotFoundError(2, "No file", "7.jpg")])
+@pytest.mark.parametrize(
+    "error", [OSError("the camera is gone"), FileNotFoundError(2, "No file", "7.jpg")]
+)
 def test_an_error_of_what_is_written_keeps_its_words(tmp_path, error):
     with pytest.raises(type(error)) as caught, xu.part_files(tmp_path / "a.mp4"):
         raise error

@@ -42,17 +42,27 @@ def grid():
 
 
 def test_a_pose_is_right_within_both_bounds():
-    found = [turned(4.9), turned(5.1), turned(0, shift=(0, 0, 0.049)), turned(0, shift=(0, 0, 0.051)), None]
+    found = [
+        turned(4.9),
+        turned(5.1),
+        turned(0, shift=(0, 0, 0.049)),
+        turned(0, shift=(0, 0, 0.051)),
+        None,
+    ]
     assert evaluation.within(found, [np.eye(4)] * 5).tolist() == [True, False, True, False, False]
     assert evaluation.within([], []).dtype == bool
 
 
 def test_translation_error():
-    assert evaluation.translation_error(turned(50, shift=(0.3, 0.4, 0)), np.eye(4)) == pytest.approx(0.5)
+    assert evaluation.translation_error(
+        turned(50, shift=(0.3, 0.4, 0)), np.eye(4)
+    ) == pytest.approx(0.5)
 
 
 def test_add_error_is_the_mean_over_the_corners(poses):
-    moved = [np.linalg.norm(poses[0] @ p - poses[1] @ p) for p in xu.to_homogeneous(xu.BOUNDING_BOX)]
+    moved = [
+        np.linalg.norm(poses[0] @ p - poses[1] @ p) for p in xu.to_homogeneous(xu.BOUNDING_BOX)
+    ]
     assert evaluation.add_error(poses[0], poses[1]) == pytest.approx(np.mean(moved))
     assert evaluation.add_error(turned(0, shift=(0.03, 0, 0.04)), np.eye(4)) == pytest.approx(0.05)
 
@@ -89,7 +99,9 @@ def test_report_of_errors_worked_out_by_hand(grid):
     report = evaluation.corner_report(estimate, grid)
     assert report["corner_px"] == pytest.approx(2)
     assert (report["within_2px"], report["within_5px"]) == (0.5, 0.75)
-    assert evaluation.corner_report(estimate / 2, grid / 2, 128, scale=2)["corner_px"] == pytest.approx(2)
+    assert evaluation.corner_report(estimate / 2, grid / 2, 128, scale=2)[
+        "corner_px"
+    ] == pytest.approx(2)
 
 
 def test_report_counts_corners_in_the_frame_only(grid):
@@ -110,7 +122,9 @@ def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
     truth = np.random.default_rng(0).uniform(60, 196, (3, 8, 2))
     settings = dict(sigma=sigma, stride=stride, size=256)
     truth[1, 4] = [-20, 100]
-    maps = np.stack([xu.gaussian_heatmaps(c / stride, 256 // stride, sigma / stride) for c in truth])
+    maps = np.stack(
+        [xu.gaussian_heatmaps(c / stride, 256 // stride, sigma / stride) for c in truth]
+    )
     errors = evaluation.heatmap_errors(maps, truth, settings)
     assert np.isnan(errors[1, 4]) and np.isnan(errors).sum() == 1 and np.nanmax(errors) < 1e-5
     nothing = evaluation.heatmap_errors(np.zeros_like(maps), truth, settings)
@@ -118,8 +132,12 @@ def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
 
 
 def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
-    with pytest.raises(ValueError, match="sigma: expected at least the network's own 4.0 pixels, got 2.0"):
-        evaluation.heatmap_errors([], np.zeros((0, 8, 2)), dict(sigma=4.0, stride=2, size=256), sigma=2.0)
+    with pytest.raises(
+        ValueError, match="sigma: expected at least the network's own 4.0 pixels, got 2.0"
+    ):
+        evaluation.heatmap_errors(
+            [], np.zeros((0, 8, 2)), dict(sigma=4.0, stride=2, size=256), sigma=2.0
+        )
 
 
 # ------------------------------------------------------------ a set: errors, figures, intervals
@@ -127,8 +145,14 @@ def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
 
 def test_figures_of_a_perfect_prediction(corners, poses, K):
     figures = evaluation.summarise(evaluation.frame_errors(corners, list(poses), corners, poses, K))
-    shares = ("poses_found", "add_0.1", "add_0.02", "muzzles_within_3px", "corners_within_5px",
-              "box_corners_within_5px")
+    shares = (
+        "poses_found",
+        "add_0.1",
+        "add_0.02",
+        "muzzles_within_3px",
+        "corners_within_5px",
+        "box_corners_within_5px",
+    )
     counts = {"frames": 50, "frames_with_4_corners": int((xu.in_frame(corners).sum(1) >= 4).sum())}
     assert {name: figures.pop(name) for name in counts} == counts
     assert figures == pytest.approx({name: float(name in shares) for name in figures}, abs=1e-9)
@@ -141,14 +165,18 @@ def test_box_is_measured_where_it_was_solved_and_else_the_keypoints(corners, pos
     np.testing.assert_allclose(errors["corner"][inside], np.sqrt(18))
     np.testing.assert_allclose(errors["box"][0][inside[0]], np.sqrt(18))
     assert np.nanmax(errors["box"][1:]) < 1e-9
-    assert np.isnan(errors["rotation"][0]) and not errors["solved"][0] and errors["solved"][1:].all()
+    assert (
+        np.isnan(errors["rotation"][0]) and not errors["solved"][0] and errors["solved"][1:].all()
+    )
 
 
 def test_true_distance_and_elevation_are_those_of_the_camera_seen_from_the_ship(corners, poses, K):
     errors = evaluation.frame_errors(corners, list(poses), corners, poses, K)
     camera = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])  # in model axes
     np.testing.assert_allclose(errors["distance"], np.linalg.norm(camera, axis=1))
-    np.testing.assert_allclose(np.sin(np.radians(errors["elevation"])), camera[:, 2] / errors["distance"])
+    np.testing.assert_allclose(
+        np.sin(np.radians(errors["elevation"])), camera[:, 2] / errors["distance"]
+    )
 
 
 def test_a_missing_pose_is_a_miss_and_no_flip(corners, poses, K):
@@ -192,7 +220,9 @@ def test_bootstrap_agrees_with_scipy(grid, K):
     found = [turned(angle, start=pose) for angle, pose in zip(angles, poses)]
     intervals = evaluation.bootstrap(evaluation.frame_errors(truth, found, truth, poses, K))
     low, high = intervals["rotation_deg_median"]
-    expected = stats.bootstrap((angles,), np.median, method="percentile", rng=np.random.default_rng(1))
+    expected = stats.bootstrap(
+        (angles,), np.median, method="percentile", rng=np.random.default_rng(1)
+    )
     np.testing.assert_allclose([low, high], expected.confidence_interval, atol=0.5)
     assert low < np.median(angles) < high
 
@@ -214,7 +244,9 @@ FPS = 30.0
 def flight(count):
     """(N, 4, 4) a smooth flight before the camera."""
     seconds = np.arange(count) / FPS
-    return np.array([turned(40 * t, (0.2, 1, 0.1), (0.2 * t - 0.1, 0.05 * t, 1 + 0.1 * t)) for t in seconds])
+    return np.array(
+        [turned(40 * t, (0.2, 1, 0.1), (0.2 * t - 0.1, 0.05 * t, 1 + 0.1 * t)) for t in seconds]
+    )
 
 
 def test_jitter_is_the_acceleration_error():
@@ -273,7 +305,9 @@ def test_the_panel_has_a_row_a_figure_and_a_column_a_set(figures):
 
 def test_what_was_not_measured_or_cannot_be_is_a_dash(figures):
     other = {"frames": 3, "heatmap_mse_sigma10": 0.001}
-    table = evaluation.results_table({"test": figures["test"] | {"speed_score": np.nan}, "other": other})
+    table = evaluation.results_table(
+        {"test": figures["test"] | {"speed_score": np.nan}, "other": other}
+    )
     assert table.loc["SPEED score"].tolist() == ["–", "–"]
     assert table.loc["heatmap MSE at sigma 10 px"].tolist() == ["–", "0.00100"]
 
@@ -291,7 +325,9 @@ def test_results_go_into_the_json_file_and_between_the_readme_s_markers(figures,
     written = json.loads((project / "weights" / "xwing_eval.json").read_text())
     table = evaluation.readme_rows(written["figures"], written["intervals_95"])
     assert text == f"before\n<!-- results -->\n{table}\n<!-- /results -->\nafter\n"
-    assert len(table.splitlines()) == 8 and "| rotation error, median | 0.00° (0.50–1.25) |" in table
+    assert (
+        len(table.splitlines()) == 8 and "| rotation error, median | 0.00° (0.50–1.25) |" in table
+    )
     assert written["figures"]["test"]["frames"] == 50
     assert set(written["figures"]["test"]) <= set(evaluation.JSON_KEYS)
 
@@ -308,7 +344,9 @@ def test_results_need_the_readme_s_markers_and_write_nothing_without(figures, pr
     (project / "README.md").write_text("nothing\n")
     with pytest.raises(ValueError, match="README.md: expected the markers"):
         evaluation.write_results(project, figures, INTERVALS, project / "README.md")
-    assert (project / "README.md").read_text() == "nothing\n" and not any((project / "weights").iterdir())
+    assert (project / "README.md").read_text() == "nothing\n" and not any(
+        (project / "weights").iterdir()
+    )
 
 
 # ------------------------------------------------------------ a folder
@@ -337,7 +375,9 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
     assert [path.name for path in found.paths] == [f"{i}.jpg" for i in range(6)]
     assert found.keypoints.shape == found.true_keypoints.shape == (6, 36, 2)
     assert found.confidence.shape == found.sigma.shape == (6, 36)
-    np.testing.assert_array_equal(found.true_poses, [xu.pose_in_camera(camera[0], m) for m in matrices[:6]])
+    np.testing.assert_array_equal(
+        found.true_poses, [xu.pose_in_camera(camera[0], m) for m in matrices[:6]]
+    )
     np.testing.assert_array_equal(found.K, K)
     errors = found.errors()
     assert all(a is b for a, b in zip(found.estimates, found.from_points))
@@ -365,22 +405,31 @@ def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
     assert order == [1, *["read", "read", 2] * 3]
 
 
-@pytest.mark.parametrize("arguments,numbers", [
-    ({"limit": 2}, [0, 1]), ({"step": 4}, [0, 4]),
-    ({"step": 2, "limit": 2}, [0, 2]), ({"limit": 9}, range(6)),
-])
+@pytest.mark.parametrize(
+    "arguments,numbers",
+    [
+        ({"limit": 2}, [0, 1]),
+        ({"step": 4}, [0, 4]),
+        ({"step": 2, "limit": 2}, [0, 2]),
+        ({"limit": 9}, range(6)),
+    ],
+)
 def test_a_part_of_a_folder(folder, model, arguments, numbers):
     found = evaluation.evaluate_folder(folder, model, progress=False, **arguments)
     assert [int(path.stem) for path in found.paths] == list(numbers)
     assert len(found.estimates) == len(found.true_poses) == len(numbers)
 
 
-def test_the_command_line_prints_the_panel_and_writes_it(folder, model, monkeypatch, capsys, tmp_path):
+def test_the_command_line_prints_the_panel_and_writes_it(
+    folder, model, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr(xu, "load_model", lambda path: model)
     path = tmp_path / "panel.json"
     evaluation.main([str(folder), "--no-align", "--limit", "4", "--json", str(path)])
     written = json.loads(path.read_text())
-    assert tuple(written) == evaluation.JSON_KEYS and written["frames"] == 4 and written["flips"] == 0
+    assert (
+        tuple(written) == evaluation.JSON_KEYS and written["frames"] == 4 and written["flips"] == 0
+    )
     assert written["rotation_deg_median"] < 1 and written["seconds_per_frame"] > 0
     printed = capsys.readouterr().out
     assert "rotation error, median" in printed and printed.splitlines()[0].strip() == "set"
@@ -398,9 +447,13 @@ def test_the_command_line_names_what_is_missing(folder, tmp_path, capsys):
     assert "nowhere" in fails(capsys, tmp_path / "nowhere")
     weights = tmp_path / "nothing.weights.h5"
     assert f"{weights.name}: no such file" in fails(capsys, folder, "--weights", weights)
-    assert "--limit: expected a positive number of frames, got 0" in fails(capsys, folder, "--limit", 0)
+    assert "--limit: expected a positive number of frames, got 0" in fails(
+        capsys, folder, "--limit", 0
+    )
     for path in (tmp_path / "missing" / "panel.json", tmp_path):
-        assert "--json: expected a file in a folder that exists" in fails(capsys, folder, "--json", path)
+        assert "--json: expected a file in a folder that exists" in fails(
+            capsys, folder, "--json", path
+        )
 
 
 def test_the_command_line_names_the_bad_frame(folder, model, monkeypatch, capsys, tmp_path):
@@ -422,7 +475,9 @@ def test_the_command_line_names_the_bad_frame(folder, model, monkeypatch, capsys
 def test_reliability_counts_and_averages():
     table = evaluation.reliability([0.0, 0.08, 0.95, 0.97, 1.0], [False, True, True, True, False])
     assert table["frames"].tolist() == [2, 3]
-    np.testing.assert_allclose(table[["claimed", "right"]], [[0.04, 0.5], [0.97333, 2 / 3]], atol=1e-4)
+    np.testing.assert_allclose(
+        table[["claimed", "right"]], [[0.04, 0.5], [0.97333, 2 / 3]], atol=1e-4
+    )
 
 
 def test_the_roc_s_area_is_the_chance_that_a_wrong_pose_scores_higher():
@@ -441,11 +496,17 @@ def test_flights_show_the_ship_where_their_matrices_say(root, name, width, heigh
     """The ship's pixels are brighter than the sky around them, in frames all along the video."""
     video, truth, K = evaluation.load_flight(root / "data" / f"{name}.json")
     clip = Clip(video)
-    assert len(truth) == clip.count == 300 and clip.fps == 30 and (clip.width, clip.height) == (width, height)
+    assert (
+        len(truth) == clip.count == 300
+        and clip.fps == 30
+        and (clip.width, clip.height) == (width, height)
+    )
     assert video.stat().st_size < 6e6
     ship = load_mesh(root / "data" / "xwing.obj")
     for i, frame in enumerate(clip):
         if i % 50 == 20:
             cover = rasterise(ship.triangles, truth[i], K, width, height)[0] >= 0
             near = cv2.dilate(np.uint8(cover), np.ones((15, 15))) > 0
-            assert frame.image[cover].min(1).mean() > 2 * frame.image[near & ~cover].min(1).mean() + 20
+            assert (
+                frame.image[cover].min(1).mean() > 2 * frame.image[near & ~cover].min(1).mean() + 20
+            )

@@ -37,8 +37,13 @@ def pose_of(angles, position=(0, 0, 1.0)):
 ACROSS = pose_of((0, 0, 90))  # the nose, and so the bolts, to the right
 HEAD_ON = pose_of((80, 0, 0), (0.05, 0.08, 0.9))  # the bolts fly past the camera
 SHOTS = {  # name -> pose; every bolt in sight in long, flat lines
-    "up": pose_of((0, 0, 0)), "right": ACROSS, "left": pose_of((0, 0, -90)), "slanted": pose_of((0, 0, 50)),
-    "away": pose_of((-40, 0, 20)), "towards": pose_of((40, 0, 20), (0, 0, 1.3)), "side": pose_of((0, 90, 30)),
+    "up": pose_of((0, 0, 0)),
+    "right": ACROSS,
+    "left": pose_of((0, 0, -90)),
+    "slanted": pose_of((0, 0, 50)),
+    "away": pose_of((-40, 0, 20)),
+    "towards": pose_of((40, 0, 20), (0, 0, 1.3)),
+    "side": pose_of((0, 90, 30)),
 }
 
 
@@ -107,7 +112,9 @@ def test_a_missing_pose_fires_nothing_and_what_was_fired_flies_on(K):
 def test_bolts_keep_their_course_when_the_ship_turns():
     shot = Lasers(rate=1.0).shot(30)
     first = [shot.step(ACROSS) for _ in range(10)][-1]
-    course = (first[:, 1] - first[:, 0]) / np.linalg.norm(first[:, 1] - first[:, 0], axis=1, keepdims=True)
+    course = (first[:, 1] - first[:, 0]) / np.linalg.norm(
+        first[:, 1] - first[:, 0], axis=1, keepdims=True
+    )
     for turn in range(10, 100, 10):
         step = shot.step(pose_of((0, turn, 90 + turn), (0.3, 0.1, 1.2)))[:, 1] - first[:, 1]
         np.testing.assert_allclose(np.linalg.norm(np.cross(step, course), axis=1), 0, atol=1e-12)
@@ -117,8 +124,12 @@ def test_bolts_keep_their_course_when_the_ship_turns():
 def test_bolts_fly_by_the_frames_own_seconds():
     shot = Lasers(rate=1.0, length=0.1, reach=100.0).shot(30)
     heads = [shot.step(np.eye(4), seconds)[0, 1, 1] for seconds in (0.1, 0.15, 0.65)]
-    np.testing.assert_allclose(np.subtract(-0.1, heads), [0.2, 0.3, 1.3])  # 2 model units a second, along -y
-    assert len(shot.step(np.eye(4), 1e9)) < 200  # a broken time stamp: only what can still fly is fired
+    np.testing.assert_allclose(
+        np.subtract(-0.1, heads), [0.2, 0.3, 1.3]
+    )  # 2 model units a second, along -y
+    assert (
+        len(shot.step(np.eye(4), 1e9)) < 200
+    )  # a broken time stamp: only what can still fly is fired
 
 
 def test_volleys_vary_with_the_seed_and_only_with_it():
@@ -131,18 +142,37 @@ def test_volleys_vary_with_the_seed_and_only_with_it():
     assert not np.array_equal(times(jitter=0.5, seed=1)[:15], times(jitter=0.5, seed=2)[:15])
 
 
-@pytest.mark.parametrize("name,value", [("rate", -1), ("speed", 0), ("length", np.nan), ("reach", np.inf),
-                                        ("jitter", 1), ("radius", 0), ("fps", 0)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("rate", -1),
+        ("speed", 0),
+        ("length", np.nan),
+        ("reach", np.inf),
+        ("jitter", 1),
+        ("radius", 0),
+        ("fps", 0),
+    ],
+)
 def test_lasers_that_cannot_be(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         Lasers().shot(value) if name == "fps" else Lasers(**{name: value})
 
 
-@pytest.mark.parametrize("draw", [
-    lambda i, K: draw_bolts(i, flying(ACROSS), K),
-    lambda i, K: draw_tracked(i, TrackedPose("tracked", 0, ACROSS, np.eye(6) * 1e-4, np.ones(6)), K)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda i, K: draw_bolts(i, flying(ACROSS), K),
+        lambda i, K: draw_tracked(
+            i, TrackedPose("tracked", 0, ACROSS, np.eye(6) * 1e-4, np.ones(6)), K
+        ),
+    ],
+)
 def test_drawing_leaves_the_frame_alone(K, draw):
-    for image in (np.full((256, 256, 3), 30, np.uint8), np.rot90(np.full((200, 256, 3), 30, np.uint8))):
+    for image in (
+        np.full((256, 256, 3), 30, np.uint8),
+        np.rot90(np.full((200, 256, 3), 30, np.uint8)),
+    ):
         drawn = draw(image, K)
         assert (image == 30).all() and (drawn != 30).any()
         assert drawn.shape == image.shape and drawn.dtype == np.uint8
@@ -161,13 +191,17 @@ def test_a_bolt_is_as_long_as_it_is(K):
     _, along = distances(core(one_bolt(ACROSS, 2, 0.03, 0.19), K)[0], ACROSS, K, 2)
     depth = (ACROSS @ [*xu.LASERS[2, 0], 1])[2]
     expected = K[0, 0] / depth * np.array([0.03, 0.19])
-    np.testing.assert_allclose([along.min(), along.max()], expected, atol=2.5)  # its head is rounded
+    np.testing.assert_allclose(
+        [along.min(), along.max()], expected, atol=2.5
+    )  # its head is rounded
 
 
 def test_both_pairs_of_cannons_fire_in_turn():
     first, second = flying(ACROSS, 1, reach=0.01), flying(ACROSS, 7, reach=0.01)
     muzzles = xu.LASERS @ ACROSS[:3, :3].T + ACROSS[:3, 3]
-    course = (muzzles[:, 1] - muzzles[:, 0]) / np.linalg.norm(muzzles[:, 1] - muzzles[:, 0], axis=1)[:, None]
+    course = (muzzles[:, 1] - muzzles[:, 0]) / np.linalg.norm(
+        muzzles[:, 1] - muzzles[:, 0], axis=1
+    )[:, None]
 
     def cannon(bolt):
         return int(np.argmin(np.linalg.norm(np.cross(bolt[1] - muzzles[:, 0], course), axis=1)))
@@ -183,8 +217,9 @@ def test_bolts_are_in_front_of_the_muzzle_and_in_reach(step):
     assert (start < 3.0).all() and bool(len(bolts)) == bool(step)
 
 
-@pytest.mark.parametrize("pose", [
-    HEAD_ON, pose_of((90, 0, 0), (0, 0.05, 1.0)), pose_of((100, 10, 0), (0, 0, 0.6))])
+@pytest.mark.parametrize(
+    "pose", [HEAD_ON, pose_of((90, 0, 0), (0, 0.05, 1.0)), pose_of((100, 10, 0), (0, 0, 0.6))]
+)
 def test_bolts_are_never_behind_the_camera(K, pose):
     drawn, passed, shot = [], 0, Lasers().shot(20)
     for _ in range(30):
@@ -219,7 +254,9 @@ def test_what_lies_before_a_bolt_hides_it(K):
 
 def test_the_hull_hides_the_bolts_behind_it(K, mesh):
     pose = pose_of((0, 90, 10))  # seen from the side
-    behind = [c for c in range(4) if (pose @ [*xu.LASERS[c, 0], 1])[2] > 1.1]  # the cannons of the far wing
+    behind = [
+        c for c in range(4) if (pose @ [*xu.LASERS[c, 0], 1])[2] > 1.1
+    ]  # the cannons of the far wing
     assert len(behind) == 2
     for cannon in range(4):
         bolts = one_bolt(pose, cannon, 0.0, 0.08)  # beside the nose
@@ -236,7 +273,9 @@ def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
         bolts, image = shot.step(pose), np.full((256, 256, 3), 20, np.uint8)
         whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
         drawn = xfilm._with_bolts(image, bolts, lasers, mesh, pose, K)
-        assert (drawn != draw_bolts(image, bolts, K, whole)).any(-1).mean() < 1e-4  # rounding at an edge
+        assert (drawn != draw_bolts(image, bolts, K, whole)).any(
+            -1
+        ).mean() < 1e-4  # rounding at an edge
         near = xfilm._hull_depth(mesh, bolts, pose, K, (256, 256)) if len(bolts) else None
         part += near is None or np.isfinite(near).sum() < np.isfinite(whole).sum()
     assert part > 50
@@ -270,11 +309,19 @@ def test_the_glow_of_a_large_frame_is_a_gaussian_too(scale):
 
 def test_colour_and_radius_of_the_bolts_are_settings(K):
     black, bolts = np.zeros((256, 256, 3), np.uint8), flying(ACROSS)
-    red, green, thick = (xfilm._with_bolts(black, bolts, lasers, None, None, K).astype(int) for lasers in (
-        Lasers(), Lasers(colour=(40, 255, 60)), Lasers(radius=0.01)))
+    red, green, thick = (
+        xfilm._with_bolts(black, bolts, lasers, None, None, K).astype(int)
+        for lasers in (Lasers(), Lasers(colour=(40, 255, 60)), Lasers(radius=0.01))
+    )
     lit = red.sum(-1) > 60
-    assert lit.sum() > 50 and (red[lit, 0] >= red[lit, 1]).all() and (green[lit, 1] >= green[lit, 0]).all()
-    assert (thick.max(-1) > 200).sum() > 1.5 * (red.max(-1) > 200).sum()  # the glow is as broad as ever
+    assert (
+        lit.sum() > 50
+        and (red[lit, 0] >= red[lit, 1]).all()
+        and (green[lit, 1] >= green[lit, 0]).all()
+    )
+    assert (thick.max(-1) > 200).sum() > 1.5 * (
+        red.max(-1) > 200
+    ).sum()  # the glow is as broad as ever
 
 
 # ------------------------------------------------------------ overlays
@@ -289,15 +336,24 @@ def test_ellipses_are_those_of_many_draws(K):
         moved[:3, :3] = Rotation.from_rotvec(step[:3]).as_matrix() @ pose[:3, :3]
         moved[:3, 3] += step[3:]
         drawn.append(xu.project_pose(xu.BOUNDING_BOX, moved, K))
-    for claimed, corner in zip(xfilm.corner_covariance(pose, covariance, K), np.moveaxis(drawn, 1, 0)):
-        np.testing.assert_allclose(claimed, np.cov(corner.T), rtol=0.15, atol=0.05 * np.trace(claimed))
+    for claimed, corner in zip(
+        xfilm.corner_covariance(pose, covariance, K), np.moveaxis(drawn, 1, 0)
+    ):
+        np.testing.assert_allclose(
+            claimed, np.cov(corner.T), rtol=0.15, atol=0.05 * np.trace(claimed)
+        )
 
 
 def test_the_overlay_shows_all_that_is_known(K):
-    image, whole = np.zeros((256, 256, 3), np.uint8), (np.eye(6) * 1e-4, np.array([0, 0, 0, 0.3, 0.3, 0]))
+    image, whole = (
+        np.zeros((256, 256, 3), np.uint8),
+        (np.eye(6) * 1e-4, np.array([0, 0, 0, 0.3, 0.3, 0])),
+    )
     everything = draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *whole), K)
     for known in ((None, whole[1]), (whole[0], None)):
-        assert (draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *known), K) != everything).sum() > 10
+        assert (
+            draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *known), K) != everything
+        ).sum() > 10
     predicted = draw_tracked(image, TrackedPose("predicted", 0, ACROSS, *whole), K)
     assert (predicted != everything).any(-1).sum() > 100
     assert not draw_tracked(image, TrackedPose("lost"), K).any()
@@ -306,8 +362,12 @@ def test_the_overlay_shows_all_that_is_known(K):
 def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
     """A wide clip, whose picture is scaled into the square: box and spots lie where the corners do."""
     corners = xu.project_pose(xu.BOUNDING_BOX, ACROSS, K)
-    oracle = SimpleNamespace(heatmaps=lambda squares: xu.gaussian_heatmaps(corners / 2, 128, 2.0)[None])
-    wide = np.array([[2 * K[0, 0], 0, 256], [0, 2 * K[0, 0], 128], [0, 0, 1]])  # 512 x 256, half the scale
+    oracle = SimpleNamespace(
+        heatmaps=lambda squares: xu.gaussian_heatmaps(corners / 2, 128, 2.0)[None]
+    )
+    wide = np.array(
+        [[2 * K[0, 0], 0, 256], [0, 2 * K[0, 0], 128], [0, 0, 1]]
+    )  # 512 x 256, half the scale
     track = [TrackedPose("lost"), TrackedPose("tracked", 0, ACROSS, np.eye(6) * 1e-6)]
     clip = [np.full((256, 512, 3), 40, np.uint8)] * 2
     lost, shown = xfilm.tracked_pictures(clip, track, wide, oracle, [0, 1])
@@ -395,7 +455,9 @@ def test_a_varying_rate_is_shown_at_its_own_times(tmp_path, K):
     seconds = np.array([*np.arange(10) / 20, *0.5 + np.arange(10) / 5])
     indices = xfilm.frames_in_real_time(seconds, 10)
     ticks = np.arange(len(indices)) / 10
-    np.testing.assert_array_equal(indices, [np.flatnonzero(seconds <= tick + 1e-9)[-1] for tick in ticks])
+    np.testing.assert_array_equal(
+        indices, [np.flatnonzero(seconds <= tick + 1e-9)[-1] for tick in ticks]
+    )
     milliseconds = np.round(np.arange(90) / 30, 3)  # as a Matroska file tells them
     np.testing.assert_array_equal(xfilm.frames_in_real_time(milliseconds, 30), np.arange(90))
 
@@ -434,13 +496,21 @@ def test_what_cannot_be_read_repeats_the_frame_before(clip, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2.jpg", "a.mp4"]
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"frames": [], "poses": []}, "0 frames"), ({"poses": [None] * 3}, "30 frames and 3 poses"),
-    ({"fps": 0}, "fps: expected"), ({"fps": -25}, "fps: expected"), ({"fps": float("nan")}, "fps: expected"),
-    ({"source_fps": 0}, "source_fps: expected"), ({"fps": 200}, "GIF"),
-    ({"poses": [np.eye(3)] * 30}, "pose of frame 0"),
-    ({"path": "a.avi"}, "a.avi: expected a .gif or .mp4"),
-    ({"path": "a.gif.txt"}, "a.gif.txt: expected a .gif or .mp4")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"frames": [], "poses": []}, "0 frames"),
+        ({"poses": [None] * 3}, "30 frames and 3 poses"),
+        ({"fps": 0}, "fps: expected"),
+        ({"fps": -25}, "fps: expected"),
+        ({"fps": float("nan")}, "fps: expected"),
+        ({"source_fps": 0}, "source_fps: expected"),
+        ({"fps": 200}, "GIF"),
+        ({"poses": [np.eye(3)] * 30}, "pose of frame 0"),
+        ({"path": "a.avi"}, "a.avi: expected a .gif or .mp4"),
+        ({"path": "a.gif.txt"}, "a.gif.txt: expected a .gif or .mp4"),
+    ],
+)
 def test_a_clip_that_cannot_be_made(clip, tmp_path, change, message):
     arguments = {"frames": clip[0], "poses": clip[1], "K": clip[2], "path": "a.gif", **change}
     with pytest.raises(ValueError, match=message):
@@ -451,9 +521,15 @@ def test_a_clip_that_cannot_be_made(clip, tmp_path, change, message):
 def test_odd_sizes_get_a_black_line(tmp_path):
     write_clip([np.full((33, 35, 3), 200, np.uint8)] * 3, tmp_path / "a.mp4", 30)
     written = next(iter(Clip(tmp_path / "a.mp4"))).image
-    assert written.shape == (34, 36, 3) and written[:32, :34].mean() > 190 and written[33, :34].mean() < 60
+    assert (
+        written.shape == (34, 36, 3)
+        and written[:32, :34].mean() > 190
+        and written[33, :34].mean() < 60
+    )
     with pytest.raises(ValueError, match="pictures of one size"):
-        write_clip([np.zeros((33, 35, 3), np.uint8), np.zeros((36, 36, 3), np.uint8)], tmp_path / "b.mp4")
+        write_clip(
+            [np.zeros((33, 35, 3), np.uint8), np.zeros((36, 36, 3), np.uint8)], tmp_path / "b.mp4"
+        )
     for name in ("c.gif", "c.mp4"):
         with pytest.raises(ValueError, match="at least one picture"):
             write_clip([], tmp_path / name)
@@ -473,9 +549,13 @@ def test_the_old_file_stays_until_the_new_one_is_whole(clip, tmp_path, name):
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(ZeroDivisionError):
         write_clip(failing(), tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (
+        tmp_path / name
+    ).read_bytes() == b"old"
     write_clip(clip[0], tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and Clip(tmp_path / name).count == 30
+    assert [path.name for path in tmp_path.iterdir()] == [name] and Clip(
+        tmp_path / name
+    ).count == 30
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "file:x.mp4", "pipe:1.mp4", "concat:a|b.mp4"])
@@ -490,9 +570,10 @@ def test_a_path_that_cannot_be_written_is_said_before_the_pass(clip, tmp_path, K
     started = []
     tracker = SimpleNamespace(K=K, fps=30.0, update=lambda *_: started.append(1))
     for path, error, message in (
-            (tmp_path / "a.mp4", IsADirectoryError, "a.mp4: is a folder"),
-            (tmp_path / "none" / "b.mp4", FileNotFoundError, "no such folder to write b.mp4"),
-            (tmp_path / "c.gif", ValueError, "expected a .mp4 file")):
+        (tmp_path / "a.mp4", IsADirectoryError, "a.mp4: is a folder"),
+        (tmp_path / "none" / "b.mp4", FileNotFoundError, "no such folder to write b.mp4"),
+        (tmp_path / "c.gif", ValueError, "expected a .mp4 file"),
+    ):
         with pytest.raises(error, match=message):
             film((Frame(image) for image in clip[0]), tracker, path, progress=False)
         if path.suffix == ".mp4":
@@ -592,7 +673,9 @@ def test_frames_that_change_their_size_lose_no_pose(K, tmp_path):
     images, tracker = [*frames_of(4), *frames_of(3, 48), *frames_of(4)], StandIn(K)
     track = film((Frame(image) for image in images), tracker, tmp_path / "a.mp4", progress=False)
     assert [t.status for t in track] == ["tracked"] * 4 + ["predicted"] * 3 + ["tracked"] * 4
-    assert "(48, 48, 3), not (32, 32, 3)" in track[4].reason and Clip(tmp_path / "a.mp4").count == 11
+    assert (
+        "(48, 48, 3), not (32, 32, 3)" in track[4].reason and Clip(tmp_path / "a.mp4").count == 11
+    )
 
 
 def test_a_film_begins_with_the_first_frame_that_can_be_read(K, tmp_path):
@@ -611,10 +694,15 @@ def test_what_was_read_before_an_error_is_filmed(K, tmp_path):
         raise OSError("the tape is torn")
 
     track = film(failing(), StandIn(K), tmp_path / "a.mp4", progress=False)
-    assert len(track) == Clip(tmp_path / "a.mp4").count == 11 and "the tape is torn" in track[-1].reason
+    assert (
+        len(track) == Clip(tmp_path / "a.mp4").count == 11
+        and "the tape is torn" in track[-1].reason
+    )
 
 
-@pytest.mark.parametrize("error", [RuntimeError("failed"), KeyboardInterrupt(), OSError(errno.EPERM, "no")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("failed"), KeyboardInterrupt(), OSError(errno.EPERM, "no")]
+)
 def test_a_failure_of_the_tracker_leaves_no_film(K, tmp_path, error):
     class Failing(StandIn):
         def update(self, image, seconds=None):
@@ -656,7 +744,9 @@ for count in (100, 1500):
     film(frames, tracker, {str(tmp_path / "a.mp4")!r}, progress=False)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
     short, long = map(float, done.stdout.split())
     assert long - short < 40  # MB; 1,400 frames would be 275
 
@@ -664,4 +754,10 @@ for count in (100, 1500):
 def test_no_warning_and_no_error_goes_unseen(K, mesh, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        film(map(Frame, frames_of(5, 64)), StandIn(K, HEAD_ON), tmp_path / "a.mp4", mesh=mesh, progress=False)
+        film(
+            map(Frame, frames_of(5, 64)),
+            StandIn(K, HEAD_ON),
+            tmp_path / "a.mp4",
+            mesh=mesh,
+            progress=False,
+        )

@@ -55,7 +55,10 @@ def video_of(path, frames, fps=30, seconds=None, sound=0.0, rotation=None, aspec
     """
     kind = {"mp4": "mp4", "mkv": "matroska", "ts": "mpegts", "avi": "avi"}[path.suffix[1:]]
     muxer = options.get("muxer", {})
-    with path.open("w+b") as file, av.open(file, "w", format=kind, container_options=muxer) as container:
+    with (
+        path.open("w+b") as file,
+        av.open(file, "w", format=kind, container_options=muxer) as container,
+    ):
         stream = container.add_stream("libx264", fps, {"crf": "12", **options.get("coder", {})})
         stream.height, stream.width = frames[0].shape[:2]
         tick = Fraction(1, 90_000) if seconds else 1 / Fraction(fps)
@@ -108,7 +111,9 @@ def faults(frames):
 def test_every_kind_of_clip(flight, tmp_path, kind):
     frames, rate = flight[:10], {"mp4": 24, "mkv": 30, "avi": 30, "gif": 20}.get(kind)
     if kind in ("folder", "pictures"):
-        source = folder_of(tmp_path / "frames", frames, "{}.jpg" if kind == "folder" else "shot_{:03}.png")
+        source = folder_of(
+            tmp_path / "frames", frames, "{}.jpg" if kind == "folder" else "shot_{:03}.png"
+        )
         (source / "notes 1.txt").write_text("not a frame")
     elif kind == "gif":
         source = tmp_path / "a.gif"
@@ -123,7 +128,9 @@ def test_every_kind_of_clip(flight, tmp_path, kind):
         assert all(same(frame.image, truth, 8) for frame, truth in zip(read, frames))
     seconds = [frame.seconds for frame in read]
     assert seconds == clip.seconds
-    np.testing.assert_allclose(seconds, np.arange(10) / rate, atol=1e-3) if rate else (seconds == [None] * 10)
+    np.testing.assert_allclose(seconds, np.arange(10) / rate, atol=1e-3) if rate else (
+        seconds == [None] * 10
+    )
     thirds = Clip(source, step=3)
     assert [f.seconds for f in thirds] == seconds[::3] and thirds.count == 4
     assert thirds.fps == (rate and pytest.approx(rate / 3, rel=1e-5))
@@ -148,7 +155,9 @@ def test_a_broken_frame_and_a_change_of_size_are_faults(flight, tmp_path):
 def test_pictures_of_every_mode_are_frames(tmp_path):
     grey = Image.fromarray(np.full((48, 64), 200, np.uint8))
     deep = Image.fromarray(np.full((48, 64), 200 * 257, np.uint16))
-    for i, picture in enumerate([grey.convert("RGBA"), grey, grey.convert("P"), grey.convert("LA"), deep]):
+    for i, picture in enumerate(
+        [grey.convert("RGBA"), grey, grey.convert("P"), grey.convert("LA"), deep]
+    ):
         picture.save(tmp_path / f"{i}.png")
     turned = Image.fromarray(np.full((64, 48, 3), 200, np.uint8))
     exif = Image.Exif()
@@ -158,12 +167,16 @@ def test_pictures_of_every_mode_are_frames(tmp_path):
     assert len(read) == 6 and all(same(frame.image, np.full((48, 64, 3), 200), 2) for frame in read)
 
 
-@pytest.mark.parametrize("name,content,error,said", [
-    ("nothing", None, FileNotFoundError, "no such folder or file"),
-    ("a.mp4", b"", ValueError, "cannot be read as a video"),
-    ("a.mp4", b"no video at all" * 100, ValueError, "cannot be read as a video"),
-    ("a.gif", b"GIF89a", ValueError, "no frame can be read"),
-    ("a.txt", b"hello", ValueError, "cannot be read as a video")])
+@pytest.mark.parametrize(
+    "name,content,error,said",
+    [
+        ("nothing", None, FileNotFoundError, "no such folder or file"),
+        ("a.mp4", b"", ValueError, "cannot be read as a video"),
+        ("a.mp4", b"no video at all" * 100, ValueError, "cannot be read as a video"),
+        ("a.gif", b"GIF89a", ValueError, "no frame can be read"),
+        ("a.txt", b"hello", ValueError, "cannot be read as a video"),
+    ],
+)
 def test_what_is_no_clip(tmp_path, name, content, error, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -174,7 +187,9 @@ def test_what_is_no_clip(tmp_path, name, content, error, said):
 def test_a_folder_says_why_its_first_frame_cannot_be_read(tmp_path):
     for i in (3, 4):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"holds no frame that can be read \(.*3\.jpg: cannot be read as"):
+    with pytest.raises(
+        ValueError, match=r"holds no frame that can be read \(.*3\.jpg: cannot be read as"
+    ):
         Clip(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.jpg").write_bytes(b"no number in its name")
@@ -190,10 +205,14 @@ def test_notes_of_macos_are_no_frames(flight, tmp_path):
         assert Clip(folder).count == 3
 
 
-@pytest.mark.parametrize("names,said", [
-    (["1.jpg", "2.jpg", "5.jpg", "9.jpg"], r"2 gaps \(2.jpg, 5.jpg\)"),
-    (["0001.jpg", "1.jpg", "2.jpg"], r"1 numbers twice \(0001.jpg, 1.jpg\)"),
-    (["a_0.jpg", "b_1.jpg", "a_2.jpg", "b_3.jpg"], r"2 series \(a_, b_\)")])
+@pytest.mark.parametrize(
+    "names,said",
+    [
+        (["1.jpg", "2.jpg", "5.jpg", "9.jpg"], r"2 gaps \(2.jpg, 5.jpg\)"),
+        (["0001.jpg", "1.jpg", "2.jpg"], r"1 numbers twice \(0001.jpg, 1.jpg\)"),
+        (["a_0.jpg", "b_1.jpg", "a_2.jpg", "b_3.jpg"], r"2 series \(a_, b_\)"),
+    ],
+)
 def test_a_folder_that_is_no_series_gives_one_warning(flight, tmp_path, names, said):
     for frame, name in zip(flight, names):
         Image.fromarray(frame).save(tmp_path / name)
@@ -211,17 +230,27 @@ def test_every_frame_of_a_varying_rate_has_its_own_seconds(flight, tmp_path):
         clip = Clip(video_of(tmp_path / name, flight, seconds=seconds))
         read = list(clip)
         np.testing.assert_allclose([frame.seconds for frame in read], seconds, atol=1e-3)
-        assert clip.count == 60 and not faults(read) and clip.fps == pytest.approx(59 / seconds[-1], rel=0.01)
+        assert (
+            clip.count == 60
+            and not faults(read)
+            and clip.fps == pytest.approx(59 / seconds[-1], rel=0.01)
+        )
 
 
 def test_a_pause_in_a_whole_video_is_no_fault(flight, tmp_path):
     seconds = [i / 30 if i < 50 else i / 30 + 1 for i in range(60)]
     read = list(Clip(video_of(tmp_path / "a.mkv", flight, seconds=seconds)))
-    assert len(read) == 60 and not faults(read) and read[50].seconds == pytest.approx(80 / 30, abs=1e-3)
+    assert (
+        len(read) == 60
+        and not faults(read)
+        and read[50].seconds == pytest.approx(80 / 30, abs=1e-3)
+    )
 
 
-@pytest.mark.parametrize("kind,muxer", [
-    ("mp4", {"movflags": "faststart"}), ("mkv", {"cluster_time_limit": "300"}), ("ts", {})])
+@pytest.mark.parametrize(
+    "kind,muxer",
+    [("mp4", {"movflags": "faststart"}), ("mkv", {"cluster_time_limit": "300"}), ("ts", {})],
+)
 @pytest.mark.parametrize("size", [200, 2000, 8000])
 def test_frames_about_damage_keep_their_numbers(flight, tmp_path, kind, muxer, size):
     """Garbage in the middle: what is lost is a fault, and what comes after it is where it belongs."""
@@ -241,7 +270,9 @@ def test_a_video_that_is_cut_off_says_how_much_is_missing(flight, tmp_path, kind
     muxer = {"movflags": "faststart"} if kind == "mp4" else {}
     whole = video_of(tmp_path / f"whole.{kind}", flight, muxer=muxer)
     for share in (0.97, 0.5):
-        with pytest.warns(UserWarning, match=rf"{kind}: breaks off, only \d+ of 60 frames") as caught:
+        with pytest.warns(
+            UserWarning, match=rf"{kind}: breaks off, only \d+ of 60 frames"
+        ) as caught:
             clip = Clip(cut(tmp_path / f"cut.{kind}", whole, share))
         read = list(clip)
         lost = faults(read)
@@ -268,8 +299,13 @@ def test_frames_that_an_edit_list_hides_do_not_count(flight, tmp_path):
 
 
 def test_a_video_that_changes_its_size_says_so_for_each_frame(flight, tmp_path):
-    first, second = (video_of(tmp_path / name, frames) for name, frames in (
-        ("a.ts", flight[:9]), ("b.ts", [frame[:128] for frame in flight[9:14]])))
+    first, second = (
+        video_of(tmp_path / name, frames)
+        for name, frames in (
+            ("a.ts", flight[:9]),
+            ("b.ts", [frame[:128] for frame in flight[9:14]]),
+        )
+    )
     (tmp_path / "c.ts").write_bytes(first.read_bytes() + second.read_bytes())
     read = list(Clip(tmp_path / "c.ts"))
     other = "expected 256x256 pixels like the first frame, got 256x128"
@@ -283,11 +319,16 @@ def test_a_video_comes_upright(flight, tmp_path, angle):
     assert (clip.height, clip.width) == upright.shape[:2] and same(next(iter(clip)).image, upright)
 
 
-@pytest.mark.parametrize("aspect,width,height", [(Fraction(4, 3), 341, 256), (Fraction(1, 2), 256, 512)])
+@pytest.mark.parametrize(
+    "aspect,width,height", [(Fraction(4, 3), 341, 256), (Fraction(1, 2), 256, 512)]
+)
 def test_pixels_become_square(flight, tmp_path, aspect, width, height):
     clip = Clip(video_of(tmp_path / "a.mp4", flight[:3], aspect=aspect))
     assert (clip.width, clip.height) == (width, height)
-    assert same(next(iter(clip)).image, cv2.resize(flight[0], (width, height), interpolation=cv2.INTER_CUBIC))
+    assert same(
+        next(iter(clip)).image,
+        cv2.resize(flight[0], (width, height), interpolation=cv2.INTER_CUBIC),
+    )
 
 
 def test_no_name_and_no_playlist_is_a_url(flight, tmp_path, monkeypatch):
@@ -311,8 +352,11 @@ def test_no_name_and_no_playlist_is_a_url(flight, tmp_path, monkeypatch):
         shutil.copy(video, "file:a|b.mp4")
         assert Clip(f"{url}/x.mp4").count == Clip("file:a|b.mp4").count == 3
         segments = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n{}\n#EXT-X-ENDLIST\n"
-        for name, content in (("a.m3u8", segments.format(f"{url}/x.ts")), ("b.m3u8", segments.format(video)),
-                              ("c.txt", f"ffconcat version 1.0\nfile '{video}'\n")):
+        for name, content in (
+            ("a.m3u8", segments.format(f"{url}/x.ts")),
+            ("b.m3u8", segments.format(video)),
+            ("c.txt", f"ffconcat version 1.0\nfile '{video}'\n"),
+        ):
             (tmp_path / name).write_text(content)
             with pytest.raises(ValueError, match=f"{name}: cannot be read as a video"):
                 Clip(name)
@@ -328,8 +372,13 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 
 def test_a_distorted_clip_is_straightened(tmp_path, K):
     """A grid seen through a barrel lens comes out straight."""
-    coefficients, centres = [-0.3, 0.1, 0, 0], np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1) + 0.5
-    rays = cv2.undistortPoints(centres.reshape(-1, 1, 2), K, np.array(coefficients)).reshape(256, 256, 2)
+    coefficients, centres = (
+        [-0.3, 0.1, 0, 0],
+        np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1) + 0.5,
+    )
+    rays = cv2.undistortPoints(centres.reshape(-1, 1, 2), K, np.array(coefficients)).reshape(
+        256, 256, 2
+    )
     seen = (127 + 120 * np.sin(40 * rays)).astype(np.uint8)
     clip = Clip(folder_of(tmp_path, [np.dstack([seen, seen[..., :1]])]))
     clip.undistort(K, coefficients)
@@ -347,9 +396,13 @@ def test_a_distorted_clip_is_straightened(tmp_path, K):
 def test_a_gif_s_frames_have_their_own_seconds(flight, tmp_path):
     pictures = [Image.fromarray(frame) for frame in flight[:10]]
     durations = [500] + [50] * 9
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=durations)
+    pictures[0].save(
+        tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=durations
+    )
     clip = Clip(tmp_path / "a.gif")
-    np.testing.assert_allclose([frame.seconds for frame in clip], np.cumsum([0, *durations[:-1]]) / 1000)
+    np.testing.assert_allclose(
+        [frame.seconds for frame in clip], np.cumsum([0, *durations[:-1]]) / 1000
+    )
     assert clip.fps == pytest.approx(9 / 0.9) and Clip(tmp_path / "a.gif", step=2).count == 5
 
 
@@ -366,13 +419,17 @@ def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp
         clip = Clip(cut(tmp_path / "cut.gif", tmp_path / "whole.gif", share))
         *good, last = list(clip)
         assert good and not faults(good) and "cut.gif: no frame can be read after" in last.fault
-        assert clip.count == len(good) + 1 and all(same(f.image, t, 8) for f, t in zip(good, flight))
+        assert clip.count == len(good) + 1 and all(
+            same(f.image, t, 8) for f, t in zip(good, flight)
+        )
 
 
 # ------------------------------------------------------------ fuzz: one clear error, never another
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), kind=st.sampled_from(["mp4", "mkv", "ts", "gif"]))
 def test_fuzzed_clips(flight, tmp_path, data, kind):
     """A real file with bytes changed and cut off: a clear error, or as many frames as are promised."""
@@ -415,7 +472,9 @@ def test_frames_at_replaces_what_cannot_be_read(flight, tmp_path):
         next(frames_at([broken], [0]))
 
 
-@pytest.mark.parametrize("area", [(0, 0, 256, 256), (40, 0, 176, 256), (0, 32, 256, 192), (20, 12, 216, 232)])
+@pytest.mark.parametrize(
+    "area", [(0, 0, 256, 256), (40, 0, 176, 256), (0, 32, 256, 192), (20, 12, 216, 232)]
+)
 def test_black_bars_are_found(flight, tmp_path, area):
     left, top, width, height = area
     frames = [np.zeros((256, 256, 3), np.uint8) for _ in range(8)]
@@ -432,7 +491,9 @@ def test_a_black_sky_is_no_bar(tmp_path):
     assert picture_area(Clip(folder_of(tmp_path / "b", [frame * 0]))) == (0, 0, 200, 100)
 
 
-@pytest.mark.parametrize("width,height", [(256, 256), (640, 360), (480, 852), (2160, 3840), (99, 37), (1, 1)])
+@pytest.mark.parametrize(
+    "width,height", [(256, 256), (640, 360), (480, 852), (2160, 3840), (99, 37), (1, 1)]
+)
 def test_a_letterbox_keeps_proportions_and_positions(width, height):
     image = np.zeros((height, width, 3), np.uint8)
     row, column, reach = height * 2 // 3, width // 3, max(height, width) // 20
@@ -453,8 +514,12 @@ def test_a_letterbox_keeps_proportions_and_positions(width, height):
 
 def test_the_exported_network_sees_what_the_keras_model_sees(weights, detector, flight):
     middles = [np.nanmedian(detector(frame)[0], axis=0) for frame in flight[:40:8]]
-    squares = np.stack([xu.crop(frame, np.round(middle).astype(int) - 64, 128)
-                        for frame, middle in zip(flight[:40:8], middles)])
+    squares = np.stack(
+        [
+            xu.crop(frame, np.round(middle).astype(int) - 64, 128)
+            for frame, middle in zip(flight[:40:8], middles)
+        ]
+    )
     keras, sure = xu.predict_keypoints(xu.load_model(weights, 128), squares, channels=36)
     stride, sigma = (detector.settings["model"][name] for name in ("stride", "sigma"))
     for keypoints, confidence, maps in zip(keras, sure, detector.heatmaps(squares)):
@@ -469,7 +534,9 @@ def test_a_close_look_finds_what_the_whole_frame_shows(weights, detector, flight
     for frame in flight[:30:5]:
         keypoints, confidence, sigma = whole(frame)
         good = (confidence > 0.5) & (np.arange(36) >= 8)
-        close, again, spread = detector(frame, [keypoints[good].min(0) - 8, keypoints[good].max(0) + 8])
+        close, again, spread = detector(
+            frame, [keypoints[good].min(0) - 8, keypoints[good].max(0) + 8]
+        )
         good &= again > 0.5
         off.append(np.linalg.norm(close - keypoints, axis=1)[good])
         assert np.isfinite(spread[good]).all() and (spread[good] > 0.3).all()
@@ -478,26 +545,45 @@ def test_a_close_look_finds_what_the_whole_frame_shows(weights, detector, flight
 
 @pytest.mark.parametrize("crop_sizes", [(), (96,), (96, 128)])
 @pytest.mark.parametrize("width,height", [(256, 256), (1024, 512), (120, 250), (60, 40)])
-def test_a_close_look_holds_the_ship_and_shows_more(weights, crop_sizes, width, height, monkeypatch):
+def test_a_close_look_holds_the_ship_and_shows_more(
+    weights, crop_sizes, width, height, monkeypatch
+):
     """Boxes of all sizes, also far beyond the frame: squares hold what is in sight of them, and larger."""
     looks, nothing = [], (np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))
     monkeypatch.setattr(Detector, "_compile", lambda self, side: None)
     detector = Detector(weights, crop_sizes, search_size=64)
-    monkeypatch.setattr(detector, "_look", lambda image, *square, **_: looks.append(square) or nothing)
+    monkeypatch.setattr(
+        detector, "_look", lambda image, *square, **_: looks.append(square) or nothing
+    )
     whole, image, close = max(width, height), np.zeros((height, width, 3), np.uint8), 0
-    for left, top, extent in ((10, 20, 30), (80, 60, 87), (0, 100, 90), (20, 0, 230), (-40, -30, 100),
-                              (-1e6, -1e6, 3e6), (2000, 0, 50), (5, 5, 0)):
+    for left, top, extent in (
+        (10, 20, 30),
+        (80, 60, 87),
+        (0, 100, 90),
+        (20, 0, 230),
+        (-40, -30, 100),
+        (-1e6, -1e6, 3e6),
+        (2000, 0, 50),
+        (5, 5, 0),
+    ):
         looks.clear()
         box = [[left, top], [left + extent, top + extent / 2]]  # a list will do
         detector(image, box)
         ((x, y, side, size),) = looks  # nothing was found, so that nothing else is looked at
         inside = np.clip(box, 0, [width, height])
         if size == 64:
-            needed, unseen = 1.1 * np.ptp(inside, axis=0).max(), extent == 0 or left == 2000 or top >= height
-            assert side == whole and (not crop_sizes or unseen or needed >= crop_sizes[-1] * whole / 64)
+            needed, unseen = (
+                1.1 * np.ptp(inside, axis=0).max(),
+                extent == 0 or left == 2000 or top >= height,
+            )
+            assert side == whole and (
+                not crop_sizes or unseen or needed >= crop_sizes[-1] * whole / 64
+            )
             continue
         close += 1
-        assert size in crop_sizes and size / side > 64 / whole and side <= max(whole, 1.1 * extent + 1)
+        assert (
+            size in crop_sizes and size / side > 64 / whole and side <= max(whole, 1.1 * extent + 1)
+        )
         assert (inside >= [x, y]).all() and (inside <= [x + side, y + side]).all()
         inside_frame = x >= 0 and y >= 0 and x + side <= width and y + side <= height
         assert inside_frame or side > min(width, height)
@@ -509,30 +595,44 @@ def test_a_close_look_that_cuts_the_ship_off_does_not_count(detector, flight, mo
     """The search finds 10 points; a close look that finds 7 is thrown away, one that finds 8 is taken.
 
     What is searched for is looked at once, what counts also in the mirror."""
+
     def found(image, left, top, side, size, averaged=True):
         looks.append((size, averaged))
         keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
         return keypoints, np.where(np.arange(36) < counts[size], 0.9, 0.0), np.full(36, float(size))
 
     monkeypatch.setattr(detector, "_look", found)
-    for close, whole, expected in ((3, 10, [96, 192]), (7, 10, [96, 192]), (8, 10, [96]), (20, 10, [96]),
-                                   (20, 3, [])):
+    for close, whole, expected in (
+        (3, 10, [96, 192]),
+        (7, 10, [96, 192]),
+        (8, 10, [96]),
+        (20, 10, [96]),
+        (20, 3, []),
+    ):
         counts, looks = {96: close, 192: whole}, []
         assert detector(flight[0])[2][0] == ([192] + expected)[-1]
         assert looks == [(192, False)] + [(size, True) for size in expected]
 
 
-@pytest.mark.parametrize("width,height,side", [
-    (1024, 1024, 1024), (3840, 2160, 2160), (360, 640, 360), (768, 600, 240)])
+@pytest.mark.parametrize(
+    "width,height,side", [(1024, 1024, 1024), (3840, 2160, 2160), (360, 640, 360), (768, 600, 240)]
+)
 def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, height, side):
     """The frame is enlarged or shrunk and set into a larger one; with its K the pose is what it was."""
+
     def pose_of(image, K):
         keypoints, confidence, sigma = detector(image)
         return xu.solve_pose(keypoints, K, confidence, sigma=sigma)
 
-    image, left, top = np.zeros((height, width, 3), np.uint8), (width - side) // 2, (height - side) // 2
+    image, left, top = (
+        np.zeros((height, width, 3), np.uint8),
+        (width - side) // 2,
+        (height - side) // 2,
+    )
     enlarge = cv2.INTER_CUBIC if side > 256 else cv2.INTER_AREA
-    image[top : top + side, left : left + side] = cv2.resize(flight[0], (side, side), interpolation=enlarge)
+    image[top : top + side, left : left + side] = cv2.resize(
+        flight[0], (side, side), interpolation=enlarge
+    )
     focal = K[0, 0] * side / 256
     moved = np.array([[focal, 0, left + side / 2], [0, focal, top + side / 2], [0, 0, 1]])
     pose, truth = pose_of(image, moved), pose_of(flight[0], K)
@@ -546,7 +646,9 @@ def copied(weights, tmp_path, monkeypatch):
         shutil.copy(weights.parent / name, tmp_path)
     made = []
     monkeypatch.setattr(xu, "load_model", lambda path, size: path)
-    monkeypatch.setattr(footage, "_export", lambda model: made.append(model) or (b"<xml>", b"weights" * 1000))
+    monkeypatch.setattr(
+        footage, "_export", lambda model: made.append(model) or (b"<xml>", b"weights" * 1000)
+    )
     return tmp_path / "xwing.weights.h5", made
 
 
@@ -555,7 +657,9 @@ def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
     assert footage.export_model(path) == footage.export_model(path) == (b"<xml>", b"weights" * 1000)
     (first,) = (path.parent / ".openvino").iterdir()
     assert len(made) == 1
-    path.with_name("xwing.json").write_text(path.with_name("xwing.json").read_text().replace("\n", "\n ", 1))
+    path.with_name("xwing.json").write_text(
+        path.with_name("xwing.json").read_text().replace("\n", "\n ", 1)
+    )
     footage.export_model(path)
     assert len(made) == 1  # the settings say the same
     info = xu.read_json(path.with_name("xwing.json"))
@@ -588,13 +692,18 @@ def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
 
     monkeypatch.setattr(footage, "_export", slow)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(footage.export_model(path))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(footage.export_model(path))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [(b"<xml>", b"weights")] * 3 and len(made) > 1
-    assert len(list((path.parent / ".openvino").iterdir())) == 1 and footage.export_model(path) == found[0]
+    assert (
+        len(list((path.parent / ".openvino").iterdir())) == 1
+        and footage.export_model(path) == found[0]
+    )
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(copied, monkeypatch):

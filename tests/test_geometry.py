@@ -22,8 +22,15 @@ def rigid(rng):
 
 def test_bounding_box_has_the_documented_corners_in_order():
     assert xu.BOUNDING_BOX.tolist() == [
-        [-0.156, -0.182, -0.032], [0.156, -0.182, -0.032], [-0.156, 0.163, -0.032], [0.156, 0.163, -0.032],
-        [-0.156, -0.182, 0.034], [0.156, -0.182, 0.034], [-0.156, 0.163, 0.034], [0.156, 0.163, 0.034]]
+        [-0.156, -0.182, -0.032],
+        [0.156, -0.182, -0.032],
+        [-0.156, 0.163, -0.032],
+        [0.156, 0.163, -0.032],
+        [-0.156, -0.182, 0.034],
+        [0.156, -0.182, 0.034],
+        [-0.156, 0.163, 0.034],
+        [0.156, 0.163, 0.034],
+    ]
     np.testing.assert_array_equal(xu.KEYPOINTS[:8], xu.BOUNDING_BOX)
     assert xu.DIAMETER == pytest.approx(np.sqrt(0.312**2 + 0.345**2 + 0.066**2))
 
@@ -36,12 +43,20 @@ def test_edges_are_the_twelve_of_a_box():
 
 def test_lasers_are_the_four_documented_lines():
     assert {tuple(map(tuple, laser)) for laser in xu.LASERS.tolist()} == {
-        ((x, -0.1, z), (x, -0.3, z)) for x in (-0.145, 0.145) for z in (-0.01, 0.01)}
+        ((x, -0.1, z), (x, -0.3, z)) for x in (-0.145, 0.145) for z in (-0.01, 0.01)
+    }
 
 
-@pytest.mark.parametrize("name,flip", [
-    ("identity", [1, 1, 1]), ("left-right", [-1, 1, 1]), ("top-bottom", [1, 1, -1]), ("both", [-1, 1, -1]),
-    ("nose-tail", [1, -1, 1])])
+@pytest.mark.parametrize(
+    "name,flip",
+    [
+        ("identity", [1, 1, 1]),
+        ("left-right", [-1, 1, 1]),
+        ("top-bottom", [1, 1, -1]),
+        ("both", [-1, 1, -1]),
+        ("nose-tail", [1, -1, 1]),
+    ],
+)
 def test_permutations_turn_their_axes_round(name, flip):
     permuted = xu.BOUNDING_BOX[xu.CORNER_PERMUTATIONS[name]]
     np.testing.assert_array_equal(np.sign(permuted), np.sign(xu.BOUNDING_BOX) * flip)
@@ -53,8 +68,10 @@ def test_keypoints_are_named_and_mirror_symmetric_with_their_normals():
     np.testing.assert_array_equal(permutation[:8], xu.MIRROR)
     np.testing.assert_allclose(xu.KEYPOINTS[permutation], xu.KEYPOINTS * [-1, 1, 1])
     np.testing.assert_allclose(xu.NORMALS[permutation], xu.NORMALS * [-1, 1, 1])
-    swapped = [name.replace("left", "L").replace("right", "left").replace("L", "right")
-               for name in xu.KEYPOINT_NAMES[8:]]
+    swapped = [
+        name.replace("left", "L").replace("right", "left").replace("L", "right")
+        for name in xu.KEYPOINT_NAMES[8:]
+    ]
     assert swapped == [xu.KEYPOINT_NAMES[k] for k in permutation[8:]]
 
 
@@ -104,17 +121,20 @@ def test_projection_of_points_worked_out_by_hand(camera):
         np.testing.assert_array_equal(xu.project_points(image, points, *camera, np.eye(4)), got)
 
 
-@pytest.mark.parametrize("place,value,message", [
-    (0, np.zeros(3), "image: expected a frame"),
-    (1, xu.BOUNDING_BOX, "points: expected shape"),
-    (1, [0, 0, 0, 1], "points: expected shape"),
-    (2, np.eye(3), "model_view_matrix: expected shape"),
-    (3, np.eye(3), "projection_matrix: expected shape"),
-    (4, "nothing", "transformation_mat: expected numbers"),
-    (1, [[0, 0, 0, 1], [0, 0, 1.0, 1]], "1 of 2 points lie at or behind"),
-    (1, [[0, 0, 0, 1], [0, 0, 3.0, 1]], "1 of 2 points lie at or behind"),
-    (1, [[0, np.nan, 0, 1]], "NaN"),
-])
+@pytest.mark.parametrize(
+    "place,value,message",
+    [
+        (0, np.zeros(3), "image: expected a frame"),
+        (1, xu.BOUNDING_BOX, "points: expected shape"),
+        (1, [0, 0, 0, 1], "points: expected shape"),
+        (2, np.eye(3), "model_view_matrix: expected shape"),
+        (3, np.eye(3), "projection_matrix: expected shape"),
+        (4, "nothing", "transformation_mat: expected numbers"),
+        (1, [[0, 0, 0, 1], [0, 0, 1.0, 1]], "1 of 2 points lie at or behind"),
+        (1, [[0, 0, 0, 1], [0, 0, 3.0, 1]], "1 of 2 points lie at or behind"),
+        (1, [[0, np.nan, 0, 1]], "NaN"),
+    ],
+)
 def test_projection_refuses(camera, place, value, message):
     arguments = [np.empty((256, 256)), BOX, *camera, np.eye(4)]
     arguments[place] = value
@@ -135,27 +155,50 @@ def test_camera_matrices_worked_out_by_hand(camera):
 
 
 def test_lenses_worked_out_by_hand(camera):
-    np.testing.assert_allclose(xu.lens_camera(256, 256), xu.camera_matrix(camera[1], 256, 256), atol=1e-3)
+    np.testing.assert_allclose(
+        xu.lens_camera(256, 256), xu.camera_matrix(camera[1], 256, 256), atol=1e-3
+    )
     expected = [[1920 * 50 / 36, 0, 540], [0, 1920 * 50 / 36, 960], [0, 0, 1]]
     np.testing.assert_allclose(xu.lens_camera(1080, 1920, focal=50), expected)
-    np.testing.assert_allclose(xu.lens_camera(200, 100, view=90), [[100, 0, 100], [0, 100, 50], [0, 0, 1]])
+    np.testing.assert_allclose(
+        xu.lens_camera(200, 100, view=90), [[100, 0, 100], [0, 100, 50], [0, 0, 1]]
+    )
     view = 2 * np.degrees(np.arctan(18 / 35))
     np.testing.assert_allclose(xu.lens_camera(256, 144, view=view), xu.lens_camera(256, 144, 35))
 
 
-@pytest.mark.parametrize("name,value", [
-    ("width", 0), ("height", np.inf), ("focal", -1), ("sensor", np.nan), ("view", 0), ("view", 180)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("width", 0),
+        ("height", np.inf),
+        ("focal", -1),
+        ("sensor", np.nan),
+        ("view", 0),
+        ("view", 180),
+    ],
+)
 def test_a_lens_that_cannot_be_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
         xu.lens_camera(**{"width": 256, "height": 256, name: value})
 
 
-@pytest.mark.parametrize("change", [
-    [[np.nan, 0, 128], [0, 249, 128], [0, 0, 1]], [[249, 0, np.inf], [0, 249, 128], [0, 0, 1]],
-    [[-249, 0, 128], [0, 249, 128], [0, 0, 1]], [[249, 0, 128], [0, 0, 128], [0, 0, 1]],
-    [[249, 5, 128], [0, 249, 128], [0, 0, 1]], [[249, 0, 128], [0.1, 249, 128], [0, 0, 1]],
-    [[249, 0, 0], [0, 249, 0], [128, 128, 1]], [[249, 0, 128], [0, 249, 128], [0, 0, 2]],
-    np.zeros((3, 3)), np.eye(4), "lens"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        [[np.nan, 0, 128], [0, 249, 128], [0, 0, 1]],
+        [[249, 0, np.inf], [0, 249, 128], [0, 0, 1]],
+        [[-249, 0, 128], [0, 249, 128], [0, 0, 1]],
+        [[249, 0, 128], [0, 0, 128], [0, 0, 1]],
+        [[249, 5, 128], [0, 249, 128], [0, 0, 1]],
+        [[249, 0, 128], [0.1, 249, 128], [0, 0, 1]],
+        [[249, 0, 0], [0, 249, 0], [128, 128, 1]],
+        [[249, 0, 128], [0, 249, 128], [0, 0, 2]],
+        np.zeros((3, 3)),
+        np.eye(4),
+        "lens",
+    ],
+)
 def test_a_matrix_that_is_no_camera_is_refused(change):
     with pytest.raises(ValueError, match="K: expected"):
         xu.check_camera_matrix(change)

@@ -16,7 +16,9 @@ def convert(x):
 
 
 def test_values_are_those_of_the_gaussian_at_the_pixel_centres():
-    keypoints = np.array([[10.5, 20.5], [10.2, 20.9], [-2.0, 16.5]])  # at a centre, anywhere, just outside
+    keypoints = np.array(
+        [[10.5, 20.5], [10.2, 20.9], [-2.0, 16.5]]
+    )  # at a centre, anywhere, just outside
     maps = xu.gaussian_heatmaps(keypoints, (40, 30), 3.0)
     assert maps.shape == (40, 30, 3) and maps.dtype == np.float32
     assert maps[20, 10, 0] == 1.0 == maps.max()
@@ -42,9 +44,17 @@ def test_a_keypoint_far_outside_leaves_zeros_and_an_int_is_the_size_of_a_square(
     assert maps.shape == (64, 64, 3) and not maps.any()
 
 
-@pytest.mark.parametrize("keypoints,sigma,message", [
-    ([[1, np.nan]], 4.0, "NaN"), ([1, 2], 4.0, "shape"), ([[1, 2, 3]], 4.0, "shape"),
-    ([[1, 2]], 0, "sigma"), ([[1, 2]], -1, "sigma"), ([[1, 2]], np.nan, "sigma")])
+@pytest.mark.parametrize(
+    "keypoints,sigma,message",
+    [
+        ([[1, np.nan]], 4.0, "NaN"),
+        ([1, 2], 4.0, "shape"),
+        ([[1, 2, 3]], 4.0, "shape"),
+        ([[1, 2]], 0, "sigma"),
+        ([[1, 2]], -1, "sigma"),
+        ([[1, 2]], np.nan, "sigma"),
+    ],
+)
 def test_drawing_refuses(keypoints, sigma, message):
     with pytest.raises(ValueError, match=message):
         xu.gaussian_heatmaps(keypoints, 32, sigma)
@@ -175,7 +185,9 @@ def test_loss_agrees_with_numpy(kind, stride):
     y_pred = convert(xu.spatial_softmax(logits, 3.0))
     got = convert(xu.HeatmapLoss(3.0 * stride, kind, stride)(y_true, y_pred))
     assert got.shape == (2,)
-    np.testing.assert_allclose(got, loss_in_numpy(kind, 3.0 * stride, stride, y_true, y_pred), rtol=1e-4)
+    np.testing.assert_allclose(
+        got, loss_in_numpy(kind, 3.0 * stride, stride, y_true, y_pred), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,16 +263,24 @@ def spots(positions, height=8, width=16):
     return maps
 
 
-@pytest.mark.parametrize("true,found,stride,expected", [
-    (spots([(4, 2), (10, 5)]), spots([(6, 1), (10, 5)]), 1, (2 / 16 + 1 / 8) / 4),
-    ([[8.9, 5.9, 1], [20.0, 10.0, 1]], spots([(6, 1), (10, 5)]), 2, (2 / 16 + 1 / 8) / 4),
-    (spots([(4, 2), None]), spots([(6, 2), (15, 7)]), 1, 2 / 16 / 2),  # outside the frame
-    ([[4, 2, 1], [40, 2, 0]], spots([(6, 2), (15, 7)]), 1, 2 / 16 / 2),
-    (xu.gaussian_heatmaps([[-6, 4], [4.5, 4.5]], (8, 16), 4.0)[None], spots([(15, 7), (4, 4)]), 1, 0),
-    ([[-1e4, -1e4, 0]], spots([(3, 3)]), 1, 0),  # none in the frame
-    (spots([(1, 1)] * 12), spots([(1, 1)] * 8 + [(15, 7)] * 4), 1, 0),  # the eight corners only
-    ([[1.5, 1.5, 1]] * 12, spots([(1, 1)] * 8 + [(15, 7)] * 4), 1, 0),
-])
+@pytest.mark.parametrize(
+    "true,found,stride,expected",
+    [
+        (spots([(4, 2), (10, 5)]), spots([(6, 1), (10, 5)]), 1, (2 / 16 + 1 / 8) / 4),
+        ([[8.9, 5.9, 1], [20.0, 10.0, 1]], spots([(6, 1), (10, 5)]), 2, (2 / 16 + 1 / 8) / 4),
+        (spots([(4, 2), None]), spots([(6, 2), (15, 7)]), 1, 2 / 16 / 2),  # outside the frame
+        ([[4, 2, 1], [40, 2, 0]], spots([(6, 2), (15, 7)]), 1, 2 / 16 / 2),
+        (
+            xu.gaussian_heatmaps([[-6, 4], [4.5, 4.5]], (8, 16), 4.0)[None],
+            spots([(15, 7), (4, 4)]),
+            1,
+            0,
+        ),
+        ([[-1e4, -1e4, 0]], spots([(3, 3)]), 1, 0),  # none in the frame
+        (spots([(1, 1)] * 12), spots([(1, 1)] * 8 + [(15, 7)] * 4), 1, 0),  # the eight corners only
+        ([[1.5, 1.5, 1]] * 12, spots([(1, 1)] * 8 + [(15, 7)] * 4), 1, 0),
+    ],
+)
 def test_nmae_worked_out_by_hand(true, found, stride, expected):
     true = np.float32([true]) if isinstance(true, list) else true
     assert float(xu.nmae_argmax(true, found, stride)) == pytest.approx(expected)

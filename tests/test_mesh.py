@@ -33,7 +33,9 @@ def hits(triangles, start, direction):
     Cramer's rule: first + u (second - first) + v (third - first) = start + t direction.
     """
     first, second, third = np.moveaxis(triangles, 1, 0)
-    columns = np.stack([second - first, third - first, np.broadcast_to(-direction, first.shape)], -1)
+    columns = np.stack(
+        [second - first, third - first, np.broadcast_to(-direction, first.shape)], -1
+    )
     columns[np.abs(np.linalg.det(columns)) < 1e-12] = np.eye(3) * 1e9
     u, v, t = np.linalg.solve(columns, (start - first)[..., None])[..., 0].T
     hit = (u >= 0) & (v >= 0) & (u + v <= 1)
@@ -67,8 +69,14 @@ def test_the_supplied_mesh_keeps_the_order_and_the_colours_of_its_file(root, shi
     colours = [line.split()[1:] for line in library if line.startswith("Kd")]
     assert np.array_equal(ship.colours, np.array(colours, float))
     faces = [line.split()[1:] for line in lines if line.startswith("f ")]
-    assert np.array_equal(ship.faces, np.array([[int(v.split("/")[0]) - 1 for v in face] for face in faces]))
-    assert (np.diff(ship.face_materials) >= 0).all() and ship.triangles.shape == (len(ship.faces), 3, 3)
+    assert np.array_equal(
+        ship.faces, np.array([[int(v.split("/")[0]) - 1 for v in face] for face in faces])
+    )
+    assert (np.diff(ship.face_materials) >= 0).all() and ship.triangles.shape == (
+        len(ship.faces),
+        3,
+        3,
+    )
 
 
 def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_material(ship):
@@ -81,25 +89,47 @@ def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_m
 
 def test_what_an_obj_may_hold(tmp_path):
     write(tmp_path, "newmtl red paint\nKd 0.9 0.123456 0\n", "a.mtl")
-    path = write(tmp_path, b"\xef\xbb\xbf" + SQUARE.encode() +  # with a byte order mark
-                 b"# caf\xe9 in Latin-1\nmtllib a.mtl\nf 1/1/1 2//2 \\\n3 4\n"
-                 b"usemtl red paint\nvn 0 0 1\nf -4 -3 -2 # behind\nusemtl none\nf 1 3 4\n"
-                 b"usemtl red paint\nf 2 3 4\n")
+    path = write(
+        tmp_path,
+        b"\xef\xbb\xbf"
+        + SQUARE.encode()  # with a byte order mark
+        + b"# caf\xe9 in Latin-1\nmtllib a.mtl\nf 1/1/1 2//2 \\\n3 4\n"
+        b"usemtl red paint\nvn 0 0 1\nf -4 -3 -2 # behind\nusemtl none\nf 1 3 4\n"
+        b"usemtl red paint\nf 2 3 4\n",
+    )
     found = mesh.load_mesh(path)
     assert found.names == ["default", "red paint", "none"]
     assert np.array_equal(found.colours, [mesh.GREY, [0.9, 0.123456, 0], mesh.GREY])
-    assert found.faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 2], [1, 2, 3], [0, 2, 3]]  # by material
+    assert found.faces.tolist() == [
+        [0, 1, 2],
+        [0, 2, 3],
+        [0, 1, 2],
+        [1, 2, 3],
+        [0, 2, 3],
+    ]  # by material
     assert found.face_materials.tolist() == [0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("text,message", [
-    ("f 1 2 5", "line 5: .*one of the 4 vertices"), ("f 1 2 -9", "line 5: .*one of the 4 vertices"),
-    ("f 1 2 0", "line 5"), ("f 1 2 x", "line 5"), ("f 1 2", "line 5: .*three corners"),
-    ("usemtl", "line 5: .*a name"), ("mtllib", "line 5: .*a name"), ("v 0 nan 0", "line 5: .*three finite"),
-    ("v 1 2", "line 5"), ("v a b c", "line 5"), ("v 0 inf 0\nf 1 2 3", "line 5"),
-    ("mtllib ../a.mtl", "line 5: .*in the mesh's folder"),
-    ("mtllib /etc/passwd", "in the mesh's folder"), ("mtllib b.mtl", "b.mtl, line 2: .*three finite numbers"),
-    ("# nothing", "no faces")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("f 1 2 5", "line 5: .*one of the 4 vertices"),
+        ("f 1 2 -9", "line 5: .*one of the 4 vertices"),
+        ("f 1 2 0", "line 5"),
+        ("f 1 2 x", "line 5"),
+        ("f 1 2", "line 5: .*three corners"),
+        ("usemtl", "line 5: .*a name"),
+        ("mtllib", "line 5: .*a name"),
+        ("v 0 nan 0", "line 5: .*three finite"),
+        ("v 1 2", "line 5"),
+        ("v a b c", "line 5"),
+        ("v 0 inf 0\nf 1 2 3", "line 5"),
+        ("mtllib ../a.mtl", "line 5: .*in the mesh's folder"),
+        ("mtllib /etc/passwd", "in the mesh's folder"),
+        ("mtllib b.mtl", "b.mtl, line 2: .*three finite numbers"),
+        ("# nothing", "no faces"),
+    ],
+)
 def test_what_an_obj_may_not_hold_is_named_with_its_file_and_line(tmp_path, text, message):
     write(tmp_path, "newmtl a\nKd 0.1 x 0\n", "b.mtl")
     with pytest.raises(ValueError, match=message) as error:
@@ -119,7 +149,8 @@ def test_a_missing_mesh_and_a_missing_material_library(tmp_path):
 CAMERAS = {  # width, height, K: not square, off-centre, skewed, without the ship in the middle
     "square": (256, 256, [[248.9, 0, 128], [0, 248.9, 128], [0, 0, 1]]),
     "wide": (311, 173, [[260, 0, 120], [0, 230, 101], [0, 0, 1]]),
-    "tall and skewed": (120, 301, [[300, 25, 20], [0, 310, 170], [0, 0, 1]])}
+    "tall and skewed": (120, 301, [[300, 25, 20], [0, 310, 170], [0, 0, 1]]),
+}
 
 
 @pytest.mark.parametrize("name", CAMERAS)
@@ -163,7 +194,9 @@ def test_nothing_is_drawn_of_what_lies_behind_the_camera(ship, K):
 
 
 def test_front_facing_is_counter_clockwise_as_seen(K):
-    triangle = np.array([[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], float)  # counter-clockwise seen from +z
+    triangle = np.array(
+        [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], float
+    )  # counter-clockwise seen from +z
     above, below = np.diag([1.0, -1, -1, 1]), np.eye(4)
     above[2, 3] = below[2, 3] = 5
     assert mesh.front_facing_triangles(triangle, above).tolist() == [True]
@@ -185,9 +218,13 @@ def test_what_never_shows_can_be_left_out_and_what_is_inside_is_dark(ship, poses
     large = K * [[4], [4], [1]]
     whole = mesh.rasterise(ship.triangles, poses[0], large, 1024, 1024)[1]
     part = mesh.rasterise(ship.triangles[kept], poses[0], large, 1024, 1024)[1]
-    assert len(kept) < 0.6 * len(front) and (np.isfinite(whole) == np.isfinite(part)).mean() > 0.9999
+    assert (
+        len(kept) < 0.6 * len(front) and (np.isfinite(whole) == np.isfinite(part)).mean() > 0.9999
+    )
     assert (openness >= 0).all() and (openness <= 1).all() and (openness[area == 0] == 0).all()
-    box = np.array([[-1, 1, 0], [1, 1, 0], [1, -1, 0]], float)[None]  # alone: wide open on both sides
+    box = np.array([[-1, 1, 0], [1, 1, 0], [1, -1, 0]], float)[
+        None
+    ]  # alone: wide open on both sides
     area, openness = mesh.visibility(box)
     assert openness.min() > 0.95 and (area > 0).all()
     roof = np.concatenate([box, 5 * box + [0, 0, 0.3]])
@@ -198,8 +235,14 @@ def test_what_never_shows_can_be_left_out_and_what_is_inside_is_dark(ship, poses
 def test_the_sun_shines_on_what_no_ray_towards_it_hits(ship, sun):
     triangles, sun = ship.triangles, np.array(sun)
     area = areas(triangles)
-    points = triangles[np.random.default_rng(4).choice(len(triangles), 150, p=area / area.sum())].mean(1)
+    points = triangles[
+        np.random.default_rng(4).choice(len(triangles), 150, p=area / area.sum())
+    ].mean(1)
     depth = np.array([hits(triangles, point, sun)[0].max(initial=0) for point in points])
     clear = (depth < 1e-4) | (depth > 0.02)  # thinner parts are within the tolerance
     lit = mesh.sunlit(triangles, points, sun)
-    assert clear.sum() > 80 and 0.2 < lit[clear].mean() < 0.8 and (lit == (depth < 0.02))[clear].mean() > 0.95
+    assert (
+        clear.sum() > 80
+        and 0.2 < lit[clear].mean() < 0.8
+        and (lit == (depth < 0.02))[clear].mean() > 0.95
+    )

@@ -31,7 +31,9 @@ def images():
 
 @pytest.fixture
 def batches(sample, camera):
-    return xu.make_dataset(sample[0][:8], sample[1][:8], *camera, size=64, batch_size=4, augmented=False)
+    return xu.make_dataset(
+        sample[0][:8], sample[1][:8], *camera, size=64, batch_size=4, augmented=False
+    )
 
 
 # ------------------------------------------------------------ imports, settings
@@ -51,18 +53,29 @@ print([name for name in {heavy} if name in sys.modules])
     assert output.strip() == "[]"
 
 
-@pytest.mark.parametrize("text,default,expected", [
-    ("5", 3, 5), ("0.5", 1.0, 0.5), ("35", 35.0, 35.0), ("a", "b", "a"), ("", 3, 3)])
-def test_settings_come_from_the_environment_and_say_so(monkeypatch, capsys, text, default, expected):
+@pytest.mark.parametrize(
+    "text,default,expected",
+    [("5", 3, 5), ("0.5", 1.0, 0.5), ("35", 35.0, 35.0), ("a", "b", "a"), ("", 3, 3)],
+)
+def test_settings_come_from_the_environment_and_say_so(
+    monkeypatch, capsys, text, default, expected
+):
     monkeypatch.setenv("XWING_THING", text)
     value = xu.setting("THING", default)
     assert value == expected and type(value) is type(default)
     assert ("XWING_THING" in capsys.readouterr().out) == bool(text)
 
 
-@pytest.mark.parametrize("text,default,message", [
-    ("35mm", 35.0, "expected a number such as 35, got '35mm'"), ("nan", 35.0, "expected a number"),
-    ("inf", 1e-3, "such as 0.001"), ("many", 3, "expected a number such as 3"), ("1.5", 3, "such as 3")])
+@pytest.mark.parametrize(
+    "text,default,message",
+    [
+        ("35mm", 35.0, "expected a number such as 35, got '35mm'"),
+        ("nan", 35.0, "expected a number"),
+        ("inf", 1e-3, "such as 0.001"),
+        ("many", 3, "expected a number such as 3"),
+        ("1.5", 3, "such as 3"),
+    ],
+)
 def test_a_setting_of_another_type_is_named(monkeypatch, text, default, message):
     """Defect 21."""
     monkeypatch.setenv("XWING_FOCAL", text)
@@ -73,11 +86,21 @@ def test_a_setting_of_another_type_is_named(monkeypatch, text, default, message)
 # ------------------------------------------------------------ building
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"backbone": "resnet1000"}, "resnet1000"), ({"head": "sigmoid"}, "sigmoid"), ({"size": 100}, "100"),
-    ({"size": 0}, "32"), ({"size": -64}, "32"), ({"stride": 4}, "stride"), ({"sigma": float("nan")}, "sigma"),
-    ({"sigma": -1.0}, "sigma"), ({"decoder_filters": (10**6, 16, 8, 8, 8)}, "filters"),
-    ({"keypoints": 10**9}, "keypoints")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"backbone": "resnet1000"}, "resnet1000"),
+        ({"head": "sigmoid"}, "sigmoid"),
+        ({"size": 100}, "100"),
+        ({"size": 0}, "32"),
+        ({"size": -64}, "32"),
+        ({"stride": 4}, "stride"),
+        ({"sigma": float("nan")}, "sigma"),
+        ({"sigma": -1.0}, "sigma"),
+        ({"decoder_filters": (10**6, 16, 8, 8, 8)}, "filters"),
+        ({"keypoints": 10**9}, "keypoints"),
+    ],
+)
 def test_arguments_that_cannot_be_built(change, message):
     with pytest.raises(ValueError, match=message):
         xu.build_model(**{**TINY, **change})
@@ -85,8 +108,14 @@ def test_arguments_that_cannot_be_built(change, message):
 
 def test_the_network_s_shape_and_settings(model):
     assert model.output_shape == (None, 32, 32, 36)
-    assert model.settings == {**TINY, "decoder_filters": [16, 16, 8, 8, 8], "keypoints": 36, "stride": 2,
-                              "sigma": xu.SIGMA, "head": "softmax"}
+    assert model.settings == {
+        **TINY,
+        "decoder_filters": [16, 16, 8, 8, 8],
+        "keypoints": 36,
+        "stride": 2,
+        "sigma": xu.SIGMA,
+        "head": "softmax",
+    }
 
 
 def test_a_network_with_maps_of_the_frame_s_size_and_a_linear_head(images):
@@ -98,7 +127,9 @@ def test_a_network_with_maps_of_the_frame_s_size_and_a_linear_head(images):
 
 def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):
     maps = model.predict_on_batch(images)
-    assert (maps >= 0).all() and (maps.sum((1, 2)) <= 2 * np.pi * (xu.SIGMA / 2) ** 2 * 1.0001).all()
+    assert (maps >= 0).all() and (
+        maps.sum((1, 2)) <= 2 * np.pi * (xu.SIGMA / 2) ** 2 * 1.0001
+    ).all()
 
 
 # ------------------------------------------------------------ training
@@ -172,7 +203,9 @@ def contents(folder):
 def test_saved_and_loaded_weights_predict_the_same(model, saved, images):
     loaded = xu.load_model(saved)
     assert loaded.settings == model.settings
-    np.testing.assert_allclose(loaded.predict_on_batch(images), model.predict_on_batch(images), atol=2e-3)
+    np.testing.assert_allclose(
+        loaded.predict_on_batch(images), model.predict_on_batch(images), atol=2e-3
+    )
 
 
 def test_two_files_tell_all(model, saved):
@@ -191,14 +224,19 @@ def test_kernels_are_stored_as_float16_the_rest_as_float32_the_optimizer_not(sav
     with h5py.File(tmp_path / "b.weights.h5") as file:
         assert "optimizer" not in file
         file.visititems(lambda _, item: items.append(item))
-        types = {(item.ndim >= 2, item.dtype.name) for item in items if isinstance(item, h5py.Dataset)}
+        types = {
+            (item.ndim >= 2, item.dtype.name) for item in items if isinstance(item, h5py.Dataset)
+        }
     assert types == {(True, "float16"), (False, "float32")}
 
 
 def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, model, tmp_path):
     """Defect 11: a model that was loaded for larger frames was saved as one for larger frames."""
     larger = xu.load_model(saved, size=96)
-    assert larger.input_shape == (None, 96, 96, 3) and larger.settings == {**model.settings, "size": 96}
+    assert larger.input_shape == (None, 96, 96, 3) and larger.settings == {
+        **model.settings,
+        "size": 96,
+    }
     training.save_model(larger, tmp_path / "b.weights.h5")
     assert xu.load_model(tmp_path / "b.weights.h5").settings == model.settings
     with pytest.raises(ValueError, match="^size: expected a multiple of 32, got 100"):
@@ -208,7 +246,10 @@ def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, 
 def test_the_weights_that_come_with_the_project_are_those_that_their_settings_describe(root):
     stored = json.loads((root / "weights" / "xwing.json").read_text())
     assert len(stored["sha256"]) == 64
-    assert xu.weights_settings(root / "weights" / "xwing.weights.h5")["training"]["samples_seen"] > 600_000
+    assert (
+        xu.weights_settings(root / "weights" / "xwing.weights.h5")["training"]["samples_seen"]
+        > 600_000
+    )
 
 
 def test_missing_weights_are_named(saved, tmp_path):
@@ -258,12 +299,18 @@ def damage(path, kind):
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
 @pytest.mark.parametrize("crafted", [False, True])  # with a digest that fits the damaged file
-@pytest.mark.parametrize("kind", ["truncated", "garbage", "foreign", "without a layer", "with moved tensors"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "garbage", "foreign", "without a layer", "with moved tensors"]
+)
 def test_damaged_and_foreign_weights_are_refused(saved, kind, crafted):
     damage(saved, kind)
     if crafted:
         change_settings(saved, saved.read_bytes())
-    message = "not weights of this project's network" if crafted else "not the weights of a.json, or damaged"
+    message = (
+        "not weights of this project's network"
+        if crafted
+        else "not the weights of a.json, or damaged"
+    )
     with pytest.raises(ValueError, match=f"a.weights.h5: {message}.*git checkout weights"):
         xu.load_model(saved)
 
@@ -273,7 +320,9 @@ def test_a_tensor_of_a_wrong_shape_is_refused_before_it_is_read(saved, monkeypat
     with h5py.File(saved, "r+") as file:
         variables = file["layers/functional/layers/conv2d/vars"]
         del variables["0"]
-        variables.create_dataset("0", (40_000, 100_000), "f4", chunks=(100, 100_000), compression="gzip")
+        variables.create_dataset(
+            "0", (40_000, 100_000), "f4", chunks=(100, 100_000), compression="gzip"
+        )
     assert saved.stat().st_size < 20e6
     change_settings(saved, saved.read_bytes())
 
@@ -292,8 +341,10 @@ def test_settings_of_another_network_are_refused(saved):
         xu.load_model(saved)
 
 
-@pytest.mark.parametrize("text", [
-    "", "{}", "[]", "3", '{"model": 3}', '{"model": []}', '{"model": {"colour": 3}}', "not json"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "3", '{"model": 3}', '{"model": []}', '{"model": {"colour": 3}}', "not json"],
+)
 def test_settings_that_are_none_are_refused(saved, text):
     """Defect 21: an empty settings file, and others that are none."""
     (saved.parent / "a.json").write_text(text)
@@ -301,10 +352,25 @@ def test_settings_that_are_none_are_refused(saved, text):
         xu.load_model(saved)
 
 
-@pytest.mark.parametrize("name,value", [
-    ("sigma", float("nan")), ("sigma", -2.0), ("sigma", "2"), ("keypoints", 36.5), ("keypoints", -1),
-    ("size", "256"), ("size", 1e9), ("stride", []), ("decoder_filters", 3), ("decoder_filters", [10**6] * 5),
-    ("backbone", 18), ("head", None), ("points", 3), ("points", [[0, 0]])])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("sigma", float("nan")),
+        ("sigma", -2.0),
+        ("sigma", "2"),
+        ("keypoints", 36.5),
+        ("keypoints", -1),
+        ("size", "256"),
+        ("size", 1e9),
+        ("stride", []),
+        ("decoder_filters", 3),
+        ("decoder_filters", [10**6] * 5),
+        ("backbone", 18),
+        ("head", None),
+        ("points", 3),
+        ("points", [[0, 0]]),
+    ],
+)
 def test_settings_with_a_bad_value_are_refused(saved, name, value):
     """Defect 21: NaN and a negative sigma were taken."""
     change_settings(saved, **{name: value})
@@ -338,6 +404,7 @@ class Killed(BaseException):
 
 def test_a_kill_between_weights_and_settings_is_noticed(saved, model, monkeypatch):
     """Defect 14: new weights under old settings were loaded as if they belonged together."""
+
     def replace(source, target, rename=os.replace):
         rename(source, target)
         raise Killed
@@ -378,7 +445,9 @@ def test_predictions_are_in_pixels_of_the_frame(oracle, oracle_frames, stride):
     maps = xu.predict_heatmaps(network, frames, 2, channels=36)
     again, sure, sigma = xu.read_keypoints(maps, network.settings)
     np.testing.assert_allclose(keypoints, truth, atol=0.05)
-    np.testing.assert_allclose(np.dstack([again, sure]), np.dstack([keypoints, confidence]), atol=1e-5)
+    np.testing.assert_allclose(
+        np.dstack([again, sure]), np.dstack([keypoints, confidence]), atol=1e-5
+    )
     assert confidence.min() > 0.95 and xu.MIN_SIGMA <= sigma.min() and sigma.max() < 2
 
 
@@ -394,9 +463,16 @@ def test_an_identity_that_the_mirror_image_denies_is_not_believed():
     assert maps[0, 20, 20, 3] < 1e-3 and not maps[..., :3].any()
 
 
-@pytest.mark.parametrize("bad", [
-    np.zeros((2, 64, 64, 3), np.float32), np.zeros((2, 32, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8),
-    np.zeros((2, 64, 64), np.uint8), np.zeros((2, 64, 64, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((2, 64, 64, 3), np.float32),
+        np.zeros((2, 32, 64, 3), np.uint8),
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((2, 64, 64), np.uint8),
+        np.zeros((2, 64, 64, 4), np.uint8),
+    ],
+)
 def test_frames_of_a_wrong_kind(model, bad):
     with pytest.raises(ValueError, match="64, 64, 3"):
         xu.predict_keypoints(model, bad)

@@ -24,7 +24,9 @@ viewer(pictures, start=3)"""
 
 
 def notebook(path, *cells):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path
+    )
     return path
 
 
@@ -40,7 +42,9 @@ def move_slider(widget, frame):
 def test_no_notebook_uses_a_widget_that_captures_output(root, name):
     cells = json.loads((root / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert not re.search(r"\b(interact|interactive|interact_manual|interactive_output|Output)\b", code)
+    assert not re.search(
+        r"\b(interact|interactive|interact_manual|interactive_output|Output)\b", code
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,13 +70,18 @@ def test_viewer_shows_each_picture_within_50_ms():
     for frame in (11, 0, 5, 4):
         jpegs[frame], seconds = move_slider(widget, frame)
         assert seconds < 0.05
-    assert len(set(jpegs.values())) == 4 and all(jpeg.startswith(b"\xff\xd8") for jpeg in jpegs.values())
+    assert len(set(jpegs.values())) == 4 and all(
+        jpeg.startswith(b"\xff\xd8") for jpeg in jpegs.values()
+    )
 
 
-@pytest.mark.parametrize("cell, limit, said", [
-    ("import time\ntime.sleep(60)", "4", r"cell \[2\] took longer than 4 s.*: import time$"),
-    ("\n1 / 0", "60", r"cell \[2\] failed.*: 1 / 0$"),
-])
+@pytest.mark.parametrize(
+    "cell, limit, said",
+    [
+        ("import time\ntime.sleep(60)", "4", r"cell \[2\] took longer than 4 s.*: import time$"),
+        ("\n1 / 0", "60", r"cell \[2\] failed.*: 1 / 0$"),
+    ],
+)
 def test_runner_names_the_cell_that_ended_it(tmp_path, monkeypatch, cell, limit, said):
     path = notebook(tmp_path / "stops.ipynb", "x = 1", cell, "y = 2")
     before = path.read_bytes()
@@ -95,7 +104,9 @@ def test_runner_waits_for_no_kernel_for_ever(tmp_path, monkeypatch):
     content = nbformat.read(path, as_version=4)
     content.metadata["kernelspec"] = {"name": "silent", "display_name": "silent"}
     nbformat.write(content, path)
-    assert "the kernel did not start" in run_notebook.run_notebook(path, tmp_path / "out.ipynb", limit=5)
+    assert "the kernel did not start" in run_notebook.run_notebook(
+        path, tmp_path / "out.ipynb", limit=5
+    )
 
 
 def test_everything_is_pinned_and_both_opencv_are_one_version(root):
@@ -115,15 +126,28 @@ def clips(root, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("settings,says", [
-    ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "both sides: 12 frames: 12 tracked"),
-    ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "both sides: 12 frames: 12 tracked"),
-    ({"SOURCE": "black.mp4"}, "no frame shows this ship clearly")], ids=["keypoints", "view", "no ship"])
+@pytest.mark.parametrize(
+    "settings,says",
+    [
+        ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "both sides: 12 frames: 12 tracked"),
+        ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "both sides: 12 frames: 12 tracked"),
+        ({"SOURCE": "black.mp4"}, "no frame shows this ship clearly"),
+    ],
+    ids=["keypoints", "view", "no ship"],
+)
 def test_pnp_runs_with_other_settings(root, clips, tmp_path, settings, says):
     settings = {**settings, "SOURCE": str(clips / settings["SOURCE"]), "SMOKE": "1"}
     environment = {**os.environ, **{f"XWING_{name}": value for name, value in settings.items()}}
-    command = [sys.executable, "tests/run_notebook.py", "--limit", "300", "--output-dir", str(tmp_path)]
-    done = subprocess.run([*command, "notebooks/pnp.ipynb"], cwd=root, env=environment, capture_output=True,
-                          text=True)
+    command = [
+        sys.executable,
+        "tests/run_notebook.py",
+        "--limit",
+        "300",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "notebooks/pnp.ipynb"], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in (tmp_path / "pnp.ipynb").read_text()

@@ -68,7 +68,9 @@ def test_corners_as_uncertain_as_a_network_s_give_a_pose_in_nearly_every_frame(p
     """Defect 12: errors were taken to be 1 pixel, and the simple path found a pose in 71 % of the frames."""
     rng, found, errors = np.random.default_rng(0), [], []
     for pose in np.repeat(poses, 4, axis=0):
-        confidence = np.where(rng.random(8) < 0.65, rng.uniform(0.9, 1, 8), rng.uniform(0.2, 0.9, 8))
+        confidence = np.where(
+            rng.random(8) < 0.65, rng.uniform(0.9, 1, 8), rng.uniform(0.2, 0.9, 8)
+        )
         noise = rng.standard_t(5, (8, 2)) * (1 + 8 * (1 - confidence))[:, None]
         got = xu.solve_pose(corners(pose, K) + noise, K, confidence)
         found.append(got is not None)
@@ -101,7 +103,10 @@ def test_too_many_wild_points_leave_no_pose(poses, K):
         keypoints = keypoints_of(pose, K)
         keypoints[1::2] = rng.uniform(0, 256, keypoints[1::2].shape)
         assert xu.solve_pose(keypoints, K) is None
-    assert np.mean([xu.solve_pose(rng.uniform(0, 256, (8, 2)), K) is not None for _ in range(60)]) < 0.05
+    assert (
+        np.mean([xu.solve_pose(rng.uniform(0, 256, (8, 2)), K) is not None for _ in range(60)])
+        < 0.05
+    )
 
 
 def test_where_the_hull_is_found_wild_corners_do_not_count(poses, K):
@@ -185,7 +190,10 @@ def test_unsure_points_are_used_where_few_are_sure_and_never_believed_alone(pose
     assert estimate.accepted == (sure >= 4) and not estimate.inliers[30:].any()
     assert estimate.inliers[8 + sure : 30].any() == (sure < xu.MIN_SURE_POINTS)
     if sure < 4:
-        assert estimate.reason == f"only {sure} points are sure" and estimate.log_likelihood_margin == 0
+        assert (
+            estimate.reason == f"only {sure} points are sure"
+            and estimate.log_likelihood_margin == 0
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -215,17 +223,26 @@ def test_points_on_a_line_or_in_one_place_leave_no_pose(K):
 # ------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"K": [[249, 3, 128], [0, 249, 128], [0, 0, 1]]}, "K: expected a camera matrix"),  # defect 17: skew
-    ({"K": np.zeros((3, 3))}, "K: expected a camera matrix"),
-    ({"K": np.eye(4)}, "K: expected shape"),
-    ({"keypoints": np.zeros((7, 2)), "points": xu.BOUNDING_BOX}, "points: expected shape"),
-    ({"keypoints": np.zeros((8, 3))}, "keypoints: expected shape"),
-    ({"confidence": np.ones(7)}, "confidence: expected shape"),
-    ({"sigma": np.ones(7)}, "sigma: expected shape"),
-    ({"sigma": np.array([1.0, 1, 1, 0, 1, 1, 1, 1])}, "sigma: expected positive numbers of pixels, got 0.0"),
-    ({"sigma": -np.ones(8)}, "sigma: expected positive numbers of pixels, got -1.0"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"K": [[249, 3, 128], [0, 249, 128], [0, 0, 1]]},
+            "K: expected a camera matrix",
+        ),  # defect 17: skew
+        ({"K": np.zeros((3, 3))}, "K: expected a camera matrix"),
+        ({"K": np.eye(4)}, "K: expected shape"),
+        ({"keypoints": np.zeros((7, 2)), "points": xu.BOUNDING_BOX}, "points: expected shape"),
+        ({"keypoints": np.zeros((8, 3))}, "keypoints: expected shape"),
+        ({"confidence": np.ones(7)}, "confidence: expected shape"),
+        ({"sigma": np.ones(7)}, "sigma: expected shape"),
+        (
+            {"sigma": np.array([1.0, 1, 1, 0, 1, 1, 1, 1])},
+            "sigma: expected positive numbers of pixels, got 0.0",
+        ),
+        ({"sigma": -np.ones(8)}, "sigma: expected positive numbers of pixels, got -1.0"),
+    ],
+)
 @pytest.mark.parametrize("solve", [xu.solve_pose, xu.estimate_pose])
 def test_arguments_that_cannot_be_are_refused(poses, K, solve, change, message):
     with pytest.raises(ValueError, match=message):
@@ -250,7 +267,9 @@ def test_an_estimate_s_covariance_is_that_of_many_draws(poses, K):
         noisy = exact + rng.normal(0, 1, exact.shape) * sigma[:, None]
         drawn.append(xu.pose_step(xu.estimate_pose(noisy, K, None, sigma).pose, pose))
     estimate = xu.estimate_pose(exact, K, None, sigma)
-    np.testing.assert_allclose(np.std(drawn, axis=0), np.sqrt(np.diag(estimate.covariance)), rtol=0.2)
+    np.testing.assert_allclose(
+        np.std(drawn, axis=0), np.sqrt(np.diag(estimate.covariance)), rtol=0.2
+    )
     turns = np.degrees(np.linalg.norm(np.array(drawn)[:, :3], axis=1))
     assert estimate.rotation_sigma == pytest.approx(np.sqrt((turns**2).mean()), rel=0.2)
 
@@ -262,7 +281,9 @@ def test_expected_errors_do_not_depend_on_the_lens(focal):
     rng, sigma, chi, ratios = np.random.default_rng(0), np.full(36, 0.7 * 7.5), [], []
     for i in range(12):
         pose = turned(17 * i, shift=(0, 0, focal / 35))
-        estimate = xu.estimate_pose(keypoints_of(pose, K) + rng.normal(0, sigma[0], (36, 2)), K, None, sigma)
+        estimate = xu.estimate_pose(
+            keypoints_of(pose, K) + rng.normal(0, sigma[0], (36, 2)), K, None, sigma
+        )
         chi.append(estimate.reduced_chi)
         ratios.append(xu.rotation_error(estimate.pose, pose) / estimate.rotation_sigma)
     assert 0.8 < np.median(chi) < 1.15 and 0.5 < np.median(ratios) < 1.5
@@ -274,7 +295,9 @@ def test_certain_points_count_more(poses, K):
     for pose in poses:
         noisy = keypoints_of(pose, K) + rng.normal(0, 1, (36, 2)) * sigma[:, None]
         for name, given in (("weighted", sigma), ("equal", np.full(36, 2.5))):
-            errors[name].append(xu.rotation_error(xu.estimate_pose(noisy, K, None, given).pose, pose))
+            errors[name].append(
+                xu.rotation_error(xu.estimate_pose(noisy, K, None, given).pose, pose)
+            )
     assert np.median(errors["weighted"]) < 0.7 * np.median(errors["equal"])
 
 
@@ -287,7 +310,9 @@ def test_reprojection_and_chi_are_those_of_the_inliers(poses, K):
     error = np.linalg.norm(seen - keypoints, axis=1)[estimate.inliers]
     assert not estimate.inliers[10] and estimate.inliers.sum() >= 20
     assert estimate.reprojection == pytest.approx(np.sqrt((error**2).mean()))
-    assert estimate.reduced_chi == pytest.approx(np.sqrt((error**2 / 4).sum() / (2 * len(error) - 6)))
+    assert estimate.reduced_chi == pytest.approx(
+        np.sqrt((error**2 / 4).sum() / (2 * len(error) - 6))
+    )
 
 
 @pytest.mark.parametrize("name", ["left-right", "top-bottom", "nose-tail"])
@@ -316,7 +341,9 @@ def test_the_expected_pose_decides_between_two_that_fit_alike_and_does_not_move_
     sigma, rival = np.full(36, 1.0), xu.ambiguous_poses(far)[2]
     alone = xu.estimate_pose(keypoints, K, None, sigma)
     for expected in (far, rival):
-        estimate = xu.estimate_pose(keypoints, K, None, sigma, prior=xu.move_pose(expected, np.full(6, 0.02)))
+        estimate = xu.estimate_pose(
+            keypoints, K, None, sigma, prior=xu.move_pose(expected, np.full(6, 0.02))
+        )
         assert estimate.accepted and xu.rotation_error(estimate.pose, expected) < 10
         gain = xu.PRIOR_WEIGHT + alone.log_likelihood_margin * (1 if expected is far else -1)
         assert estimate.log_likelihood_margin == pytest.approx(gain, abs=1)
@@ -330,7 +357,10 @@ def test_what_a_pose_is_taken_for(K):
     np.testing.assert_array_equal(same, pose)
     np.testing.assert_allclose(rolled, pose @ xu.HALF_ROLL)
     np.testing.assert_allclose(both, mirrored @ xu.HALF_ROLL)
-    assert np.linalg.det(mirrored[:3, :3]) == pytest.approx(1) and xu.rotation_error(mirrored, pose) > 30
+    assert (
+        np.linalg.det(mirrored[:3, :3]) == pytest.approx(1)
+        and xu.rotation_error(mirrored, pose) > 30
+    )
     flat = xu.KEYPOINTS * [1, 1, 0]
     offset = xu.project_pose(flat, mirrored, K) - xu.project_pose(flat, pose, K)
     assert np.abs(offset).max() < 0.02 * np.ptp(xu.project_pose(flat, pose, K))
@@ -340,8 +370,8 @@ def test_a_step_leads_from_pose_to_pose(poses):
     for start, pose in zip(poses[:10], poses[10:20]):
         np.testing.assert_allclose(xu.move_pose(start, xu.pose_step(pose, start)), pose, atol=1e-9)
     step = np.array([0.1, -0.2, 0.3, 1, 2, 3])
-    np.testing.assert_allclose(xu.pose_step(xu.move_pose(poses[0], step), poses[0]), step, atol=1e-9)
+    np.testing.assert_allclose(
+        xu.pose_step(xu.move_pose(poses[0], step), poses[0]), step, atol=1e-9
+    )
     quarter = xu.move_pose(np.eye(4), np.array([0, 0, np.pi / 2, 1, 0, 0]))
     np.testing.assert_allclose(quarter[:3, [0, 3]], [[0, 1], [1, 0], [0, 0]], atol=1e-12)
-
-

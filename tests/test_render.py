@@ -47,8 +47,14 @@ def copy(rendered, tmp_path):
 
 def test_a_rendered_set_has_the_format(rendered, camera):
     paths, matrices = xu.load_dataset(rendered)
-    assert sorted(files(rendered)) == ["0.jpg", "0_mat.json", "1.jpg", "1_mat.json", "camera_info.json",
-                                       "render_info.json"]
+    assert sorted(files(rendered)) == [
+        "0.jpg",
+        "0_mat.json",
+        "1.jpg",
+        "1_mat.json",
+        "camera_info.json",
+        "render_info.json",
+    ]
     assert len(paths) == len(matrices) == 2 and xu.read_image(paths[0], (256, 256)).std() > 1
     assert not np.array_equal(xu.read_image(paths[0]), xu.read_image(paths[1]))
     np.testing.assert_array_equal(xu.load_camera(rendered), camera)
@@ -72,10 +78,14 @@ def test_committed_frames_can_be_rendered_again(root, name, index):
     info = xu.read_json(root / "data" / name / "render_info.json")
     image, matrix, quality = render.MAKERS[info["kind"]](info["seed"], index)
     path = xu.load_dataset(root / "data" / name)[0][index]
-    np.testing.assert_allclose(matrix, xu.read_json(path.with_name(f"{path.stem}_mat.json")), atol=1e-12)
+    np.testing.assert_allclose(
+        matrix, xu.read_json(path.with_name(f"{path.stem}_mat.json")), atol=1e-12
+    )
     jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     again = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1].astype(int)
-    assert np.abs(again - xu.read_image(path)).mean() < 0.1  # another processor rounds otherwise now and then
+    assert (
+        np.abs(again - xu.read_image(path)).mean() < 0.1
+    )  # another processor rounds otherwise now and then
 
 
 def test_rendering_again_makes_only_what_is_missing(rendered, copy):
@@ -97,8 +107,11 @@ def test_a_folder_of_another_set_is_refused(rendered, arguments):
 def test_a_folder_of_another_mesh_of_the_same_name_is_refused(tmp_path):
     """The digest tells meshes apart, not the name; triangles and colours both count."""
     obj, mtl = ((render.HERE / f"xwing.{end}").read_text() for end in ("obj", "mtl"))
-    for name, texts in (("a", (obj, mtl)), ("b", (obj.replace("v 0.0", "v 0.00"), mtl)),
-                        ("c", (obj, mtl.replace("Kd 0.8400", "Kd 0.1000")))):
+    for name, texts in (
+        ("a", (obj, mtl)),
+        ("b", (obj.replace("v 0.0", "v 0.00"), mtl)),
+        ("c", (obj, mtl.replace("Kd 0.8400", "Kd 0.1000"))),
+    ):
         (tmp_path / name).mkdir()
         for end, text in zip(("obj", "mtl"), texts):
             (tmp_path / name / f"xwing.{end}").write_text(text)
@@ -117,7 +130,9 @@ def test_committed_sets_are_still_taken_for_what_they_are(root, tmp_path, name):
         shutil.copy(path, tmp_path)
     shutil.copy(root / "data" / name / "render_info.json", tmp_path)
     before = files(tmp_path)
-    assert "mesh_digest" not in info and render_set(tmp_path, 1, info["seed"], kind=info["kind"]) == 0
+    assert (
+        "mesh_digest" not in info and render_set(tmp_path, 1, info["seed"], kind=info["kind"]) == 0
+    )
     assert files(tmp_path) == {**before, "camera_info.json": files(tmp_path)["camera_info.json"]}
 
 
@@ -171,12 +186,16 @@ def test_a_full_disk_is_one_clear_error(copy, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         render.main([str(copy), "--count", "3", "--seed", "7", "--workers", "1"])
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(part in last for part in ("error: ", "No space left on device", "2.jpg", "start again"))
+    assert all(
+        part in last for part in ("error: ", "No space left on device", "2.jpg", "start again")
+    )
     assert files(copy) == before
 
 
 @pytest.mark.parametrize("name", render.COMMITTED)
-def test_frames_of_a_committed_set_are_not_rendered_elsewhere(root, tmp_path, name, capsys, monkeypatch):
+def test_frames_of_a_committed_set_are_not_rendered_elsewhere(
+    root, tmp_path, name, capsys, monkeypatch
+):
     """Training has met the test set that way."""
     monkeypatch.setattr(render, "render_set", lambda *arguments, **options: 0)
     info = xu.read_json(root / "data" / name / "render_info.json")
@@ -196,9 +215,16 @@ def test_a_folder_of_foreign_files_is_refused(tmp_path, name):
     assert files(tmp_path) == {name: b"someone's"}
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"count": 0}, "count"), ({"seed": -1}, "-1"), ({"kind": "noon"}, "'noon'"),
-    ({"count": 301, "kind": "flight"}, "301"), ({"count": 301, "kind": "wild"}, "301")])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"count": 0}, "count"),
+        ({"seed": -1}, "-1"),
+        ({"kind": "noon"}, "'noon'"),
+        ({"count": 301, "kind": "flight"}, "301"),
+        ({"count": 301, "kind": "wild"}, "301"),
+    ],
+)
 def test_arguments_out_of_range(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         render_set(tmp_path / "new", **arguments)
@@ -248,7 +274,9 @@ def test_a_ship_too_near_the_camera_is_refused():
 def test_the_shifted_look_has_the_same_poses_and_other_pictures(rendered, tmp_path):
     render_set(tmp_path / "set", 1, kind="shifted")
     assert (tmp_path / "set" / "0_mat.json").read_bytes() == (rendered / "0_mat.json").read_bytes()
-    first, second = (xu.read_image(folder / "0.jpg").astype(int) for folder in (tmp_path / "set", rendered))
+    first, second = (
+        xu.read_image(folder / "0.jpg").astype(int) for folder in (tmp_path / "set", rendered)
+    )
     assert np.abs(first - second).mean() > 10
 
 
@@ -284,7 +312,11 @@ def test_scenes_show_the_ship_at_its_pose(camera, K, matrices, monkeypatch):
         pose = xu.pose_in_camera(camera[0], matrix)
         wanted = meshes.rasterise(ship.mesh.triangles, pose, K, 256, 256)[0] >= 0
         near = cv2.dilate(wanted.astype(np.uint8), np.ones((9, 9))) > 0
-        assert wanted.sum() > 300 and not (seen & ~near).any() and (seen & wanted).sum() > 0.9 * wanted.sum()
+        assert (
+            wanted.sum() > 300
+            and not (seen & ~near).any()
+            and (seen & wanted).sum() > 0.9 * wanted.sum()
+        )
         offsets.append(np.mean(np.nonzero(seen), 1) - np.mean(np.nonzero(wanted), 1))
     assert np.abs(np.mean(offsets, 0)).max() < 1  # what is as bright as the sky is not seen
 
@@ -299,7 +331,8 @@ def test_nothing_in_a_place_hides_the_ship(place):
         scene = looks.Place(ship.mi, rng, matrix[:3, 3], place)
         towards = ship.mi.ScalarVector3f(matrix[:3, 3] - [0, 0, 1])
         hit = ship.mi.load_dict({"type": "scene", **scene.shapes}).ray_intersect(
-            ship.mi.Ray3f(ship.mi.ScalarPoint3f(0, 0, 1), towards))
+            ship.mi.Ray3f(ship.mi.ScalarPoint3f(0, 0, 1), towards)
+        )
         assert not hit.is_valid() or hit.t > 1.1, (place, seed)
 
 
@@ -362,12 +395,16 @@ def test_the_wild_flight_is_two_to_three_times_as_fast(camera):
 @pytest.mark.parametrize("flight,low,high", [(render.CALM, 8, 15), (render.WILD, 15, 25)])
 def test_flights_leave_the_frame_completely_once(camera, flight, low, high):
     vertices = meshes.load_mesh(render.SHIP).vertices
-    inside = xu.in_frame(xu.keypoints_of(render.flight_poses(flight), *camera, points=vertices)).any(1)
+    inside = xu.in_frame(
+        xu.keypoints_of(render.flight_poses(flight), *camera, points=vertices)
+    ).any(1)
     assert low <= (~inside).sum() <= high and np.abs(np.diff(inside.astype(int))).sum() == 2
 
 
 def test_the_committed_clip_is_the_calm_flight(root):
-    np.testing.assert_allclose(xu.load_dataset(root / "data" / "frames")[1], render.flight_poses(), atol=1e-9)
+    np.testing.assert_allclose(
+        xu.load_dataset(root / "data" / "frames")[1], render.flight_poses(), atol=1e-9
+    )
 
 
 def test_frames_of_a_flight_have_three_digits_and_one_sky(tmp_path):
@@ -376,7 +413,9 @@ def test_frames_of_a_flight_have_three_digits_and_one_sky(tmp_path):
     assert [path.name for path in paths] == ["000.jpg", "001.jpg"]
     np.testing.assert_allclose(matrices, render.flight_poses(render.WILD)[:2], atol=1e-12)
     first, second = (xu.read_image(path)[:100, :100].astype(int) for path in paths)
-    assert np.abs(first - second).mean() < 0.1 * first.std()  # far from the ship hardly anything moves
+    assert (
+        np.abs(first - second).mean() < 0.1 * first.std()
+    )  # far from the ship hardly anything moves
 
 
 # ------------------------------------------------------------ mesh
@@ -411,7 +450,11 @@ def test_hull_keypoints_lie_on_the_mesh():
 
 def test_meshes_of_one_digest_are_the_same(root):
     mesh = meshes.load_mesh(root / "data" / "xwing.obj")
-    other = meshes.Mesh(mesh.names, mesh.colours, mesh.vertices * 1.001, mesh.faces, mesh.face_materials)
-    assert render.mesh_digest(mesh) == render.mesh_digest(meshes.load_mesh(root / "data" / "xwing.obj"))
+    other = meshes.Mesh(
+        mesh.names, mesh.colours, mesh.vertices * 1.001, mesh.faces, mesh.face_materials
+    )
+    assert render.mesh_digest(mesh) == render.mesh_digest(
+        meshes.load_mesh(root / "data" / "xwing.obj")
+    )
     assert render.mesh_digest(mesh) != render.mesh_digest(other)
     assert len(json.dumps(render.mesh_digest(mesh))) == 18

@@ -23,11 +23,21 @@ ARROWS = {  # file -> the project's own modules that it may import
     "xwing/evaluation": {"xwing_utils", "xwing/alignment"},
     "xwing/training": {"xwing_utils", "xwing/evaluation"},
     "data/looks": set(),
-    "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},  # itself, for its workers
+    "data/render": {
+        "xwing_utils",
+        "xwing/mesh",
+        "data/looks",
+        "data/render",
+    },  # itself, for its workers
     "data/make_xwing": set(),
 }
-OUTSIDERS = {"render": "data/render", "looks": "data/looks", "make_xwing": "data/make_xwing",
-             "conftest": "tests", "bench": "tests"}
+OUTSIDERS = {
+    "render": "data/render",
+    "looks": "data/looks",
+    "make_xwing": "data/make_xwing",
+    "conftest": "tests",
+    "bench": "tests",
+}
 PACKAGES = "xwing", "data"
 CORE_LINES, FILE_LINES, ALL_LINES = 1100, 450, 4635
 COLUMNS = 110
@@ -44,7 +54,11 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             module = {".": "xwing"}.get(module, re.sub(r"^\.", "xwing.", module))
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module in PACKAGES else {module}
+            names |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module in PACKAGES
+                else {module}
+            )
     own = set()
     for name in names:
         first, *rest = name.split(".")
@@ -64,9 +78,16 @@ def package(root):
 
 
 def test_every_form_of_import_is_seen():
-    imports = ("import xwing_utils as xu", "from xwing import mesh, film as f", "import xwing.footage",
-               "from xwing.tracking import Tracker", "from .training import worker",
-               "from . import synthesis", "import render, numpy, xwings", "from data import looks")
+    imports = (
+        "import xwing_utils as xu",
+        "from xwing import mesh, film as f",
+        "import xwing.footage",
+        "from xwing.tracking import Tracker",
+        "from .training import worker",
+        "from . import synthesis",
+        "import render, numpy, xwings",
+        "from data import looks",
+    )
     names = ("mesh", "film", "tracking", "footage", "training", "synthesis")
     late = "def late():\n    " + "\n    ".join(imports)
     own = {f"xwing/{name}" for name in names}
@@ -102,11 +123,21 @@ def test_the_package_is_short(root):
 
 
 def test_no_line_is_wide(root):
-    files = [root / "xwing_utils.py", *package(root), *root.glob("data/*.py"), *root.glob("tests/*.py"),
-             root / "README.md", root / "Makefile", root / "requirements.in"]
-    wide = [f"{path.relative_to(root)}:{number}" for path in files
-            for number, line in enumerate(lines(path), 1)
-            if len(line) > COLUMNS and not (path.suffix == ".md" and line.startswith("| "))]  # a table's row
+    files = [
+        root / "xwing_utils.py",
+        *package(root),
+        *root.glob("data/*.py"),
+        *root.glob("tests/*.py"),
+        root / "README.md",
+        root / "Makefile",
+        root / "requirements.in",
+    ]
+    wide = [
+        f"{path.relative_to(root)}:{number}"
+        for path in files
+        for number, line in enumerate(lines(path), 1)
+        if len(line) > COLUMNS and not (path.suffix == ".md" and line.startswith("| "))
+    ]  # a table's row
     assert not wide
 
 
@@ -122,10 +153,23 @@ def test_functions_are_short_and_take_few_parameters(root):
     for path in [root / "xwing_utils.py", *package(root)]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                names = {argument.arg for argument in node.args.args + node.args.kwonlyargs} - {"self"}
-                length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
-                if length > FUNCTION_LINES or len(names) > PARAMETERS and node.name not in MANY_PARAMETERS:
-                    wrong.append(f"{path.name}: {node.name}: {len(names)} parameters, {length} lines")
+                names = {argument.arg for argument in node.args.args + node.args.kwonlyargs} - {
+                    "self"
+                }
+                length = (
+                    node.end_lineno
+                    - node.lineno
+                    + 1
+                    - len((ast.get_docstring(node) or "").splitlines())
+                )
+                if (
+                    length > FUNCTION_LINES
+                    or len(names) > PARAMETERS
+                    and node.name not in MANY_PARAMETERS
+                ):
+                    wrong.append(
+                        f"{path.name}: {node.name}: {len(names)} parameters, {length} lines"
+                    )
     assert not wrong
 
 
@@ -134,7 +178,9 @@ def test_the_readme_shows_the_measured_figures(root):
     measured = json.loads((root / "weights" / "xwing_eval.json").read_text())
     readme = (root / "README.md").read_text()
     table = re.search("<!-- results -->\n(.*)<!-- /results -->", readme, re.DOTALL)[1]
-    head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    head, _, *rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()
+    ]
     assert head[1:] == list(evaluation.README_SETS) and len(rows) == 6
     for key, (_, *cells) in zip(evaluation.HEADLINES, rows, strict=True):
         for name, cell in zip(head[1:], cells, strict=True):

@@ -13,7 +13,9 @@ import xwing_utils as xu
 from xwing import mesh as meshes
 from xwing import scenery, synthesis
 
-PLAIN = synthesis.Light(np.array([0.0, 0, 1]), 1.0, strength=0.0, shadows=False, shine=0.0, exponent=1.0)
+PLAIN = synthesis.Light(
+    np.array([0.0, 0, 1]), 1.0, strength=0.0, shadows=False, shine=0.0, exponent=1.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +36,19 @@ def synthesiser(ship):
 @pytest.fixture(scope="module")
 def frames(sample, camera):
     """Eight frames of data/sample: images and poses."""
-    return [(xu.read_image(path), xu.pose_in_camera(camera[0], matrix)) for path, matrix in zip(*sample)][:8]
+    return [
+        (xu.read_image(path), xu.pose_in_camera(camera[0], matrix)) for path, matrix in zip(*sample)
+    ][:8]
 
 
 @pytest.fixture
 def fixed(monkeypatch):
     """A function: light, paint (9, 3) -> nothing is random any more but the background."""
+
     def fix(light=PLAIN, paint=1.0):
         monkeypatch.setattr(synthesis, "random_light", lambda rng: light)
         monkeypatch.setattr(synthesis, "random_paint", lambda n, rng: np.ones((n, 3)) * paint)
+
     return fix
 
 
@@ -54,7 +60,9 @@ def samples(ship, pose, K, width=256, height=256):
 
 def test_the_state_of_the_generator_decides_the_frame(randomiser, frames, K):
     for k, (image, pose) in enumerate(frames):
-        first, again, other = (randomiser(image, pose, K, np.random.default_rng(s)) for s in (k, k, k + 100))
+        first, again, other = (
+            randomiser(image, pose, K, np.random.default_rng(s)) for s in (k, k, k + 100)
+        )
         assert first.shape == image.shape and first.dtype == np.uint8
         np.testing.assert_array_equal(first, again)
         assert (first != other).mean() > 0.5
@@ -66,7 +74,9 @@ def test_plain_light_and_true_paint_leave_the_ship_as_it_is(randomiser, frames, 
         changed, ids = randomiser(image, pose, K, np.random.default_rng(1)), samples(ship, pose, K)
         kept, gone = (ids >= 0).all(-1), (ids < 0).all(-1)
         same = np.abs(changed[kept].astype(int) - image[kept]).max(1) <= 1
-        assert kept.sum() > 200 and same.mean() > 0.998  # slivers that hardly ever show are left out
+        assert (
+            kept.sum() > 200 and same.mean() > 0.998
+        )  # slivers that hardly ever show are left out
         assert np.abs(changed[gone].astype(int) - image[gone]).mean() > 10
 
 
@@ -75,7 +85,9 @@ def test_paint_multiplies_the_pixels_of_its_material(randomiser, frames, ship, K
     paint[hull] = (0.5, 0.25, 0.0)
     fixed(paint=paint)
     for _, pose in frames[:4]:
-        changed = randomiser(np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1))
+        changed = randomiser(
+            np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1)
+        )
         ids = samples(ship, pose, K)
         painted = (ship.face_materials[ids] == hull) & (ids >= 0)
         whole, none = painted.all(-1), (~painted & (ids >= 0)).all(-1)
@@ -89,10 +101,14 @@ def test_light_falls_by_the_cosine(randomiser, frames, ship, K, fixed):
     sun = np.array([0.36, -0.48, -0.8])  # from behind the camera
     fixed(synthesis.Light(sun, 0.2, 0.6, shadows=False, shine=0.0, exponent=1.0))
     for _, pose in frames[:4]:
-        changed = randomiser(np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1))
+        changed = randomiser(
+            np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1)
+        )
         ids = samples(ship, pose, K)
         whole = (ids >= 0).all(-1) & (ids == ids[..., :1]).all(-1)
-        a, b, c = np.moveaxis((ship.triangles @ pose[:3, :3].T + pose[:3, 3])[ids[whole][:, 0]], 1, 0)
+        a, b, c = np.moveaxis(
+            (ship.triangles @ pose[:3, :3].T + pose[:3, 3])[ids[whole][:, 0]], 1, 0
+        )
         normals = np.cross(b - a, c - a)
         normals *= -np.sign((normals * a).sum(1, keepdims=True))  # towards the camera
         normals /= np.linalg.norm(normals, axis=1, keepdims=True)
@@ -150,11 +166,17 @@ def test_frames_of_any_size_and_lens(randomiser, frames, ship, fixed):
 
 @pytest.mark.parametrize("width,height", [(256, 256), (33, 70), (640, 360)])
 def test_backgrounds_are_many(width, height):
-    drawn = [scenery.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)]
-    assert all(picture.shape == (height, width, 3) and picture.dtype == np.uint8 for picture in drawn)
+    drawn = [
+        scenery.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)
+    ]
+    assert all(
+        picture.shape == (height, width, 3) and picture.dtype == np.uint8 for picture in drawn
+    )
     means = np.array([picture.mean((0, 1)) for picture in drawn])
     assert means.min() < 40 and means.max() > 215  # dark ones and bright ones
-    assert np.ptp(means, axis=1).max() > 60 and min(np.ptp(means, axis=1)) < 20  # coloured ones and grey ones
+    assert (
+        np.ptp(means, axis=1).max() > 60 and min(np.ptp(means, axis=1)) < 20
+    )  # coloured ones and grey ones
 
 
 def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
@@ -175,8 +197,15 @@ def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
 
 def test_frames_that_are_not_augmented_are_not_randomised(sample, camera, ship):
     paths, matrices = sample
-    dataset = xu.make_dataset(paths[:4], matrices[:4], *camera, batch_size=4, augmented=False,
-                              randomise=synthesis.Randomiser(ship), shares=(1, 0))
+    dataset = xu.make_dataset(
+        paths[:4],
+        matrices[:4],
+        *camera,
+        batch_size=4,
+        augmented=False,
+        randomise=synthesis.Randomiser(ship),
+        shares=(1, 0),
+    )
     np.testing.assert_array_equal(dataset[0][0], [xu.read_image(path) for path in paths[:4]])
 
 
@@ -192,7 +221,9 @@ def test_the_state_of_the_generator_decides_the_square(synthesiser):
         (image, pose, K), again, other = (draw(synthesiser, s) for s in (seed, seed, seed + 100))
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
         np.testing.assert_array_equal(image, again[0])
-        np.testing.assert_array_equal(np.stack([pose[:3, :3], K]), np.stack([again[1][:3, :3], again[2]]))
+        np.testing.assert_array_equal(
+            np.stack([pose[:3, :3], K]), np.stack([again[1][:3, :3], again[2]])
+        )
         assert (image != other[0]).mean() > 0.1 and np.abs(pose - other[1]).max() > 0.01
         xu.check_camera_matrix(K)
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
@@ -203,21 +234,33 @@ def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame)
     """A white ship in the dark fills what the mesh covers at the square's pose and camera, and no more."""
     monkeypatch.setattr(synthesis, "TAME_SHARE", 1.0)
     monkeypatch.setattr(synthesis, "random_light", lambda rng, tame: PLAIN)
-    monkeypatch.setattr(synthesis, "random_colours", lambda true, rng, tame: np.full(true.shape, 100.0))
-    monkeypatch.setattr(scenery, "random_background", lambda w, h, rng, tame: np.zeros((h, w, 3), np.uint8))
-    monkeypatch.setattr(scenery, "expose", lambda light, rng, tame: np.uint8(255 * light.clip(0, 1)))
+    monkeypatch.setattr(
+        synthesis, "random_colours", lambda true, rng, tame: np.full(true.shape, 100.0)
+    )
+    monkeypatch.setattr(
+        scenery, "random_background", lambda w, h, rng, tame: np.zeros((h, w, 3), np.uint8)
+    )
+    monkeypatch.setattr(
+        scenery, "expose", lambda light, rng, tame: np.uint8(255 * light.clip(0, 1))
+    )
     whole = 0
     for seed in range(30):
         image, pose, K = draw(synthesiser, seed, size, frame)
         expected = (samples(ship, pose, K, size, size) >= 0).any(-1)
         drawn = image[..., 0] > 0
-        assert not (drawn & ~cv2.dilate(expected.astype(np.uint8), np.ones((3, 3))).astype(bool)).any()
-        whole += (drawn & expected).sum() > 0.93 * expected.sum() > 0  # else the frame ends, or it is outside
+        assert not (
+            drawn & ~cv2.dilate(expected.astype(np.uint8), np.ones((3, 3))).astype(bool)
+        ).any()
+        whole += (
+            (drawn & expected).sum() > 0.93 * expected.sum() > 0
+        )  # else the frame ends, or it is outside
     assert whole > 15
 
 
 def test_squares_show_the_ship_whole_or_cut_near_and_far(synthesiser):
-    corners = [xu.project_pose(xu.BOUNDING_BOX, *draw(synthesiser, seed)[1:]) for seed in range(100)]
+    corners = [
+        xu.project_pose(xu.BOUNDING_BOX, *draw(synthesiser, seed)[1:]) for seed in range(100)
+    ]
     inside, span = xu.in_frame(corners, 128, 128).sum(1), np.ptp(corners, axis=1).max(1)
     assert 20 < (inside == 8).sum() < 90 and (inside < 4).sum() >= 1 and (inside > 0).mean() > 0.9
     assert span.min() < 40 and span.max() > 120
@@ -235,7 +278,9 @@ def test_squares_come_fast(synthesiser):
 def test_looks_are_many(synthesiser):
     images = np.stack([draw(synthesiser, seed)[0] for seed in range(60)]).astype(float)
     means = images.mean((1, 2))
-    assert means.mean(1).min() < 15 and means.mean(1).max() > 120 and np.ptp(means, axis=1).max() > 40
+    assert (
+        means.mean(1).min() < 15 and means.mean(1).max() > 120 and np.ptp(means, axis=1).max() > 40
+    )
 
 
 def test_other_things_stand_before_and_behind_the_ship(synthesiser):
@@ -261,7 +306,9 @@ def test_every_picture_comes_with_scikit_image_and_none_is_behind_shifted_ships(
     assert not {"hubble_deep_field.jpg", "moon.png", "gravel.png"} & set(scenery.PICTURES)
 
 
-@pytest.mark.parametrize("text", ["v 0 0 0\nv .1 0 0\nv 0 .1 0\nf 1 2 3\n", None], ids=["triangle", "grey"])
+@pytest.mark.parametrize(
+    "text", ["v 0 0 0\nv .1 0 0\nv 0 .1 0\nf 1 2 3\n", None], ids=["triangle", "grey"]
+)
 def test_any_mesh_is_drawn(tmp_path, root, text):
     """One triangle; the ship without its materials."""
     path = tmp_path / "a.obj"
@@ -287,11 +334,22 @@ def test_meshes_that_cannot_be_drawn(ship, monkeypatch):
 def mixed(sample, camera, shares, count=64, **arguments):
     """Frames of which some turn into 1 and some are 2 throughout, unless they are as they were."""
     pose = xu.pose_in_camera(camera[0], sample[1][0])
-    functions = {"randomise": lambda image, pose, K, rng: np.full_like(image, 1),
-                 "synthesise": lambda size, rng, frame: (
-                     np.full((size, size, 3), 2, np.uint8), pose, xu.lens_camera(size, size))}
-    return xu.make_dataset(sample[0][:count], sample[1][:count], *camera, batch_size=16, shares=shares,
-                           **{**functions, **arguments})
+    functions = {
+        "randomise": lambda image, pose, K, rng: np.full_like(image, 1),
+        "synthesise": lambda size, rng, frame: (
+            np.full((size, size, 3), 2, np.uint8),
+            pose,
+            xu.lens_camera(size, size),
+        ),
+    }
+    return xu.make_dataset(
+        sample[0][:count],
+        sample[1][:count],
+        *camera,
+        batch_size=16,
+        shares=shares,
+        **{**functions, **arguments},
+    )
 
 
 @pytest.mark.parametrize("shares", [(0, 0), (0.25, 0.25), (0, 1), (1, 0), (0.5, 0.5)])
@@ -302,7 +360,9 @@ def test_batches_have_their_shares(sample, camera, monkeypatch, shares):
     assert len(dataset) == 10
     images = np.concatenate([dataset[i][0] for i in range(10)])
     found = [(images == value).all((1, 2, 3)).mean() for value in (1, 2)]
-    assert np.abs(np.subtract(found, shares)).max() < (0.1 if 0 < sum(shares) and max(shares) < 1 else 1e-9)
+    assert np.abs(np.subtract(found, shares)).max() < (
+        0.1 if 0 < sum(shares) and max(shares) < 1 else 1e-9
+    )
 
 
 def test_drawn_squares_have_the_targets_of_their_pose(sample, camera):
@@ -318,8 +378,18 @@ def test_drawn_squares_have_the_targets_of_their_pose(sample, camera):
 
 def test_drawn_batches_repeat_for_a_seed_and_never_otherwise(camera, synthesiser):
     def batch(seed, epoch, index):
-        dataset = xu.make_dataset([], [], *camera, batch_size=4, size=64, crop=True, synthesise=synthesiser,
-                                  shares=(0, 1), epoch_size=8, seed=seed)
+        dataset = xu.make_dataset(
+            [],
+            [],
+            *camera,
+            batch_size=4,
+            size=64,
+            crop=True,
+            synthesise=synthesiser,
+            shares=(0, 1),
+            epoch_size=8,
+            seed=seed,
+        )
         dataset.epoch = epoch
         return dataset[index][0]
 
@@ -328,15 +398,20 @@ def test_drawn_batches_repeat_for_a_seed_and_never_otherwise(camera, synthesiser
     assert len({image.tobytes() for images in batches for image in images}) == 16
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"shares": (0.6, 0.5)}, "shares.*1 or less together.*0.6, 0.5"), ({"shares": (-0.1, 0)}, "shares"),
-    ({"shares": (float("nan"), 0)}, "shares"), ({"shares": (0, 1), "synthesise": None}, "functions"),
-    ({"shares": (1, 0), "randomise": None}, "functions"),
-    ({"shares": (0, 0.5), "count": 0, "epoch_size": 9}, "0 frames.*make data"),
-    ({"shares": (0, 1), "count": 0}, "0 frames"),
-    ({"shares": (0, 1), "count": 0, "epoch_size": 9, "augmented": False}, "0 frames"),
-    ({"shares": (0, 1), "epoch_size": -1}, "epoch_size"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"shares": (0.6, 0.5)}, "shares.*1 or less together.*0.6, 0.5"),
+        ({"shares": (-0.1, 0)}, "shares"),
+        ({"shares": (float("nan"), 0)}, "shares"),
+        ({"shares": (0, 1), "synthesise": None}, "functions"),
+        ({"shares": (1, 0), "randomise": None}, "functions"),
+        ({"shares": (0, 0.5), "count": 0, "epoch_size": 9}, "0 frames.*make data"),
+        ({"shares": (0, 1), "count": 0}, "0 frames"),
+        ({"shares": (0, 1), "count": 0, "epoch_size": 9, "augmented": False}, "0 frames"),
+        ({"shares": (0, 1), "epoch_size": -1}, "epoch_size"),
+    ],
+)
 def test_shares_that_cannot_be(sample, camera, arguments, message):
     with pytest.raises(ValueError, match=message):
         mixed(sample, camera, **arguments)

@@ -57,7 +57,9 @@ class Oracle:
 
 def errors(track, truth):
     pairs = zip(track, truth)
-    return np.array([np.nan if t.pose is None else xu.rotation_error(t.pose, true) for t, true in pairs])
+    return np.array(
+        [np.nan if t.pose is None else xu.rotation_error(t.pose, true) for t, true in pairs]
+    )
 
 
 def follow(oracle, K, tracker=None):
@@ -74,7 +76,9 @@ def test_filter_and_smoother_are_better_than_single_frames(K):
     tracker = Tracker(K, FPS, oracle, keep=True)
     live = follow(oracle, K, tracker)
     frames = zip(oracle.keypoints, oracle.confidence, truth)
-    alone = [xu.rotation_error(xu.estimate_pose(k, K, c, oracle.sigma).pose, t) for k, c, t in frames]
+    alone = [
+        xu.rotation_error(xu.estimate_pose(k, K, c, oracle.sigma).pose, t) for k, c, t in frames
+    ]
     assert all(t.status == "tracked" for t in live)
     smoothed = np.median(errors(tracking.smooth(tracker.steps), truth))
     assert smoothed < np.median(errors(live, truth)) < np.median(alone)
@@ -95,7 +99,9 @@ def test_smoothing_a_straight_flight_is_batch_least_squares(K):
     smoothed = np.array([t.pose[:3, 3] for t in tracking.smooth(tracker.steps)])
     h, count = 1 / FPS, len(measured)
     density = tracking.ACCELERATION_DENSITY[1] ** 2
-    noise = np.linalg.cholesky(np.linalg.inv(density * np.array([[h**3 / 3, h**2 / 2], [h**2 / 2, h]]))).T
+    noise = np.linalg.cholesky(
+        np.linalg.inv(density * np.array([[h**3 / 3, h**2 / 2], [h**2 / 2, h]]))
+    ).T
     for axis in range(3):
         rows, right = [np.eye(2 * count)[1] / tracking.START_VELOCITY_STD[1]], [0.0]
         for i in range(count):
@@ -156,13 +162,19 @@ def test_a_longer_gap_and_an_absent_ship_have_no_pose(K):
     for hidden in (slice(0, 5), slice(50, 80), slice(110, 120)):
         oracle.confidence[hidden] = 0
     live = follow(oracle, K)
-    assert live[64].status == "predicted" and live[70].status == "lost" and live[90].status == "tracked"
+    assert (
+        live[64].status == "predicted"
+        and live[70].status == "lost"
+        and live[90].status == "tracked"
+    )
     track = track_clip(oracle.frames(), K, oracle, fps=FPS, progress=False)
     runs = [("lost", 5), ("tracked", 45), ("lost", 30), ("tracked", 30), ("lost", 10)]
     assert [t.status for t in track] == [status for status, count in runs for _ in range(count)]
     assert all((t.pose is None) == (t.status == "lost") for t in track)
     oracle.confidence[:] = 0
-    assert all(t.status == "lost" for t in track_clip(oracle.frames(), K, oracle, fps=FPS, progress=False))
+    assert all(
+        t.status == "lost" for t in track_clip(oracle.frames(), K, oracle, fps=FPS, progress=False)
+    )
 
 
 @pytest.mark.parametrize("before,gone,after", [(15, 63, 30), (30, 100, 40)])
@@ -182,10 +194,14 @@ def test_the_frames_before_settle_a_flip(K):
     oracle.confidence[:] = 0.9
     rolled = xu.MIRROR[[6, 7, 4, 5, 2, 3, 0, 1]]
     oracle.keypoints[40:60:2] = oracle.keypoints[40:60:2, rolled]
-    alone = [xu.estimate_pose(k, K, c, oracle.sigma) for k, c in zip(oracle.keypoints, oracle.confidence)]
+    alone = [
+        xu.estimate_pose(k, K, c, oracle.sigma) for k, c in zip(oracle.keypoints, oracle.confidence)
+    ]
     assert sum(xu.rotation_error(e.pose, t) > 90 for e, t in zip(alone, truth)) >= 8
     live = follow(oracle, K)
-    assert np.nanmax(errors(live, truth)) < 20 and all(t.status == "predicted" for t in live[40:60:2])
+    assert np.nanmax(errors(live, truth)) < 20 and all(
+        t.status == "predicted" for t in live[40:60:2]
+    )
 
 
 def test_a_wild_pose_is_not_believed(K):
@@ -222,7 +238,9 @@ def test_a_missing_frame_is_predicted(K):
     truth = flight(40)
     oracle = Oracle(truth, K)
     tracker = Tracker(K, FPS, oracle)
-    live = [tracker.update(None if i == 20 else frame.image) for i, frame in enumerate(oracle.frames())]
+    live = [
+        tracker.update(None if i == 20 else frame.image) for i, frame in enumerate(oracle.frames())
+    ]
     assert live[20].status == "predicted" and live[20].reason == "the frame is missing"
     assert errors(live, truth)[20] < 5 and live[21].status == "tracked"
 
@@ -259,14 +277,19 @@ def clip_frames(root):
     """The clip's images and true poses."""
     paths, matrices = xu.load_dataset(root / "data" / "frames")
     model_view, _ = xu.load_camera(root / "data" / "frames")
-    return [xu.read_image(path) for path in paths], [xu.pose_in_camera(model_view, m) for m in matrices]
+    return [xu.read_image(path) for path in paths], [
+        xu.pose_in_camera(model_view, m) for m in matrices
+    ]
 
 
 def flat_picture(ship, pose, K):
     """(256, 256, 3) uint8: each triangle in one colour, by material and by how it faces the camera."""
     triangles = ship.triangles
     ids, _ = rasterise(triangles, pose, K, 256, 256)
-    sides = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]) @ pose[:3, :3].T
+    sides = (
+        np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+        @ pose[:3, :3].T
+    )
     shade = 0.5 + 0.4 * sides @ [0.3, -0.8, -0.5] / (np.linalg.norm(sides, axis=1) + 1e-12)
     colours = 255 * np.float32(ship.colours)[ship.face_materials] * shade[:, None]
     picture = np.vstack([colours, [[12, 14, 30]]])[ids]  # the last one where there is no triangle
@@ -287,7 +310,9 @@ class NoNetwork:
         pose = self.pose
         if pose is not None and box is None:
             x, y = xu.project_pose(np.zeros((1, 3)), pose, self.K)[0].astype(int)
-            painted_over = not np.ptp(image[y - 2 : y + 3, x - 2 : x + 3].astype(int), axis=(0, 1)).any()
+            painted_over = not np.ptp(
+                image[y - 2 : y + 3, x - 2 : x + 3].astype(int), axis=(0, 1)
+            ).any()
             pose = self.elsewhere if painted_over else pose
         if pose is None:
             return np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)
@@ -308,7 +333,9 @@ def test_the_pixels_follow_the_ship_without_the_network(K, clip_frames, aligner)
     images, truth = (part[60:100] for part in clip_frames)
     live, detector = play(images, truth, K, aligner, known=lambda i: i == 0)
     assert all(t.status == "tracked" for t in live)
-    assert detector.asked == 8  # at the start, after 1, 2, 4, 8, 16 and 32 frames; and once for another ship
+    assert (
+        detector.asked == 8
+    )  # at the start, after 1, 2, 4, 8, 16 and 32 frames; and once for another ship
     assert np.median(errors(live, truth)) < 0.3 and errors(live, truth).max() < 1
 
 
@@ -416,7 +443,11 @@ def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, w
     started[:, 2, 3] *= wrong  # the distance that is found with it
     best, factors, explained = compare_focal_lengths(images, started, scaled, aligner)
     assert best * wrong == pytest.approx(1, abs=0.04)
-    assert explained.shape == factors.shape and factors[explained.argmax()] == pytest.approx(best, rel=0.12)
+    assert explained.shape == factors.shape and factors[explained.argmax()] == pytest.approx(
+        best, rel=0.12
+    )
+
+
 # ------------------------------------------------------------ how sure
 
 
@@ -433,13 +464,17 @@ def test_a_probability_is_one_and_a_lost_frame_has_none(K, clip_frames, aligner)
     assert lost.any() and (sure[lost] == 0).all()
     assert ((sure > 0) & (sure < 1))[~lost].all()
     assert sure[5:10].min() > 0.9 and sure[45:].min() > 0.9
-    assert (np.diff(sure[11:25]) <= 0).all() and sure[24] < 0.5  # ever less, the longer nothing is seen
+    assert (np.diff(sure[11:25]) <= 0).all() and sure[
+        24
+    ] < 0.5  # ever less, the longer nothing is seen
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_the_probability_is_about_the_share_of_right_poses(K, clip_frames, aligner, step):
     images, truth = (part[:180:step] for part in clip_frames)
-    live, _ = play(images, truth, K, aligner, known=lambda i: i % 3)  # and now and then it sees nothing
+    live, _ = play(
+        images, truth, K, aligner, known=lambda i: i % 3
+    )  # and now and then it sees nothing
     seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
     right = evaluation.within([t.pose for t in live], truth)[seen]
     sure = probability(live)[seen]
@@ -477,21 +512,33 @@ def test_a_smoothed_track_is_as_sure(K):
 
 def test_an_exported_track_holds_the_poses(K, tmp_path):
     poses = flight(3)
-    track = [tracking.TrackedPose("tracked", i * 0.04, pose, probability=0.75)
-             for i, pose in enumerate(poses)]
+    track = [
+        tracking.TrackedPose("tracked", i * 0.04, pose, probability=0.75)
+        for i, pose in enumerate(poses)
+    ]
     track.append(tracking.TrackedPose("lost", 0.12, reason="0 points are found, 4 are needed"))
     tracking.export_track(tmp_path / "a.json", track, K, 256, 256)
     tracking.export_track(tmp_path / "a.csv", track, K, 256, 256)
     rows = json.loads((tmp_path / "a.json").read_text())["frames"]
     table = pd.read_csv(tmp_path / "a.csv", index_col="frame")
-    assert [row["probability"] for row in rows] == table["probability"].tolist() == [0.75, 0.75, 0.75, 0]
+    assert (
+        [row["probability"] for row in rows]
+        == table["probability"].tolist()
+        == [0.75, 0.75, 0.75, 0]
+    )
     for row, (_, line), pose in zip(rows, table.iterrows(), poses):
         np.testing.assert_allclose(row["matrix"], pose, atol=1e-12)
         w, x, y, z = row["quaternion"]
-        np.testing.assert_allclose(Rotation.from_quat([x, y, z, w]).as_matrix(), pose[:3, :3], atol=1e-9)
+        np.testing.assert_allclose(
+            Rotation.from_quat([x, y, z, w]).as_matrix(), pose[:3, :3], atol=1e-9
+        )
         assert line["seconds"] == row["seconds"] and line["tx"] == pytest.approx(pose[0, 3])
         assert line["m12"] == pytest.approx(pose[1, 2])
-    assert rows[3]["matrix"] is None and rows[3]["seconds"] == 0.12 and "4 are needed" in rows[3]["reason"]
+    assert (
+        rows[3]["matrix"] is None
+        and rows[3]["seconds"] == 0.12
+        and "4 are needed" in rows[3]["reason"]
+    )
 
 
 def test_another_suffix_is_refused(K, tmp_path):

@@ -31,8 +31,15 @@ def build(seed=0, channels=36, graph=False, sigma=4.0):
     bright = keras.layers.Rescaling(1 / 255)(frames)
     maps = keras.layers.Conv2D(channels, 3, strides=2, padding="same")(bright)
     small = keras.Model(frames, xu.spatial_softmax(maps, 2.0))
-    small.settings = {"backbone": "resnet18", "keypoints": channels, "sigma": sigma, "head": "softmax",
-                      "decoder_filters": [16, 16, 8, 8, 8], "size": 64, "stride": 2}
+    small.settings = {
+        "backbone": "resnet18",
+        "keypoints": channels,
+        "sigma": sigma,
+        "head": "softmax",
+        "decoder_filters": [16, 16, 8, 8, 8],
+        "size": 64,
+        "stride": 2,
+    }
     xu.compile_model(small)
     small.run_eagerly = not graph  # one convolution is trained sooner than its graph is traced
     return small
@@ -42,7 +49,9 @@ def make_batches(count=8, **arguments):
     """A data set of 64-pixel frames, four a batch."""
     paths, matrices = xu.load_dataset(xu.ROOT / "data" / "sample")
     camera = xu.load_camera(xu.ROOT / "data" / "sample")
-    return xu.make_dataset(paths[:count], matrices[:count], *camera, batch_size=4, size=64, **arguments)
+    return xu.make_dataset(
+        paths[:count], matrices[:count], *camera, batch_size=4, size=64, **arguments
+    )
 
 
 def start(folder, epochs, seed=0, channels=36, sigma=4.0, epoch_size=None, **arguments):
@@ -75,9 +84,13 @@ def folder(tmp_path):
 @pytest.fixture
 def fixed_error(monkeypatch):
     """A function that sets the validation error of the epochs to come."""
+
     def fix(*errors):
         left = list(errors)
-        monkeypatch.setattr(training.TrainingRun, "_validate", lambda run: {"val_corner_px": left.pop(0)})
+        monkeypatch.setattr(
+            training.TrainingRun, "_validate", lambda run: {"val_corner_px": left.pop(0)}
+        )
+
     return fix
 
 
@@ -88,25 +101,43 @@ def test_a_run_writes_its_log_and_its_best_weights(folder):
     _, run = start(folder, 2, facts={"data": "sample"})
     rows = rows_of(folder / "log.csv")
     assert columns(rows, "stage", "epoch", "samples_seen") == [("1", "0", "8"), ("1", "1", "16")]
-    assert {"loss", "nmae_argmax", "learning_rate", "val_corner_px", "val_permutation_identity"} <= {*rows[0]}
+    assert {
+        "loss",
+        "nmae_argmax",
+        "learning_rate",
+        "val_corner_px",
+        "val_permutation_identity",
+    } <= {*rows[0]}
     errors = [row["val_corner_px"] for row in run.record["rows"]]
     assert errors == pytest.approx([float(row["val_corner_px"]) for row in rows])
     best = facts_of(folder)
     assert best["validation"]["corner_px"] == min(errors)
-    assert best["training"]["stages"] == [{"data": "sample", "best_epoch": int(np.argmin(errors)) + 1}]
+    assert best["training"]["stages"] == [
+        {"data": "sample", "best_epoch": int(np.argmin(errors)) + 1}
+    ]
     assert xu.weights_settings(folder / "best.weights.h5")["model"]["size"] == 64
 
 
 def test_the_error_is_given_in_pixels_of_the_original_frames(folder, tmp_path):
-    small, large = (start(tmp_path / str(scale), 1, scale=scale)[1].record["rows"][0] for scale in (1.0, 4.0))
+    small, large = (
+        start(tmp_path / str(scale), 1, scale=scale)[1].record["rows"][0] for scale in (1.0, 4.0)
+    )
     assert large["val_corner_px"] == pytest.approx(4 * small["val_corner_px"], rel=1e-3)
 
 
 @pytest.mark.parametrize("pause,least,most", [(0.0, 0.0, 0.9), (1.0, 0.5, 1.0)])
-def test_the_log_tells_the_speed_and_the_time_spent_waiting(folder, monkeypatch, capsys, pause, least, most):
+def test_the_log_tells_the_speed_and_the_time_spent_waiting(
+    folder, monkeypatch, capsys, pause, least, most
+):
     batches = make_batches(16)
-    monkeypatch.setattr(type(batches), "_example", lambda *arguments: (
-        time.sleep(pause / 4), (np.zeros((64, 64, 3), np.uint8), np.zeros((36, 3), np.float32)))[1])
+    monkeypatch.setattr(
+        type(batches),
+        "_example",
+        lambda *arguments: (
+            time.sleep(pause / 4),
+            (np.zeros((64, 64, 3), np.uint8), np.zeros((36, 3), np.float32)),
+        )[1],
+    )
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
     begun = time.perf_counter()
     run.fit(build(0, 36), batches, 1)
@@ -204,7 +235,7 @@ def test_a_second_training_in_the_same_folder_is_refused(folder):
     start(folder, 2)
 
 
-@pytest.mark.parametrize("rest", ["1,0.001,8", '9,0.001,8,1,1.0,1.0,0.0000000001'])
+@pytest.mark.parametrize("rest", ["1,0.001,8", "9,0.001,8,1,1.0,1.0,0.0000000001"])
 def test_a_half_written_row_of_the_log_changes_nothing(folder, rest):
     """Defect 4: it broke resuming, or its cut number became an error that no epoch could beat."""
     start(folder, 1)
@@ -229,7 +260,9 @@ def test_an_empty_log_is_no_obstacle(folder):
     assert len(start(folder, 1)[1].record["rows"]) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Skipping nested container")  # Keras, before it refuses the other network
+@pytest.mark.filterwarnings(
+    "ignore:Skipping nested container"
+)  # Keras, before it refuses the other network
 def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
     start(folder, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -291,7 +324,9 @@ def train_and_die(folder, moment, count):
         Path.write_bytes = write_half
     elif moment == "replace":
         os.replace = replace
-    training.TrainingRun._validate = lambda run: {"val_corner_px": 100 - int(run.model.optimizer.iterations)}
+    training.TrainingRun._validate = lambda run: {
+        "val_corner_px": 100 - int(run.model.optimizer.iterations)
+    }
     start(folder, 3)
 
 
@@ -299,8 +334,16 @@ MOMENTS = [  # when the process kills itself: at which time of what, and the who
     ("batch", 1, 0),  # in the first epoch
     ("write", 1, 0),  # in the middle of the first backup
     ("replace", 1, 1),  # between the first backup and its log
-    ("replace", 2, 1),  # the next start writes what is missing: between the new weights and their facts
-    ("write", 4, 1),  # log, weights and facts once more, then in the middle of the second epoch's backup
+    (
+        "replace",
+        2,
+        1,
+    ),  # the next start writes what is missing: between the new weights and their facts
+    (
+        "write",
+        4,
+        1,
+    ),  # log, weights and facts once more, then in the middle of the second epoch's backup
     ("replace", 5, 2),  # between the second epoch's log and its weights
 ]
 
@@ -324,7 +367,9 @@ def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
         assert epochs_in(folder / training.BACKUP) == epochs, (moment, count)
     model, run = start(folder, 3)  # the validation error of this process is a true one
     assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1", "2"]
-    assert model.optimizer.iterations == 6  # two steps each, those of the killed processes among them
+    assert (
+        model.optimizer.iterations == 6
+    )  # two steps each, those of the killed processes among them
     errors = [float(row["val_corner_px"]) for row in run.record["rows"]]
     assert facts_of(folder)["training"]["stages"][0]["best_epoch"] == np.argmin(errors) + 1
     xu.weights_settings(folder / "best.weights.h5")  # the digest fits
@@ -339,16 +384,25 @@ def test_publishing_a_run_again_changes_nothing(folder, tmp_path):
     weights = tmp_path / "weights"
     start(folder, 1, facts={"seed": 1})
     training.publish_weights(folder, weights)
-    assert {path.name for path in weights.iterdir()} == {"xwing.json", "xwing.weights.h5", "xwing_log.csv"}
+    assert {path.name for path in weights.iterdir()} == {
+        "xwing.json",
+        "xwing.weights.h5",
+        "xwing_log.csv",
+    }
     assert (weights / "xwing.weights.h5").read_bytes() == (folder / "best.weights.h5").read_bytes()
     second = {"seed": 2, "init": str(weights / "xwing.weights.h5")}
     start(tmp_path / "second", 1, facts=second)
     training.publish_weights(tmp_path / "second", weights)
     once = {path.name: path.read_bytes() for path in weights.iterdir()}
-    assert columns(rows_of(weights / "xwing_log.csv"), "stage", "samples_seen") == [("1", "8"), ("2", "16")]
+    assert columns(rows_of(weights / "xwing_log.csv"), "stage", "samples_seen") == [
+        ("1", "8"),
+        ("2", "16"),
+    ]
     stages = [{"seed": 1, "best_epoch": 1}, {**second, "best_epoch": 1}]
     assert facts_of(weights, "xwing")["training"] == {"samples_seen": 16, "stages": stages}
-    start(tmp_path / "second", 1, facts=second)  # finished; the weights it began from are its own by now
+    start(
+        tmp_path / "second", 1, facts=second
+    )  # finished; the weights it began from are its own by now
     training.publish_weights(tmp_path / "second", weights)
     assert {path.name: path.read_bytes() for path in weights.iterdir()} == once
 
@@ -357,8 +411,13 @@ def test_a_run_counts_the_samples_that_its_first_weights_have_seen(folder, tmp_p
     fixed_error(5.0, 6.0, 4.0)
     start(folder, 2)
     start(tmp_path / "second", 1, facts={"init": str(folder / "best.weights.h5")})
-    rows = columns(rows_of(tmp_path / "second" / "log.csv"), "stage", "samples_seen", "val_corner_px")
-    assert rows == [("1", "8", "5.0"), ("2", "16", "4.0")]  # the first run was best in its first epoch
+    rows = columns(
+        rows_of(tmp_path / "second" / "log.csv"), "stage", "samples_seen", "val_corner_px"
+    )
+    assert rows == [
+        ("1", "8", "5.0"),
+        ("2", "16", "4.0"),
+    ]  # the first run was best in its first epoch
 
 
 @pytest.mark.parametrize("crop,size", [(0, 64), (1, 256)])
@@ -411,8 +470,12 @@ for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
 
 
 def test_two_devices_train_as_one_does(run_python, tmp_path):
-    output = run_python(DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))).splitlines()
-    one, two = ([float(word) for word in line.split()[1:]] for line in output if line.startswith("devices"))
+    output = run_python(
+        DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))
+    ).splitlines()
+    one, two = (
+        [float(word) for word in line.split()[1:]] for line in output if line.startswith("devices")
+    )
     assert (one[0], two[0]) == (1, 2)
     np.testing.assert_allclose(two[1:], one[1:], rtol=5e-3)
 
@@ -437,20 +500,34 @@ def test_two_workers_over_loopback_train_as_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    quiet = {key: value for key, value in os.environ.items() if key not in ("SM_FRAMEWORK", "XLA_FLAGS")}
+    quiet = {
+        key: value for key, value in os.environ.items() if key not in ("SM_FRAMEWORK", "XLA_FLAGS")
+    }
     quiet |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
     name = "KERAS_DISTRIBUTION_"
     several = {f"{name}NUM_PROCESSES": "2", f"{name}JOB_ADDRESSES": address, "NPROC": "8"}
     starts = [("two", several | {f"{name}PROCESS_ID": str(i)}) for i in (0, 1)] + [("one", {})]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / name)], cwd=xu.ROOT,
-                                env=quiet | extra, **pipes) for name, extra in starts]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / name)],
+            cwd=xu.ROOT,
+            env=quiet | extra,
+            **pipes,
+        )
+        for name, extra in starts
+    ]
     try:
         outputs = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
-    lines = [line.split()[1:] for out, _ in outputs for line in out.splitlines() if line.startswith("worker")]
+    lines = [
+        line.split()[1:]
+        for out, _ in outputs
+        for line in out.splitlines()
+        if line.startswith("worker")
+    ]
     assert len(lines) == 3, outputs
     first, second, one = np.array(lines, float)
     assert [row[:2].tolist() for row in (first, second, one)] == [[0, 2], [1, 2], [0, 1]]
@@ -461,7 +538,9 @@ def test_two_workers_over_loopback_train_as_one_does(tmp_path):
 
 
 def test_several_machines_with_tensorflow_are_refused(monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]},
-                                                "task": {"type": "worker", "index": 0}}))
+    monkeypatch.setenv(
+        "TF_CONFIG",
+        json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}),
+    )
     with pytest.raises(NotImplementedError, match="20585"):
         training.distribute()

@@ -53,7 +53,9 @@ def test_corners_and_poses_are_found_in_most_frames(found):
 
 
 def test_the_pixels_make_poses_as_exact_as_measured(model, root, aligner, measured):
-    found = evaluation.evaluate_folder(root / "data" / "test", model, aligner, step=16, progress=False)
+    found = evaluation.evaluate_folder(
+        root / "data" / "test", model, aligner, step=16, progress=False
+    )
     figures, whole = evaluation.summarise(found.errors()), measured["figures"]["test"]
     assert figures["poses_found"] > 0.95
     assert figures["rotation_deg_median"] < 1.5 * whole["rotation_deg_median"]
@@ -65,16 +67,24 @@ def test_turned_frames_show_the_ship_where_it_is(model, found):
     images = np.stack([xu.read_image(path) for path in found.paths[:8]])
     looks, truth = alignment.turned_looks(model, images, found.K), found.true_poses
     assert np.shape(looks) == (8, 3)
-    right = [evaluation.within([look.pose for look in each], [true] * 3) for each, true in zip(looks, truth)]
+    right = [
+        evaluation.within([look.pose for look in each], [true] * 3)
+        for each, true in zip(looks, truth)
+    ]
     assert np.sum(right) >= 22
 
 
 def test_no_ship_is_seen_where_there_is_none(model, aligner):
     """Backgrounds in which unsure keypoints make poses, which the pixels then judge."""
-    draws, K = (np.random.default_rng([9, i]) for i in (27, 44, 89, 120, 137, 158)), xu.lens_camera(256, 256)
+    draws, K = (
+        (np.random.default_rng([9, i]) for i in (27, 44, 89, 120, 137, 158)),
+        xu.lens_camera(256, 256),
+    )
     images = np.stack([scenery.random_background(256, 256, rng) for rng in draws])
     keypoints = xu.read_keypoints(xu.predict_heatmaps(model, images, channels=36), model.settings)
-    estimates = [xu.estimate_pose(points, K, sure, sigma) for points, sure, sigma in zip(*keypoints)]
+    estimates = [
+        xu.estimate_pose(points, K, sure, sigma) for points, sure, sigma in zip(*keypoints)
+    ]
     verified = alignment.verify_frames(aligner, images, estimates, K, model)
     assert sum(v.probability >= 0 for v in verified) >= 3 and not any(v.accepted for v in verified)
 
@@ -89,7 +99,9 @@ def test_the_simple_path_finds_a_pose_in_nearly_every_frame(model, found):
     poses = [xu.solve_pose(corners, found.K, confidence) for corners, confidence in frames]
     figures = evaluation.summarise(found.errors(poses))
     assert figures["poses_found"] >= 0.96 and figures["flips"] < 0.03
-    assert figures["rotation_deg_median"] < 2.15  # 2.00 when the set was rendered, 1.87 to 2.15 in other ones
+    assert (
+        figures["rotation_deg_median"] < 2.15
+    )  # 2.00 when the set was rendered, 1.87 to 2.15 in other ones
 
 
 def test_the_readme_shows_the_measured_figures(root, measured):

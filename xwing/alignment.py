@@ -31,12 +31,18 @@ MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is dr
 NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-EVIDENCE = np.array([-25.39, 26.88, 1.45, 0.47])  # log-odds for each of `_evidence`: tests/fit_evidence.py
+EVIDENCE = np.array(
+    [-25.39, 26.88, 1.45, 0.47]
+)  # log-odds for each of `_evidence`: tests/fit_evidence.py
 MIN_PROBABILITY = 0.8  # of being right, from which a single frame's pose is accepted
 SURE_PROBABILITY = 0.95  # below which a frame is worth more looks
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
-USUAL_RATIO = 0.9  # of that share to what a track explained lately, from which a coarse picture is not either
-SURE_MARGIN = 10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
+USUAL_RATIO = (
+    0.9  # of that share to what a track explained lately, from which a coarse picture is not either
+)
+SURE_MARGIN = (
+    10.0  # log-likelihood margin of keypoints from which MIN_EXPLAINED_CONTRAST is enough for that
+)
 NEARBY = 12.0, 25.0  # degrees by which starts are turned where the best pose explains too little
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
 
@@ -74,8 +80,12 @@ class _Template:
     def residual(self, positions):
         """(P, 3) grey levels: the frame at those positions less the colours."""
         rows = -(-len(positions) // 1024)  # OpenCV takes no row longer than 32767
-        centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))  # its whole pixels are centres
-        seen = cv2.remap(self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        centres = np.resize(
+            positions - np.float32(0.5), (rows, 1024, 2)
+        )  # its whole pixels are centres
+        seen = cv2.remap(
+            self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+        )
         return seen.reshape(-1, 3)[: len(positions)] - self.colours
 
 
@@ -102,7 +112,9 @@ class _Refined:
     template: _Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels that the template leaves there
     shift: float  # pixels, root mean square, from where the template was drawn
-    cost: float = np.inf  # negative log-likelihood but for a constant, where it was compared with others
+    cost: float = (
+        np.inf
+    )  # negative log-likelihood but for a constant, where it was compared with others
 
 
 class Aligner:
@@ -149,7 +161,9 @@ class Aligner:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
         enough, covariance = explained >= MIN_EXPLAINED_CONTRAST, np.linalg.inv(refined.information)
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
-        return xu.PoseEstimate(refined.pose, covariance, not reason, reason, explained_contrast=explained)
+        return xu.PoseEstimate(
+            refined.pose, covariance, not reason, reason, explained_contrast=explained
+        )
 
     def verify(self, image, estimate, K, others=()):
         """Refine and judge a single frame's estimate on its pixels: a `PoseEstimate`.
@@ -167,15 +181,29 @@ class Aligner:
         best, *rivals = _suppress_similar(ranked, 30)
         margin = rivals[0].cost - best.cost if rivals else looks[0].log_likelihood_margin
         same = [xu.rotation_error(best.pose, look.pose) < 30 for look in looks]
-        agreement = mesh.edge_agreement(*drawn) if (drawn := self._painted(image, best.pose, K)) else 0.0
+        agreement = (
+            mesh.edge_agreement(*drawn) if (drawn := self._painted(image, best.pose, K)) else 0.0
+        )
         probability = float(1 / (1 + np.exp(-EVIDENCE @ _evidence(agreement, margin, same))))
-        reason = "" if probability >= MIN_PROBABILITY else (
-            f"right with a probability of {probability:.2f}: {agreement:.0%} of its edges are in the frame")
+        reason = (
+            ""
+            if probability >= MIN_PROBABILITY
+            else (
+                f"right with a probability of {probability:.2f}: {agreement:.0%} of its edges are in the frame"
+            )
+        )
         return dataclasses.replace(
-            estimate, pose=best.pose, covariance=np.linalg.inv(best.information), accepted=not reason,
-            reason=reason, reprojection=estimate.reprojection if same[0] else np.nan,
-            log_likelihood_margin=margin, explained_contrast=explained, probability=probability,
-            runner_up=rivals[0].pose if rivals else looks[0].runner_up)
+            estimate,
+            pose=best.pose,
+            covariance=np.linalg.inv(best.information),
+            accepted=not reason,
+            reason=reason,
+            reprojection=estimate.reprojection if same[0] else np.nan,
+            log_likelihood_margin=margin,
+            explained_contrast=explained,
+            probability=probability,
+            runner_up=rivals[0].pose if rivals else looks[0].runner_up,
+        )
 
     def picture(self, image, pose, K):
         """The frame about the ship and what the pose explains of it, (h, w, 3) uint8 each, or None."""
@@ -186,11 +214,16 @@ class Aligner:
         """How badly N poses explain a frame, and a smooth sky: costs (N,), infinite where no ship shows, and
         one; negative log-likelihoods over the same pixels, but for a constant."""
         view = self._view(image, poses, K, level)
-        drawings = [None if view is None else self._draw(view, pose, true_paint=False) for pose in poses]
+        drawings = [
+            None if view is None else self._draw(view, pose, true_paint=False) for pose in poses
+        ]
         if not any(drawings):
             return np.full(len(poses), np.inf), 0.0
         cover = np.max([drawing.cover for drawing in drawings if drawing], axis=0)
-        ship, costs = np.flatnonzero(cv2.dilate(cover, np.ones((3, 3))) > 0.02), np.full(len(poses), np.inf)
+        ship, costs = (
+            np.flatnonzero(cv2.dilate(cover, np.ones((3, 3))) > 0.02),
+            np.full(len(poses), np.inf),
+        )
         seen, behind = view.image.reshape(-1, 3)[ship], _surroundings(view.light, cover)
         for i, drawing in enumerate(drawings):
             if drawing is not None:
@@ -202,17 +235,25 @@ class Aligner:
         """What some estimates may be, refined: the only one where it explains enough, or also what all and
         their runners-up are easily taken for and, where that explains too little, what is NEARBY the best."""
         first = self._align(image, looks[0].pose, K, looks[0].covariance)
-        enough = WELL_EXPLAINED if looks[0].log_likelihood_margin < SURE_MARGIN else MIN_EXPLAINED_CONTRAST
+        enough = (
+            WELL_EXPLAINED
+            if looks[0].log_likelihood_margin < SURE_MARGIN
+            else MIN_EXPLAINED_CONTRAST
+        )
         if len(looks) == 1 and _explained_contrast(first) >= enough:
             return [first]
-        likely = [pose for look in looks for pose in (look.pose, look.runner_up) if pose is not None]
+        likely = [
+            pose for look in looks for pose in (look.pose, look.runner_up) if pose is not None
+        ]
         starts = [start for pose in likely for start in xu.ambiguous_poses(pose)]
         found = self._search(image, starts, K, 2 * len(looks)) + ([] if first is None else [first])
         ranked, explained = self._rank(image, found, K)
         if ranked and explained < MIN_EXPLAINED_CONTRAST:
             best, axes = ranked[0].pose, np.hstack([ranked[0].pose[:3, :3].T, np.zeros((3, 3))])
             turns = [turn * axis for turn in np.radians(NEARBY) for axis in (*axes, *-axes)]
-            found += self._search(image, [xu.move_pose(best, turn) for turn in turns], K, 2, drawings=2)
+            found += self._search(
+                image, [xu.move_pose(best, turn) for turn in turns], K, 2, drawings=2
+            )
             best = self._rank(image, found, K)[0][0].pose
             found += self._search(image, xu.ambiguous_poses(best)[1:], K, 2)
         return found
@@ -232,20 +273,28 @@ class Aligner:
 
     def _refine_all(self, image, poses, K, level=FINE, drawings=MAX_DRAWINGS):
         """Those of some poses that can be refined on one level, as `_Refined`."""
-        return [r for pose in poses if (r := self._refine(image, pose, K, level, drawings=drawings))]
+        return [
+            r for pose in poses if (r := self._refine(image, pose, K, level, drawings=drawings))
+        ]
 
     def _rank(self, image, candidates, K, level=FINE):
         """`_Refined` with their costs, best first, and the share of the contrast that the best explains."""
         if not candidates:
             return [], 0.0
-        costs, sky = self.photometric_costs(image, [candidate.pose for candidate in candidates], K, level)
+        costs, sky = self.photometric_costs(
+            image, [candidate.pose for candidate in candidates], K, level
+        )
         ranked = [dataclasses.replace(c, cost=cost) for cost, c in zip(costs.tolist(), candidates)]
-        return sorted(ranked, key=lambda c: c.cost), float((sky - costs.min()) / max(sky, MIN_CONTRAST))
+        return sorted(ranked, key=lambda c: c.cost), float(
+            (sky - costs.min()) / max(sky, MIN_CONTRAST)
+        )
 
     def _view(self, image, poses, K, level=FINE, margin=6):
         """The part of the frame about the ship at some poses, shrunk to WORKING_SIZE; None for too little."""
         size = np.array(image.shape[1::-1])
-        pixels = np.array([xu.project_pose(self.outline, pose, K) for pose in np.reshape(poses, (-1, 4, 4))])
+        pixels = np.array(
+            [xu.project_pose(self.outline, pose, K) for pose in np.reshape(poses, (-1, 4, 4))]
+        )
         if not np.isfinite(pixels).all():
             return None
         span = np.ptp(pixels.clip(0, size), axis=1).max()
@@ -256,18 +305,27 @@ class Aligner:
         if (high - low < 8).any():
             return None
         (left, top), (right, bottom) = low * shrink, high * shrink
-        light = cv2.LUT(image[top:bottom, left:right], mesh.to_light(np.arange(256, dtype=np.float32)))
+        light = cv2.LUT(
+            image[top:bottom, left:right], mesh.to_light(np.arange(256, dtype=np.float32))
+        )
         light = cv2.resize(light, (high - low).tolist(), interpolation=cv2.INTER_AREA)
         blur = self.blur / shrink
         if level == COARSE:  # further off, so that more is pulled near
-            light, blur = cv2.GaussianBlur(light, (0, 0), COARSE_BLUR), float(np.hypot(blur, COARSE_BLUR))
+            light, blur = (
+                cv2.GaussianBlur(light, (0, 0), COARSE_BLUR),
+                float(np.hypot(blur, COARSE_BLUR)),
+            )
         K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
         return _View(mesh.to_grey(light), light, K, blur)
 
     def _draw(self, view, pose, true_paint=True):
         """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
         seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur, true_paint)
-        return seen if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR else None
+        return (
+            seen
+            if np.count_nonzero(seen.cover) >= MIN_PIXELS and seen.depth.min() > mesh.NEAR
+            else None
+        )
 
     def _paint(self, view, drawing, behind=None):
         """Solve for colours and light: picture (h, w, 3) and the spread of what remains, grey levels."""
@@ -320,10 +378,14 @@ class Aligner:
         near = cv2.erode(drawing.depth, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
         wide = cv2.erode(near, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
         depth = np.where(np.isfinite(near), near, wide)  # a rim moves as its nearer side
-        pixels = np.flatnonzero((cv2.dilate(drawing.cover, np.ones((3, 3))) > 0.02) & np.isfinite(depth))
+        pixels = np.flatnonzero(
+            (cv2.dilate(drawing.cover, np.ones((3, 3))) > 0.02) & np.isfinite(depth)
+        )
         colours = picture.reshape(-1, 3)[pixels]
         weight = _weight(view.image.reshape(-1, 3)[pixels] - colours, spread)
-        points, flow_x, flow_y = mesh.pixel_flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
+        points, flow_x, flow_y = mesh.pixel_flow(
+            pixels, depth, view.K, np.float32(drawing.pose[:3, 3])
+        )
         ahead, here = np.float32([-0.5, 0, 0.5]), np.float32([1])
         slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels].T
         slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels].T
@@ -333,7 +395,9 @@ class Aligner:
         weighted = basis.T * weight
         stiffness = self.stiffness * np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2)
         jacobian -= np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian.T).T @ basis.T
-        return _Template(view, drawing.pose, pixels, points, colours, jacobian.reshape(6, -1), spread)
+        return _Template(
+            view, drawing.pose, pixels, points, colours, jacobian.reshape(6, -1), spread
+        )
 
 
 def _descend(template, prior):
@@ -347,7 +411,9 @@ def _descend(template, prior):
         information = np.float64(weighted @ template.jacobian.T) + prior.information
         gradient = weighted @ residual.T.ravel() - prior.slope(pose)
         while damping < 10 and not moved:
-            step = np.linalg.solve(information + damping * np.diag(np.diag(information) + 1e-9), gradient)
+            step = np.linalg.solve(
+                information + damping * np.diag(np.diag(information) + 1e-9), gradient
+            )
             if gradient @ step < 2 * NEGLIGIBLE_GAIN:
                 break
             trial = xu.move_pose(pose, step)
@@ -365,7 +431,9 @@ def _descend(template, prior):
 
 
 def _mean_square(colours):
-    return np.einsum("pc,pc->p", colours, colours) / np.float32(3)  # numpy's own sums of three are slow
+    return np.einsum("pc,pc->p", colours, colours) / np.float32(
+        3
+    )  # numpy's own sums of three are slow
 
 
 def _weight(residual, spread):
@@ -386,7 +454,9 @@ def _surroundings(light, cover):
     layers, total = np.concatenate([light * free, free], axis=2), np.float32([0, 0, 0, 1e-12])
     for reach in (3, 12, 48):
         size = 2 * reach + 1, 2 * reach + 1
-        total = total + cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT) * np.float32(reach**-6.0)
+        total = total + cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT) * np.float32(
+            reach**-6.0
+        )
     return total[..., :3] / total[..., 3:]
 
 
@@ -436,12 +506,15 @@ def turned_looks(model, images, K):
 def verify_frames(aligner, images, estimates, K, model):
     """`Aligner.verify` on all cores for images (N, S, S, 3) uint8 and N estimates, with `turned_looks` by the
     model where the pose is not sure without: a list."""
+
     def verify(*arguments):
         cv2.setNumThreads(1)  # the frames are what is shared out
         return aligner.verify(*arguments)
 
     def verify_rows(rows, others):
-        tasks = (joblib.delayed(verify)(images[i], estimates[i], K, o) for i, o in zip(rows, others))
+        tasks = (
+            joblib.delayed(verify)(images[i], estimates[i], K, o) for i, o in zip(rows, others)
+        )
         return zip(rows, joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks))  # none on disk
 
     found = dict(verify_rows(range(len(images)), [()] * len(images)))

@@ -50,8 +50,19 @@ _PANEL = {
 }
 HEADLINES = tuple(_PANEL)[:6]
 README_SETS = ("test", "shifted", "looks", "clip, tracked")
-JSON_KEYS = ("frames", "poses_found", "flips", "rotation_deg_median", "rotation_deg_95", "translation_median",
-             "add_0.1", "add_0.02", "box_corner_px_median", "speed_score", "seconds_per_frame")
+JSON_KEYS = (
+    "frames",
+    "poses_found",
+    "flips",
+    "rotation_deg_median",
+    "rotation_deg_95",
+    "translation_median",
+    "add_0.1",
+    "add_0.02",
+    "box_corner_px_median",
+    "speed_score",
+    "seconds_per_frame",
+)
 
 
 def translation_error(estimate, truth):
@@ -76,8 +87,15 @@ def speed_score(estimate, truth):
 
 def within(poses, truth, degrees=5.0, distance=0.05):
     """(N,) bool: which of N poses or None are right. Source: Shotton et al., CVPR 2013 (5 degrees, 5 cm)."""
-    return np.array([p is not None and xu.rotation_error(p, true) <= degrees
-                     and translation_error(p, true) <= distance for p, true in zip(poses, truth)], bool)
+    return np.array(
+        [
+            p is not None
+            and xu.rotation_error(p, true) <= degrees
+            and translation_error(p, true) <= distance
+            for p, true in zip(poses, truth)
+        ],
+        bool,
+    )
 
 
 def muzzle_error(estimate, truth, K):
@@ -109,8 +127,13 @@ def corner_report(keypoints, truth, size=xu.FRAME_SIZE, scale=1.0):
         the split as the inversions of Ronchi and Perona, Benchmarking and Error Diagnosis, ICCV 2017.
     """
     inside = xu.in_frame(truth, size, size)
-    permuted = np.stack([_distances(keypoints[:, p], truth) for p in xu.CORNER_PERMUTATIONS.values()]) * scale
-    best = (np.minimum(permuted, 60) * inside).sum(-1).argmin(0)  # 60 px: one wild corner must not decide
+    permuted = (
+        np.stack([_distances(keypoints[:, p], truth) for p in xu.CORNER_PERMUTATIONS.values()])
+        * scale
+    )
+    best = (
+        (np.minimum(permuted, 60) * inside).sum(-1).argmin(0)
+    )  # 60 px: one wild corner must not decide
     corner, counts = permuted[0][inside], np.bincount(best[inside.any(1)], minlength=len(permuted))
     return {
         "corner_px": float(np.median(corner)),
@@ -154,8 +177,10 @@ def _pose_errors(poses, truth, K):
         "muzzle": lambda pose, true: muzzle_error(pose, true, K),
     }
     pairs = list(zip(poses, truth))
-    return {name: np.array([np.nan if pose is None else measure(pose, true) for pose, true in pairs])
-            for name, measure in measures.items()}
+    return {
+        name: np.array([np.nan if pose is None else measure(pose, true) for pose, true in pairs])
+        for name, measure in measures.items()
+    }
 
 
 def frame_errors(keypoints, poses, true_keypoints, true_poses, K, size=xu.FRAME_SIZE):
@@ -173,8 +198,12 @@ def frame_errors(keypoints, poses, true_keypoints, true_poses, K, size=xu.FRAME_
     """
     keypoints, true_keypoints, true_poses = map(np.asarray, (keypoints, true_keypoints, true_poses))
     inside = xu.in_frame(true_keypoints, size, size)
-    box = np.array([corners if pose is None else xu.project_pose(xu.BOUNDING_BOX, pose, K)
-                    for corners, pose in zip(keypoints, poses)])
+    box = np.array(
+        [
+            corners if pose is None else xu.project_pose(xu.BOUNDING_BOX, pose, K)
+            for corners, pose in zip(keypoints, poses)
+        ]
+    )
     cells = np.abs(np.floor(np.nan_to_num(keypoints)) - np.floor(true_keypoints)).mean(-1)
     distance = np.linalg.norm(true_poses[:, :3, 3], axis=1)
     above = -(true_poses[:, :3, 2] * true_poses[:, :3, 3]).sum(1)  # the camera's z in model axes
@@ -184,24 +213,40 @@ def frame_errors(keypoints, poses, true_keypoints, true_poses, K, size=xu.FRAME_
         "nmae": np.where(inside, cells / size, np.nan),
         **_pose_errors(poses, true_poses, K),
         "solved": np.array([pose is not None for pose in poses]),
-        "corners": inside.sum(1), "distance": distance, "elevation": np.degrees(np.arcsin(above / distance)),
+        "corners": inside.sum(1),
+        "distance": distance,
+        "elevation": np.degrees(np.arcsin(above / distance)),
     }
 
 
 def _countable(errors):
     """dict figure -> what it is the mean or a percentile of, frames first; NaN where nothing counts."""
     enough = errors["corners"] >= 4
-    shares = {"poses_found": errors["solved"], "flips": errors["rotation"] > 90,
-              "add_0.1": errors["add"] <= 0.1, "add_0.02": errors["add"] <= 0.02,
-              "muzzles_within_3px": errors["muzzle"] <= 3}
-    values = {"rotation_deg_median": "rotation", "rotation_deg_95": "rotation", "nmae": "nmae",
-              "translation_median": "translation", "speed_score": "speed", "box_corner_px_median": "box",
-              "corner_px_median": "corner", "heatmap_mse_sigma10": "heatmap_mse"}
+    shares = {
+        "poses_found": errors["solved"],
+        "flips": errors["rotation"] > 90,
+        "add_0.1": errors["add"] <= 0.1,
+        "add_0.02": errors["add"] <= 0.02,
+        "muzzles_within_3px": errors["muzzle"] <= 3,
+    }
+    values = {
+        "rotation_deg_median": "rotation",
+        "rotation_deg_95": "rotation",
+        "nmae": "nmae",
+        "translation_median": "translation",
+        "speed_score": "speed",
+        "box_corner_px_median": "box",
+        "corner_px_median": "corner",
+        "heatmap_mse_sigma10": "heatmap_mse",
+    }
     near = {"box_corners_within_5px": errors["box"], "corners_within_5px": errors["corner"]}
     return {
         **{name: np.where(enough, hits, np.nan) for name, hits in shares.items()},
         **{name: errors[error] for name, error in values.items() if error in errors},
-        **{name: np.where(np.isnan(distance), np.nan, distance <= 5) for name, distance in near.items()},
+        **{
+            name: np.where(np.isnan(distance), np.nan, distance <= 5)
+            for name, distance in near.items()
+        },
     }
 
 
@@ -221,7 +266,10 @@ def summarise(errors):
     poses, flips, ADD and muzzles are shares of the frames with at least four corners in sight, where a
     missing pose is a miss but no flip. NaN where nothing counts.
     """
-    counts = {"frames": len(errors["solved"]), "frames_with_4_corners": int((errors["corners"] >= 4).sum())}
+    counts = {
+        "frames": len(errors["solved"]),
+        "frames_with_4_corners": int((errors["corners"] >= 4).sum()),
+    }
     return counts | {name: _figure(name, values) for name, values in _countable(errors).items()}
 
 
@@ -258,7 +306,9 @@ def reliability(probability, right, count=10):
     """Bins of a probability (N,), a DataFrame. Source: DeGroot and Fienberg, The Statistician 32, 1983."""
     claims = pd.DataFrame({"claimed": probability, "right": right, "frames": 1})
     bins = pd.cut(claims["claimed"], np.linspace(0, 1, count + 1), include_lowest=True)
-    return claims.groupby(bins, observed=True).agg({"claimed": "mean", "right": "mean", "frames": "sum"})
+    return claims.groupby(bins, observed=True).agg(
+        {"claimed": "mean", "right": "mean", "frames": "sum"}
+    )
 
 
 def roc(score, true):
@@ -281,18 +331,25 @@ def compare_tracks(ways, truth, seen, K, fps=30.0):
         columns: poses and muzzles within 3 px of the frames seen; rotation error (median and 95th percentile)
         and median translation error of those solved in every way; flips of all frames; `jitter`.
     """
-    common = np.array([[pose is not None for pose in poses] for poses in ways.values()]).all(0) & seen
+    common = (
+        np.array([[pose is not None for pose in poses] for poses in ways.values()]).all(0) & seen
+    )
     rows = []
     for poses in ways.values():
         errors, (turning, moving) = _pose_errors(poses, truth, K), jitter(poses, truth, fps)
         rotation = errors["rotation"]
-        rows.append({
-            "poses": int(np.isfinite(rotation[seen]).sum()),
-            "rotation, deg": _figure("median", rotation[common]), "95 %": _figure("95", rotation[common]),
-            "translation": _figure("median", errors["translation"][common]),
-            "flips": int((rotation > 90).sum()), "jitter, deg/s2": turning, "jitter, units/s2": moving,
-            "muzzles within 3 px": float((errors["muzzle"][seen] <= 3).mean()),
-        })
+        rows.append(
+            {
+                "poses": int(np.isfinite(rotation[seen]).sum()),
+                "rotation, deg": _figure("median", rotation[common]),
+                "95 %": _figure("95", rotation[common]),
+                "translation": _figure("median", errors["translation"][common]),
+                "flips": int((rotation > 90).sum()),
+                "jitter, deg/s2": turning,
+                "jitter, units/s2": moving,
+                "muzzles within 3 px": float((errors["muzzle"][seen] <= 3).mean()),
+            }
+        )
     return pd.DataFrame(rows, index=list(ways))
 
 
@@ -311,8 +368,12 @@ def results_table(figures, intervals=None, keys=tuple(_PANEL)):
     figures: dict set -> `summarise`; intervals: dict set -> `bootstrap`, in brackets where given.
     """
     keys = [key for key in keys if any(key in measured for measured in figures.values())]
-    columns = {name: [_cell(key, measured.get(key), (intervals or {}).get(name, {}).get(key)) for key in keys]
-               for name, measured in figures.items()}
+    columns = {
+        name: [
+            _cell(key, measured.get(key), (intervals or {}).get(name, {}).get(key)) for key in keys
+        ]
+        for name, measured in figures.items()
+    }
     return pd.DataFrame(columns, index=[_PANEL[key][0] for key in keys])
 
 
@@ -334,22 +395,29 @@ def write_results(folder, figures, intervals, readme=None):
 
     Raises ValueError, and writes nothing, for a README without the markers.
     """
-    chosen = {"figures": {name: _for_json(measured) for name, measured in figures.items()},
-              "intervals_95": {name: _for_json(measured) for name, measured in intervals.items()}}
+    chosen = {
+        "figures": {name: _for_json(measured) for name, measured in figures.items()},
+        "intervals_95": {name: _for_json(measured) for name, measured in intervals.items()},
+    }
     files = {Path(folder) / "weights" / "xwing_eval.json": json.dumps(chosen, indent=1) + "\n"}
     if readme is not None:
         rows = f"<!-- results -->\n{readme_rows(figures, intervals)}\n<!-- /results -->"
         pattern = re.compile("<!-- results -->.*<!-- /results -->", re.DOTALL)
         files[readme], count = pattern.subn(lambda _: rows, Path(readme).read_text())
         if count != 1:
-            raise ValueError(f"{readme}: expected the markers <!-- results --> and <!-- /results --> once")
+            raise ValueError(
+                f"{readme}: expected the markers <!-- results --> and <!-- /results --> once"
+            )
     xu.write_files(files)
 
 
 def load_flight(path):
     """The video of a flight, its N true poses (4, 4), and K (3, 3), from a file like data/wild.json."""
     info, (view, projection) = xu.read_json(path), xu.load_camera(path)
-    K, matrices = xu.camera_matrix(projection, info["width"], info["height"]), np.array(info["matrices"])
+    K, matrices = (
+        xu.camera_matrix(projection, info["width"], info["height"]),
+        np.array(info["matrices"]),
+    )
     return Path(path).with_name(info["video"]), [xu.pose_in_camera(view, m) for m in matrices], K
 
 
@@ -378,7 +446,9 @@ class Evaluation:
     def errors(self, poses=None):
         """`frame_errors` of the accepted poses, or of other poses of the same frames, and "heatmap_mse"."""
         poses, corners = self.poses if poses is None else poses, self.true_keypoints[:, :8]
-        errors = frame_errors(self.keypoints[:, :8], poses, corners, self.true_poses, self.K, self.size)
+        errors = frame_errors(
+            self.keypoints[:, :8], poses, corners, self.true_poses, self.K, self.size
+        )
         return errors | {"heatmap_mse": self.heatmap_mse}
 
 
@@ -397,15 +467,23 @@ def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=
     size, count = model.settings["size"], model.settings["keypoints"]
     K, found = xu.camera_matrix(projection, size, size), []
     truth = xu.keypoints_of(matrices, view, projection, size, size, xu.KEYPOINTS[:count])
-    xu.predict_heatmaps(model, np.zeros((1, size, size, 3), np.uint8), batch_size)  # the first call compiles
+    xu.predict_heatmaps(
+        model, np.zeros((1, size, size, 3), np.uint8), batch_size
+    )  # the first call compiles
     started = time.perf_counter()
     for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=not progress):
-        images = np.stack([xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]])
+        images = np.stack(
+            [xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]]
+        )
         maps = xu.predict_heatmaps(model, images, batch_size, count)
         seen = xu.read_keypoints(maps, model.settings)
         estimates = [xu.estimate_pose(k, K, c, s) for k, c, s in zip(*seen)]
-        verified = alignment.verify_frames(aligner, images, estimates, K, model) if aligner else estimates
-        found.append((*seen, estimates, verified, heatmap_errors(maps, truth[start:, :8], model.settings)))
+        verified = (
+            alignment.verify_frames(aligner, images, estimates, K, model) if aligner else estimates
+        )
+        found.append(
+            (*seen, estimates, verified, heatmap_errors(maps, truth[start:, :8], model.settings))
+        )
     found = [np.concatenate(part) for part in zip(*found)]
     seconds = (time.perf_counter() - started) / len(paths)
     poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
@@ -414,10 +492,14 @@ def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=
 
 def main(arguments=None):
     """The command line; ends with one line on the error stream where something is wrong."""
-    parser = argparse.ArgumentParser("python -m xwing.evaluation", description="Measure the tracker.")
+    parser = argparse.ArgumentParser(
+        "python -m xwing.evaluation", description="Measure the tracker."
+    )
     weights = xu.ROOT / "weights" / "xwing.weights.h5"
     parser.add_argument("folder", type=Path, help="camera_info.json, 0.jpg, 0_mat.json, ...")
-    parser.add_argument("--weights", type=Path, default=weights, metavar="FILE", help="of another network")
+    parser.add_argument(
+        "--weights", type=Path, default=weights, metavar="FILE", help="of another network"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
     parser.add_argument("--no-align", action="store_true", help="poses from the keypoints alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
@@ -433,7 +515,9 @@ def _measure(options):
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit: expected a positive number of frames, got {options.limit}")
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--json: expected a file in a folder that exists, got {options.json}")
+        raise FileNotFoundError(
+            f"--json: expected a file in a folder that exists, got {options.json}"
+        )
     xu.load_dataset(options.folder)  # fails at once, before the network is loaded
     obj = xu.ROOT / "data" / "xwing.obj"
     aligner = None if options.no_align else alignment.Aligner(alignment.mesh.load_mesh(obj))

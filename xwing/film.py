@@ -27,7 +27,10 @@ from xwing.mesh import rasterise
 NEAR = 0.05  # model units: bolts are cut this close to the camera's plane
 GREEN, YELLOW, BLUE, PINK = (90, 255, 90), (255, 220, 60), (120, 200, 255), (255, 160, 255)
 WHITE_HOT = 255, 215, 190  # of a bolt's core
-ENCODING, CLOCK = {"preset": "veryfast", "crf": "17"}, Fraction(1, 90_000)  # of x264; seconds that MP4s count
+ENCODING, CLOCK = (
+    {"preset": "veryfast", "crf": "17"},
+    Fraction(1, 90_000),
+)  # of x264; seconds that MP4s count
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 
@@ -58,13 +61,17 @@ class Lasers:
 class Shot:
     """The bolts of one shot. The camera stands still, so that its frame serves as the world's.
 
-        shot = Lasers(rate=5).shot(fps=30)
-        pictures = [draw_bolts(frame, shot.step(pose), K) for frame, pose in zip(frames, poses)]
+    shot = Lasers(rate=5).shot(fps=30)
+    pictures = [draw_bolts(frame, shot.step(pose), K) for frame, pose in zip(frames, poses)]
     """
 
     def __init__(self, lasers, fps):
         _check_positive("fps", fps)
-        self._lasers, self._interval, self._random = lasers, 1 / fps, np.random.default_rng(lasers.seed)
+        self._lasers, self._interval, self._random = (
+            lasers,
+            1 / fps,
+            np.random.default_rng(lasers.seed),
+        )
         self._now, self._due, self._volley = -self._interval, 0.0, 0
         self._fired = np.zeros((0, 7))  # second, muzzle, direction of each bolt in flight
 
@@ -76,17 +83,25 @@ class Shot:
         """
         lasers = self._lasers
         self._now = max(self._now + self._interval if seconds is None else seconds, self._now)
-        self._due = max(self._due, self._now - (lasers.reach + lasers.length) / lasers.speed)  # over by now
+        self._due = max(
+            self._due, self._now - (lasers.reach + lasers.length) / lasers.speed
+        )  # over by now
         while self._due <= self._now + 1e-9:
             if pose is not None:
-                cannons = xu.LASERS[[0, 3] if self._volley % 2 else [1, 2]] @ pose[:3, :3].T + pose[:3, 3]
+                cannons = (
+                    xu.LASERS[[0, 3] if self._volley % 2 else [1, 2]] @ pose[:3, :3].T + pose[:3, 3]
+                )
                 muzzle, aim = cannons[:, 0], cannons[:, 1] - cannons[:, 0]
                 course = aim / np.linalg.norm(aim, axis=1, keepdims=True)
-                self._fired = np.vstack([self._fired, np.column_stack([[self._due] * 2, muzzle, course])])
+                self._fired = np.vstack(
+                    [self._fired, np.column_stack([[self._due] * 2, muzzle, course])]
+                )
             self._volley += 1
             self._due += (1 + lasers.jitter * self._random.uniform(-1, 1)) / lasers.rate
         flown = (self._now - self._fired[:, 0]) * lasers.speed
-        self._fired, flown = (array[flown - lasers.length < lasers.reach] for array in (self._fired, flown))
+        self._fired, flown = (
+            array[flown - lasers.length < lasers.reach] for array in (self._fired, flown)
+        )
         ends = np.stack([np.maximum(flown - lasers.length, 0), flown], 1)[flown > 1e-9]
         flying = self._fired[flown > 1e-9]
         return flying[:, None, 1:4] + ends[..., None] * flying[:, None, 4:]
@@ -109,7 +124,9 @@ def draw_bolts(image, bolts, K, depth=None, radius=Lasers.radius, colour=Lasers.
     if width:
         scale = max(core.shape) / xu.FRAME_SIZE
         reach = int(np.ceil(20 * scale))  # of the glow
-        part = np.s_[max(top - reach, 0) : top + height + reach, max(left - reach, 0) : left + width + reach]
+        part = np.s_[
+            max(top - reach, 0) : top + height + reach, max(left - reach, 0) : left + width + reach
+        ]
         image[part] = cv2.add(image[part], _glow(core[part], colour, scale), dtype=cv2.CV_8U)
     return image
 
@@ -140,12 +157,22 @@ def _before_the_camera(bolts):
 def _fill_bolts(canvas, segments, radius, K, depth=None):
     """Draw bolts where nothing hides them: polygons of perspective width, at least a third of a pixel."""
     ends = (segments / segments[..., 2:]) @ K[:2].T
-    thin, thick = np.maximum(K[0, 0] * radius / segments[..., 2].T * [[0.35], [1.0]], 0.33)[..., None]
+    thin, thick = np.maximum(K[0, 0] * radius / segments[..., 2].T * [[0.35], [1.0]], 0.33)[
+        ..., None
+    ]
     (tail, head), way = ends.swapaxes(0, 1), ends[:, 1] - ends[:, 0]
     along = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
     across = along[:, ::-1] * [-1, 1]
-    outlines = np.stack([tail + across * thin, head + across * thick, head + along * thick,
-                         head - across * thick, tail - across * thin], axis=1)
+    outlines = np.stack(
+        [
+            tail + across * thin,
+            head + across * thick,
+            head + along * thick,
+            head - across * thick,
+            tail - across * thin,
+        ],
+        axis=1,
+    )
     fixed = np.round((outlines.clip(-(2**20), 2**20) - 0.5) * 2**xu.CV_SHIFT).astype(np.int32)
     boxes = np.stack([np.floor(outlines.min(1)) - 2, np.ceil(outlines.max(1)) + 2], axis=1)
     boxes = boxes.clip(0, canvas.shape[::-1]).astype(int)
@@ -155,7 +182,9 @@ def _fill_bolts(canvas, segments, radius, K, depth=None):
             cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, xu.CV_SHIFT)
             continue
         bolt = np.zeros(depth[box].shape, np.uint8)
-        cv2.fillConvexPoly(bolt, outline - np.int32(low << xu.CV_SHIFT), 255, cv2.LINE_AA, xu.CV_SHIFT)
+        cv2.fillConvexPoly(
+            bolt, outline - np.int32(low << xu.CV_SHIFT), 255, cv2.LINE_AA, xu.CV_SHIFT
+        )
         bolt[_depth_along(segment, line, low, high) >= depth[box] + 0.004] = 0
         np.maximum(canvas[box], bolt, out=canvas[box])
 
@@ -165,7 +194,9 @@ def _depth_along(segment, line, low, high):
     x, y = np.arange(low[0], high[0]) - line[0, 0], np.arange(low[1], high[1])[:, None] - line[0, 1]
     x, y, way = x + 0.5, y + 0.5, line[1] - line[0]
     share = np.clip((x * way[0] + y * way[1]) / max(way @ way, 1e-18), 0, 1)
-    return 1 / ((1 - share) / segment[0, 2] + share / segment[1, 2])  # 1 / depth is linear in the picture
+    return 1 / (
+        (1 - share) / segment[0, 2] + share / segment[1, 2]
+    )  # 1 / depth is linear in the picture
 
 
 def _with_bolts(image, bolts, lasers, mesh, pose, K):
@@ -185,10 +216,18 @@ def _hull_depth(mesh, bolts, pose, K, shape, edge=4):
     right, bottom = np.minimum(np.ceil(high[crossing].max(0)), shape[1::-1]).astype(int)
     depth = np.full(shape[:2], np.inf, np.float32)
     if left < right and top < bottom:
-        codes = (seen < [left, top]) @ [1, 2] + (seen > [right, bottom]) @ [4, 8]  # as Cohen and Sutherland
+        codes = (seen < [left, top]) @ [1, 2] + (seen > [right, bottom]) @ [
+            4,
+            8,
+        ]  # as Cohen and Sutherland
         near = np.bitwise_and.reduce(codes[mesh.faces], axis=1) == 0
-        triangles, moved = mesh.vertices[mesh.faces[near]], K - [[0, 0, left], [0, 0, top], [0, 0, 0]]
-        depth[top:bottom, left:right] = rasterise(triangles, pose, moved, right - left, bottom - top)[1]
+        triangles, moved = (
+            mesh.vertices[mesh.faces[near]],
+            K - [[0, 0, left], [0, 0, top], [0, 0, 0]],
+        )
+        depth[top:bottom, left:right] = rasterise(
+            triangles, pose, moved, right - left, bottom - top
+        )[1]
     return depth
 
 
@@ -207,7 +246,9 @@ def draw_tracked(image, tracked, K):
     if tracked.velocity is not None:
         ahead = pose[:3, 3] + np.linspace(0, 0.5, 9)[:, None] * tracked.velocity[3:]
         ahead = ahead[ahead[:, 2] > NEAR]
-        points = np.array([xu.cv_point(point) for point in (ahead / ahead[:, 2:]) @ K[:2].T], np.int32)
+        points = np.array(
+            [xu.cv_point(point) for point in (ahead / ahead[:, 2:]) @ K[:2].T], np.int32
+        )
         cv2.polylines(image, [points.reshape(-1, 1, 2)], False, PINK, 1, cv2.LINE_AA, xu.CV_SHIFT)
     return image
 
@@ -217,20 +258,29 @@ def _draw_ellipse(image, centre, covariance):
     if np.isfinite(centre).all() and 2 * np.sqrt(np.trace(covariance)) < image.shape[1]:
         values, vectors = np.linalg.eigh(covariance)
         angle = float(np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])))
-        axes = np.round(2 * np.sqrt(np.maximum(values[::-1], 0)) * 2**xu.CV_SHIFT).astype(int).tolist()
-        cv2.ellipse(image, xu.cv_point(centre), axes, angle, 0, 360, BLUE, 1, cv2.LINE_AA, xu.CV_SHIFT)
+        axes = (
+            np.round(2 * np.sqrt(np.maximum(values[::-1], 0)) * 2**xu.CV_SHIFT).astype(int).tolist()
+        )
+        cv2.ellipse(
+            image, xu.cv_point(centre), axes, angle, 0, 360, BLUE, 1, cv2.LINE_AA, xu.CV_SHIFT
+        )
 
 
 def corner_covariance(pose, covariance, K):
     """(8, 2, 2) square pixels: how far a pose's covariance (6, 6) moves the box's corners, to first order."""
     turned = xu.BOUNDING_BOX @ pose[:3, :3].T
-    jacobian = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], K, None)[1][:, :6].reshape(-1, 2, 6)
+    jacobian = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], K, None)[1][:, :6].reshape(
+        -1, 2, 6
+    )
     return jacobian @ covariance @ np.swapaxes(jacobian, 1, 2)
 
 
 def draw_heatmaps(heatmaps, size):
     """One picture (size, size, 3) uint8 of all heatmaps (H, W, K) of a frame, each in its own colour."""
-    heatmaps, hues = np.asarray(heatmaps, np.float32), np.full((1, np.shape(heatmaps)[-1], 3), 255, np.uint8)
+    heatmaps, hues = (
+        np.asarray(heatmaps, np.float32),
+        np.full((1, np.shape(heatmaps)[-1], 3), 255, np.uint8),
+    )
     hues[0, :, 0] = np.arange(hues.shape[1]) * 180 // hues.shape[1]
     brightest = cv2.cvtColor(hues, cv2.COLOR_HSV2RGB)[0][heatmaps.argmax(-1)]
     picture = (brightest * heatmaps.max(-1, keepdims=True).clip(0, 1)).astype(np.uint8)
@@ -253,15 +303,20 @@ def viewer(pictures, start=0, step=1, fps=12.5, width=640):
     any shows, `width` pixels wide. Widgets that capture output can hang without a browser (nbclient 312).
     """
     import ipywidgets
+
     jpegs = []
     for picture in pictures:
         scale = min(width / picture.shape[1], 1.0)
         small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        jpegs.append(cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
+        jpegs.append(
+            cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+        )
     if not jpegs:
         raise ValueError("expected at least one picture, got none")
     last, start = (len(jpegs) - 1) * step, start // step * step
-    image = ipywidgets.Image(value=jpegs[start // step], format="jpeg", layout={"width": f"{width}px"})
+    image = ipywidgets.Image(
+        value=jpegs[start // step], format="jpeg", layout={"width": f"{width}px"}
+    )
     slider = ipywidgets.IntSlider(start, 0, last, step, description="frame")
     play = ipywidgets.Play(value=start, min=0, max=last, step=step, interval=round(1000 / fps))
     ipywidgets.jslink((play, "value"), (slider, "value"))
@@ -286,9 +341,16 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
     K, frames = xu.check_camera_matrix(K), frames if isinstance(frames, Clip) else list(frames)
     count = frames.count if isinstance(frames, Clip) else len(frames)
     if count != len(poses) or not count:
-        raise ValueError(f"expected a pose or None for each frame, got {count} frames and {len(poses)} poses")
-    poses = [p if p is None else xu.check_array(p, (4, 4), f"pose of frame {i}") for i, p in enumerate(poses)]
-    seconds = frames.seconds if isinstance(frames, Clip) and frames.fps else np.arange(count) / source_fps
+        raise ValueError(
+            f"expected a pose or None for each frame, got {count} frames and {len(poses)} poses"
+        )
+    poses = [
+        p if p is None else xu.check_array(p, (4, 4), f"pose of frame {i}")
+        for i, p in enumerate(poses)
+    ]
+    seconds = (
+        frames.seconds if isinstance(frames, Clip) and frames.fps else np.arange(count) / source_fps
+    )
     indices = frames_in_real_time(seconds, fps)
     shots = _shots(frames, poses, K, seconds, indices, lasers or Lasers(), mesh)
     write_clip(tqdm(shots, path.name, len(indices), unit="frame", disable=not progress), path, fps)
@@ -297,7 +359,9 @@ def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=Non
 def frames_in_real_time(seconds, fps):
     """(T,) numbers of the frames, taken at `seconds` (N,), that a file of `fps` frames a second shows."""
     step = np.median(np.diff(seconds)) if len(seconds) > 1 else 1 / fps
-    ticks = np.arange(0, seconds[-1] + step - 1e-9, 1 / fps)  # and some files tell the time in milliseconds
+    ticks = np.arange(
+        0, seconds[-1] + step - 1e-9, 1 / fps
+    )  # and some files tell the time in milliseconds
     return np.searchsorted(seconds, ticks + min(6e-4, step / 4), side="right") - 1
 
 
@@ -328,9 +392,13 @@ def _check_target(path, fps, suffixes=(".gif", ".mp4")):
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file to write")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} to; make it first")
+        raise FileNotFoundError(
+            f"{path.parent}: no such folder to write {path.name} to; make it first"
+        )
     if not 0 < fps < np.inf or (path.suffix == ".gif" and fps > 100):
-        raise ValueError(f"fps: expected a positive rate, in a GIF at most 100 frames a second, got {fps}")
+        raise ValueError(
+            f"fps: expected a positive rate, in a GIF at most 100 frames a second, got {fps}"
+        )
     return path, 100 / round(100 / fps) if path.suffix == ".gif" else fps  # a GIF counts hundredths
 
 
@@ -341,15 +409,27 @@ def _write_gif(pictures, path, fps):
         raise ValueError("expected at least one picture, got none")
     sample = pictures[:: max(1, len(pictures) // 24)]
     palette = _clip_palette(np.concatenate([picture.reshape(-1, 3) for picture in sample]))
-    first, *more = (Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
-    first.save(path, "GIF", save_all=True, append_images=more, duration=round(1000 / fps), loop=0, disposal=1)
+    first, *more = (
+        Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures
+    )
+    first.save(
+        path,
+        "GIF",
+        save_all=True,
+        append_images=more,
+        duration=round(1000 / fps),
+        loop=0,
+        disposal=1,
+    )
 
 
 def _clip_palette(pixels):
     """A PIL image with 256 colours for (N, 3) uint8 pixels: half for the few of ship and bolts."""
     warm = (pixels.max(1) > 130) | (pixels[:, 0] > pixels[:, 2].astype(int) + 8)
     strips = [Image.fromarray(part[None]) for part in (pixels[warm], pixels[~warm]) if len(part)]
-    halves = [strip.quantize(128, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 128] for strip in strips]
+    halves = [
+        strip.quantize(128, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 128] for strip in strips
+    ]
     palette = Image.new("P", (1, 1))
     palette.putpalette(sum(halves, []))
     return palette
@@ -360,15 +440,21 @@ def _write_mp4(pictures, path, fps):
     now, shape = 0.0, None
     try:  # FFmpeg gets an open file, so that no name is a protocol
         with path.open("w+b") as file, av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", Fraction(fps).limit_denominator(10_000), ENCODING)
+            stream = container.add_stream(
+                "libx264", Fraction(fps).limit_denominator(10_000), ENCODING
+            )
             stream.codec_context.time_base, stream.codec_context.thread_count = CLOCK, 2
             for picture, seconds in pictures:
                 odd = [(0, side % 2) for side in picture.shape[:2]]  # H.264 takes even sizes only
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.pad(picture, [*odd, (0, 0)])))
+                frame = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(np.pad(picture, [*odd, (0, 0)]))
+                )
                 if shape is None:
                     shape, stream.width, stream.height = picture.shape, frame.width, frame.height
                 elif picture.shape != shape:
-                    raise ValueError(f"expected pictures of one size, got {shape} and then {picture.shape}")
+                    raise ValueError(
+                        f"expected pictures of one size, got {shape} and then {picture.shape}"
+                    )
                 else:
                     now = now + 1 / fps if seconds is None else max(seconds, now + 1e-4)
                 frame.pts, frame.time_base = round(now / CLOCK), CLOCK
@@ -392,10 +478,19 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     Raises:
         ValueError: another suffix, or no frame can be read. OSError: no such folder, not a file.
     """
-    track, (path, fps) = [], _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",))
-    bar = dict(desc="tracking", total=getattr(clip, "count", None), unit="frame", disable=not progress)
-    pictures = iter(tqdm(_prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track)), **bar))
-    with threadpool_limits(1, "blas"):  # frames are read, tracked, drawn and written at the same time
+    track, (path, fps) = (
+        [],
+        _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",)),
+    )
+    bar = dict(
+        desc="tracking", total=getattr(clip, "count", None), unit="frame", disable=not progress
+    )
+    pictures = iter(
+        tqdm(_prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track)), **bar)
+    )
+    with threadpool_limits(
+        1, "blas"
+    ):  # frames are read, tracked, drawn and written at the same time
         try:
             with xu.part_files(path) as (part,):
                 _write_mp4(pictures, part, fps)
@@ -410,7 +505,9 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
 def _filmed(clip, tracker, fps, lasers, mesh, track):
     """Yield each picture and its seconds, and put each `TrackedPose` on `track`."""
     shot, unread = lasers.shot(fps), []
-    for image, seconds, tracked in _prefetch(_followed(_prefetch(_to_the_fault(clip)), tracker, fps)):
+    for image, seconds, tracked in _prefetch(
+        _followed(_prefetch(_to_the_fault(clip)), tracker, fps)
+    ):
         track.append(tracked)
         bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
         if image is not None:  # what could not be read at the start shows the first frame
@@ -424,7 +521,9 @@ def _followed(frames, tracker, fps):
     image = None
     for number, frame in enumerate(frames):
         if image is not None and frame.image is not None and frame.image.shape != image.shape:
-            frame = Frame(None, frame.seconds, f"its shape is {frame.image.shape}, not {image.shape}")
+            frame = Frame(
+                None, frame.seconds, f"its shape is {frame.image.shape}, not {image.shape}"
+            )
         seconds = number / fps if frame.seconds is None else frame.seconds
         tracked = tracker.update(frame.image, seconds)
         known = {"covariance": None, "velocity": None, "reason": frame.fault or tracked.reason}

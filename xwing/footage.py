@@ -32,7 +32,14 @@ EXPECTED = "expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF"
 MAX_MISSING = 100_000  # frames beyond those that are there, which a video's header may promise
 MIN_RETAINED_SHARE = 0.8  # of the points that the search found: a close look must find as many
 READ_ERRORS = av.FFmpegError, OSError
-PILLOW_ERRORS = OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +88,18 @@ class Clip:
         if self.source.suffix.lower() == ".gif":
             seconds = [frame.seconds for frame in _gif_frames(self.source)]
             rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else None
-            return lambda: _gif_frames(self.source), seconds if rate else [None] * len(seconds), rate
+            return (
+                lambda: _gif_frames(self.source),
+                seconds if rate else [None] * len(seconds),
+                rate,
+            )
         video = _Video(self.source)
         return video.frames, video.seconds.tolist(), video.fps
 
     def __iter__(self):
-        for frame, seconds in zip(itertools.islice(self._frames(), 0, None, self.step), self.seconds):
+        for frame, seconds in zip(
+            itertools.islice(self._frames(), 0, None, self.step), self.seconds
+        ):
             image, fault = frame.image, frame.fault
             if image is not None and image.shape != (self.height, self.width, 3):
                 size, first = f"{image.shape[1]}x{image.shape[0]}", f"{self.width}x{self.height}"
@@ -101,27 +114,41 @@ class Clip:
         coefficients: OpenCV's k1 k2 p1 p2 [k3 ...]: 4, 5, 8, 12 or 14 numbers; ValueError otherwise.
         """
         numbers = np.asarray(coefficients, float)
-        if numbers.ndim != 1 or len(numbers) not in (4, 5, 8, 12, 14) or not np.isfinite(numbers).all():
-            raise ValueError(f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], got {numbers.tolist()}")
+        if (
+            numbers.ndim != 1
+            or len(numbers) not in (4, 5, 8, 12, 14)
+            or not np.isfinite(numbers).all()
+        ):
+            raise ValueError(
+                f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], got {numbers.tolist()}"
+            )
         K = xu.check_camera_matrix(K) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]  # to OpenCV's origin
-        self._maps = cv2.initUndistortRectifyMap(K, numbers, None, K, (self.width, self.height), cv2.CV_16SC2)
+        self._maps = cv2.initUndistortRectifyMap(
+            K, numbers, None, K, (self.width, self.height), cv2.CV_16SC2
+        )
 
 
 def _numbered_pictures(folder):
     """The pictures of a folder whose names end in a number, by number; warns where that is no series."""
     found = []
     for path in folder.iterdir():
-        name = re.fullmatch(r"(?!\.)(.*?)(\d+)", path.stem)  # macOS keeps notes of its own in ._0.jpg
+        name = re.fullmatch(
+            r"(?!\.)(.*?)(\d+)", path.stem
+        )  # macOS keeps notes of its own in ._0.jpg
         if name and path.suffix.lower() in (".jpg", ".jpeg", ".png"):
             found.append((int(name[2]), path, name[1]))
     found.sort()
     steps = [(b[0] - a[0], f"{a[1].name}, {b[1].name}") for a, b in zip(found, found[1:])]
     series = sorted({name for _, _, name in found})
-    odd = {"gaps": [pair for step, pair in steps if step > 1],
-           "numbers twice": [pair for step, pair in steps if step == 0],
-           "series": [", ".join(series[:4])] * len(series) if len(series) > 1 else []}
+    odd = {
+        "gaps": [pair for step, pair in steps if step > 1],
+        "numbers twice": [pair for step, pair in steps if step == 0],
+        "series": [", ".join(series[:4])] * len(series) if len(series) > 1 else [],
+    }
     if any(odd.values()):
-        what = "; ".join(f"{len(found)} {kind} ({found[0]})" for kind, found in odd.items() if found)
+        what = "; ".join(
+            f"{len(found)} {kind} ({found[0]})" for kind, found in odd.items() if found
+        )
         warnings.warn(f"{folder}: found {what}; taken as one clip, by number", stacklevel=4)
     return [path for _, path, _ in found]
 
@@ -161,7 +188,9 @@ class _Video:
         with _open_video(path) as (container, stream):
             scan = _scan(container, stream)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
-            times = np.array(sorted(scan.times)) if scan.stamped else np.arange(len(scan.times)) / rate
+            times = (
+                np.array(sorted(scan.times)) if scan.stamped else np.arange(len(scan.times)) / rate
+            )
             self._stamped, self._start, seconds = scan.stamped, times[0], times - times[0]
             steady = len(seconds) < 2 or (np.abs(np.diff(seconds) * rate - 1) < 0.1).mean() > 0.8
             step = 1 / rate if steady else max(np.median(np.diff(seconds)), 1e-3)
@@ -177,7 +206,9 @@ class _Video:
             warnings.warn(self._missing(self._readable).fault, stacklevel=4)
 
     def _missing(self, number):
-        fault = f"{self._path}: frame {number}, at {self.seconds[number]:.3f} s, is damaged or missing"
+        fault = (
+            f"{self._path}: frame {number}, at {self.seconds[number]:.3f} s, is damaged or missing"
+        )
         if number >= self._readable:
             fault = f"{self._path}: breaks off, only {self._readable} of {len(self.seconds)} frames are there"
         return Frame(None, fault=fault)
@@ -214,7 +245,10 @@ class _Scan:
 def _open_video(path):
     """(container, stream) of a video. FFmpeg gets an open file and no protocol, so that nothing is a URL."""
     try:
-        with path.open("rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+        with (
+            path.open("rb") as file,
+            av.open(file, options={"protocol_whitelist": "none"}) as container,
+        ):
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             yield container, stream
@@ -248,8 +282,12 @@ def _missing_at_the_end(container, stream, scan, step):
     if stream.frames:
         missing = stream.frames - scan.hidden - len(scan.times)
     elif clock:
-        missing = round((np.dot([3600, 60, 1], [float(part) for part in clock.groups()]) - scan.end) / step)
-    elif container.duration and len(container.streams) == 1:  # else the sound may be what lasts longer
+        missing = round(
+            (np.dot([3600, 60, 1], [float(part) for part in clock.groups()]) - scan.end) / step
+        )
+    elif (
+        container.duration and len(container.streams) == 1
+    ):  # else the sound may be what lasts longer
         missing = round((container.duration / av.time_base - scan.end) / step)
     return int(np.clip(missing, 0, MAX_MISSING))
 
@@ -316,7 +354,9 @@ def _square(image, left, top, side, size):
     square = image if whole else xu.crop(image, (left, top), side)
     if side == size:
         return square
-    return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_LINEAR)
+    return cv2.resize(
+        square, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
+    )
 
 
 def export_model(path, size=xu.FRAME_SIZE):
@@ -329,7 +369,10 @@ def export_model(path, size=xu.FRAME_SIZE):
     digest = hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:12]
     name = f"{path.name.removesuffix('.weights.h5')}-{size}-"
     archive = path.parent / ".openvino" / f"{name}{digest}.zip"
-    with contextlib.suppress(OSError, zipfile.BadZipFile, KeyError), zipfile.ZipFile(archive) as files:
+    with (
+        contextlib.suppress(OSError, zipfile.BadZipFile, KeyError),
+        zipfile.ZipFile(archive) as files,
+    ):
         return files.read("model.xml"), files.read("model.bin")
     contents, packed = _export(xu.load_model(path, size)), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as files:
@@ -348,7 +391,9 @@ def _export(model):
             model.export(f"{folder}/model.xml", format="openvino", verbose=False)
             openvino.Core().read_model(f"{folder}/model.xml")  # fails where not all was written
         except RuntimeError as error:
-            raise OSError(f"{folder}: the network cannot be exported ({error}); is the disk full?") from None
+            raise OSError(
+                f"{folder}: the network cannot be exported ({error}); is the disk full?"
+            ) from None
         return Path(folder, "model.xml").read_bytes(), Path(folder, "model.bin").read_bytes()
 
 
@@ -370,8 +415,11 @@ class Detector:
         self.crop_sizes, self.search_size = sorted(crop_sizes), search_size
         self._core, self._turn = openvino.Core(), threading.Lock()
         self._model = self._core.read_model(*export_model(weights))
-        self._options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
-                         "ENABLE_CPU_PINNING": False}  # two processes would be pinned to the same core
+        self._options = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+        }  # two processes would be pinned to the same core
         self._requests = {side: self._compile(side) for side in {search_size, *self.crop_sizes}}
 
     def _compile(self, side):
@@ -420,12 +468,18 @@ class Detector:
         It holds the box about them and a tenth more; a small frame is enlarged no further than as a whole.
         """
         frame = np.array(image.shape[1::-1])
-        points = np.full((1, 2), np.nan) if points is None else np.clip(np.asarray(points, float), 0, frame)
+        points = (
+            np.full((1, 2), np.nan)
+            if points is None
+            else np.clip(np.asarray(points, float), 0, frame)
+        )
         low, high = points.min(0), points.max(0)
         if not self.crop_sizes or not (high > low).all():
             return None
         needed, enlarged = 1.1 * (high - low).max(), max(xu.FRAME_SIZE / frame.max(), 1.0)
-        size = next((size for size in self.crop_sizes if size >= needed * enlarged), self.crop_sizes[-1])
+        size = next(
+            (size for size in self.crop_sizes if size >= needed * enlarged), self.crop_sizes[-1]
+        )
         scale = min(size / needed, enlarged)
         if scale <= self.search_size / frame.max():
             return None

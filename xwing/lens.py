@@ -46,7 +46,10 @@ def compare_focal_lengths(images, poses, K, aligner):
         for i in side:
             scaled = K * [[factors[i], 1, 1], [1, factors[i], 1], [1, 1, 1]]
             moved[:, 2, 3] *= factors[i] / before  # as large in the picture as before
-            found, before = [aligner.track(*pair, scaled) for pair in zip(images, moved)], factors[i]
+            found, before = (
+                [aligner.track(*pair, scaled) for pair in zip(images, moved)],
+                factors[i],
+            )
             explained[i] = np.nan_to_num([estimate.explained_contrast for estimate in found]).mean()
             moved = np.array([estimate.pose for estimate in found])
     best = int(np.clip(explained.argmax(), 1, len(factors) - 2))

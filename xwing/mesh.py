@@ -19,7 +19,10 @@ GREY = (0.6, 0.6, 0.6)  # of a material without a colour
 SUPERSAMPLING = 2  # samples per pixel and direction
 MIN_DETAIL = 0.25  # samples: triangles that show less wherever they are seen from are not drawn
 OCCLUSION = 0.9  # share of the light that other parts of the ship keep away
-STRONG_EDGE, MIN_EDGE = 60.0, 12.0  # slopes (Sobel, grey levels): none counts more, none below is an edge
+STRONG_EDGE, MIN_EDGE = (
+    60.0,
+    12.0,
+)  # slopes (Sobel, grey levels): none counts more, none below is an edge
 NEAR = 0.01  # model units: what is nearer to the camera's plane is not drawn
 
 
@@ -62,22 +65,32 @@ def load_mesh(path):
             corners = [_vertex_index(corner, len(vertices), line) for corner in values]
             _expect(len(corners) >= 3, line, "three corners or more", values)
             fan = zip(corners[1:], corners[2:])
-            faces.setdefault(material, []).extend((corners[0], second, third) for second, third in fan)
+            faces.setdefault(material, []).extend(
+                (corners[0], second, third) for second, third in fan
+            )
         elif word in ("usemtl", "mtllib"):
             _expect(values, line, "a name", values)
             material = " ".join(values) if word == "usemtl" else material
-            colours.update(_read_colours(path.parent, " ".join(values), line) if word == "mtllib" else {})
+            colours.update(
+                _read_colours(path.parent, " ".join(values), line) if word == "mtllib" else {}
+            )
     if not faces:
         raise ValueError(f"{path}: no faces found; expected a Wavefront OBJ mesh")
-    return Mesh(list(faces), np.array([colours.get(name, GREY) for name in faces], float), np.array(vertices),
-                np.concatenate([np.array(group) for group in faces.values()]),
-                np.repeat(np.arange(len(faces)), [len(group) for group in faces.values()]))
+    return Mesh(
+        list(faces),
+        np.array([colours.get(name, GREY) for name in faces], float),
+        np.array(vertices),
+        np.concatenate([np.array(group) for group in faces.values()]),
+        np.repeat(np.arange(len(faces)), [len(group) for group in faces.values()]),
+    )
 
 
 def _statements(path):
     """(place, keyword, values) of each statement of an OBJ or MTL file, continued lines joined."""
     held = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1
+    ):
         line = held + line.split("#")[0].rstrip()
         held = line[:-1] + " " if line.endswith("\\") else ""
         word, *values = line.split() or [""]
@@ -105,14 +118,21 @@ def _vertex_index(corner, count, line):
         number = int(corner.split("/")[0])
     except ValueError:
         number = 0
-    _expect(1 <= abs(number) <= count, line, f"an index of one of the {count} vertices so far", [corner])
+    _expect(
+        1 <= abs(number) <= count, line, f"an index of one of the {count} vertices so far", [corner]
+    )
     return number - 1 if number > 0 else count + number
 
 
 def _read_colours(folder, name, line):
     """{material: (3,) colour} of a material library; empty where there is no such file."""
     path = (folder / name).resolve()
-    _expect(path.is_relative_to(folder.resolve()), line, "a material library in the mesh's folder", [name])
+    _expect(
+        path.is_relative_to(folder.resolve()),
+        line,
+        "a material library in the mesh's folder",
+        [name],
+    )
     colours, material = {}, None
     for line, word, values in _statements(path) if path.is_file() else ():
         material = " ".join(values) if word == "newmtl" else material
@@ -172,16 +192,22 @@ def draw_triangles(corners, values, K, width, height):
     if len(corners) == 0:
         return picture, depth
     half = height / 2  # OpenCV's camera here: 90 degrees from top to bottom, y up, z backwards
-    to_opengl = np.array([[K[0, 0], K[0, 1], K[0, 2] - width / 2],
-                          [0, -K[1, 1], half - K[1, 2]], [0, 0, -half]])
+    to_opengl = np.array(
+        [[K[0, 0], K[0, 1], K[0, 2] - width / 2], [0, -K[1, 1], half - K[1, 2]], [0, 0, -half]]
+    )
     vertices = corners.reshape(-1, 3) @ (to_opengl.T / half).astype(corners.dtype)
     vertices = vertices.astype(np.float32, copy=False)[:, None]
     indices = np.arange(len(vertices), dtype=np.int32).reshape(-1, 1, 3)
-    colours = np.broadcast_to(np.asarray(values, np.float32), (len(corners), 3)).repeat(3, axis=0)[:, None]
+    colours = np.broadcast_to(np.asarray(values, np.float32), (len(corners), 3)).repeat(3, axis=0)[
+        :, None
+    ]
     settings = cv2.TriangleRasterizeSettings()
     settings.setShadingType(cv2.RASTERIZE_SHADING_FLAT)
     settings.setCullingMode(cv2.RASTERIZE_CULLING_NONE)
-    near, far = 0.999 * corners[..., 2].min(), 1.001 * corners[..., 2].max()  # the nearer, the more exact
+    near, far = (
+        0.999 * corners[..., 2].min(),
+        1.001 * corners[..., 2].max(),
+    )  # the nearer, the more exact
     depth[:] = far
     view = np.eye(4), np.pi / 2, near, far
     cv2.triangleRasterize(vertices, indices, colours, picture, depth, *view, settings)
@@ -197,9 +223,17 @@ def pixel_flow(pixels, depth, K, centre):
     x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
     points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
     px, py, pz = points.T
-    a, b, c, d = fx / z, fy / z, -fx * x / z**2, -fy * y / z**2  # d / d point = (a, 0, c) and (0, b, d)
-    return (points, np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
-            np.stack([py * d - pz * b, -px * d, px * b, none, b, d]))
+    a, b, c, d = (
+        fx / z,
+        fy / z,
+        -fx * x / z**2,
+        -fy * y / z**2,
+    )  # d / d point = (a, 0, c) and (0, b, d)
+    return (
+        points,
+        np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
+        np.stack([py * d - pz * b, -px * d, px * b, none, b, d]),
+    )
 
 
 def front_facing_triangles(triangles, pose):
@@ -231,10 +265,15 @@ def visibility(triangles, size=384, views=60):
     Source: ambient occlusion, Zhukov, Iones and Kronin, An Ambient Light Illumination Model, EGWR 1998.
     """
     height, turn = 1 - (2 * np.arange(views) + 1) / views, np.pi * (1 + 5**0.5) * np.arange(views)
-    radius, normals = np.sqrt(1 - height**2), _normals(triangles) / 2  # as long as the triangles are large
+    radius, normals = (
+        np.sqrt(1 - height**2),
+        _normals(triangles) / 2,
+    )  # as long as the triangles are large
     rows, zeros = np.arange(len(triangles)), np.zeros((len(triangles), 2))
     largest, seen, facing = zeros.copy(), zeros.copy(), zeros.copy()
-    directions = np.column_stack([radius * np.cos(turn), radius * np.sin(turn), height])  # a Fibonacci sphere
+    directions = np.column_stack(
+        [radius * np.cos(turn), radius * np.sin(turn), height]
+    )  # a Fibonacci sphere
     for direction in directions:
         pose, K = _far_camera(triangles, direction, size)
         ids, _ = rasterise(triangles, pose, K, size, size)
@@ -250,7 +289,10 @@ def visibility(triangles, size=384, views=60):
 def _far_camera(triangles, direction, size, distance=100.0):
     """(pose, K) of a camera far away in a direction (3,) of the model; the mesh fills its `size` pixels."""
     pose, reach = np.eye(4), 1.05 * np.linalg.norm(triangles, axis=-1).max()
-    pose[:3, :3], pose[2, 3] = Rotation.align_vectors([0, 0, -1], direction)[0].as_matrix(), distance
+    pose[:3, :3], pose[2, 3] = (
+        Rotation.align_vectors([0, 0, -1], direction)[0].as_matrix(),
+        distance,
+    )
     focal = distance * size / 2 / reach
     return pose, np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
 
@@ -286,7 +328,9 @@ def to_grey(light):
 def grey_slope(light):
     """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
     brightness = light @ np.full(3, 1 / 3, np.float32)
-    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(1 / 2.4 - 1)
+    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(
+        1 / 2.4 - 1
+    )
 
 
 def edge_agreement(seen, drawn, cover):
@@ -307,7 +351,9 @@ def _steepest_slopes(image):
     """(2, h, w) slopes to the right and down, of each pixel's steepest colour."""
     smooth = cv2.GaussianBlur(image, (0, 0), 0.7)
     slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
-    return np.take_along_axis(slopes, np.square(slopes).sum(0).argmax(-1)[None, ..., None], 3)[..., 0]
+    return np.take_along_axis(slopes, np.square(slopes).sum(0).argmax(-1)[None, ..., None], 3)[
+        ..., 0
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,9 +361,13 @@ class Drawing:
     """What each pixel shows of a mesh whose colours and light are not known yet; float32."""
 
     pose: np.ndarray  # (4, 4)
-    basis: np.ndarray  # (h, w, M + 8): what multiplies the colours of the materials and the light's harmonics
+    basis: (
+        np.ndarray
+    )  # (h, w, M + 8): what multiplies the colours of the materials and the light's harmonics
     cover: np.ndarray  # (h, w) share of the pixel
-    depth: np.ndarray  # (h, w) model units, of the nearest surface in the pixel; inf where there is none
+    depth: (
+        np.ndarray
+    )  # (h, w) model units, of the nearest surface in the pixel; inf where there is none
 
 
 class UnpaintedMesh:
@@ -338,14 +388,18 @@ class UnpaintedMesh:
         self.normals = _normals(self.triangles)
         self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
         self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
-        materials = np.eye(len(mesh.names))[np.tile(mesh.face_materials[shown], 2)]  # fronts, then backs
+        materials = np.eye(len(mesh.names))[
+            np.tile(mesh.face_materials[shown], 2)
+        ]  # fronts, then backs
         brightness = to_light(255 * mesh.colours.mean(1))[materials.argmax(1), None]
         x, y, z = np.concatenate([self.normals, -self.normals]).T
         harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
         tables = np.stack([np.hstack([materials, harmonics * light]) for light in (1, brightness)])
         tables *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
         tables = np.pad(tables, ((0, 0), (0, 0), (0, 1)), constant_values=1)
-        self.tables = np.float32(np.pad(tables, ((0, 0), (0, 1), (0, 0))))  # in any paint, in the true one
+        self.tables = np.float32(
+            np.pad(tables, ((0, 0), (0, 1), (0, 0)))
+        )  # in any paint, in the true one
 
     def draw(self, pose, K, width, height, blur, true_paint=True):
         """The `Drawing` at a pose (4, 4) through K (3, 3) and a Gaussian filter of so many pixels."""
@@ -353,7 +407,9 @@ class UnpaintedMesh:
         s, rotation, translation = SUPERSAMPLING, np.float32(pose[:3, :3]), np.float32(pose[:3, 3])
         back = self.normals @ (-rotation.T @ translation) < self.offsets
         scale = s * K[0, 0] / translation[2]  # samples for one model unit
-        chosen = np.flatnonzero(np.where(back, self.area[:, 1], self.area[:, 0]) * scale**2 > MIN_DETAIL)
+        chosen = np.flatnonzero(
+            np.where(back, self.area[:, 1], self.area[:, 0]) * scale**2 > MIN_DETAIL
+        )
         corners = self.triangles[chosen].reshape(-1, 3) @ rotation.T + translation
         rows = chosen + len(self.triangles) * back[chosen]
         corners, large = corners.reshape(-1, 3, 3), K * [[s], [s], [1]]

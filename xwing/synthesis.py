@@ -40,9 +40,13 @@ class Light:
     shadows: bool
     shine: float  # grey levels of the brightest highlight
     exponent: float  # the larger, the smaller the highlights
-    lamp: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))  # (3,) as long as it is bright
+    lamp: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(3)
+    )  # (3,) as long as it is bright
     rim: float = 0.0
-    tints: np.ndarray = dataclasses.field(default_factory=lambda: np.ones((2, 3)))  # of the sun, of the rest
+    tints: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.ones((2, 3))
+    )  # of the sun, of the rest
 
 
 def random_light(rng, tame=False):
@@ -70,9 +74,13 @@ def illuminate(triangles, light, openness=1.0):
     normals, views = _unit(np.cross(b - a, c - a)), _unit(-a)
     halfway = _unit(views + light.sun.astype(a.dtype))
     direct = np.clip(normals @ light.sun.astype(a.dtype), 0, None)
-    soft = light.ambient * (1 - meshes.OCCLUSION * (1 - openness)) + np.clip(normals @ light.lamp, 0, None)
+    soft = light.ambient * (1 - meshes.OCCLUSION * (1 - openness)) + np.clip(
+        normals @ light.lamp, 0, None
+    )
     soft = soft + light.rim * (1 - np.clip(np.einsum("fi,fi->f", normals, views), 0, 1)) ** 3
-    highlight = np.clip(np.einsum("fi,fi->f", normals, halfway), 0, None) ** light.exponent * (direct > 0)
+    highlight = np.clip(np.einsum("fi,fi->f", normals, halfway), 0, None) ** light.exponent * (
+        direct > 0
+    )
     sun = light.strength * direct[:, None] * light.tints[0]
     return soft[:, None] * light.tints[1], sun, light.shine * highlight
 
@@ -83,7 +91,9 @@ def _unit(vectors):
 
 def random_paint(materials, rng):
     """Draw a factor on the red, green and blue of each material: (materials, 3)."""
-    return np.exp(rng.normal(0, 0.3, (materials, 1)) + rng.normal(0, rng.uniform(0, 0.3), (materials, 3)))
+    return np.exp(
+        rng.normal(0, 0.3, (materials, 1)) + rng.normal(0, rng.uniform(0, 0.3), (materials, 3))
+    )
 
 
 def random_colours(true, rng, tame=False):
@@ -95,7 +105,11 @@ def random_colours(true, rng, tame=False):
     if kind < 0.35:  # the true colours varied
         return linear * random_paint(count, rng)
     if kind < 0.5:  # grey
-        grey = linear.mean(1, keepdims=True) if rng.random() < 0.5 else rng.uniform(0.02, 0.9, (count, 1))
+        grey = (
+            linear.mean(1, keepdims=True)
+            if rng.random() < 0.5
+            else rng.uniform(0.02, 0.9, (count, 1))
+        )
         return np.repeat(grey * np.exp(rng.normal(0, 0.2, (count, 1))), 3, axis=1)
     if kind < 0.65:  # one colour
         return random_colour(rng) * np.exp(rng.normal(0, rng.choice([0, 0.3]), (count, 1)))
@@ -107,7 +121,9 @@ def random_colours(true, rng, tame=False):
 
 def random_colour(rng):
     """Draw one colour (3,), 0 to 1 in linear light, as often dark as bright."""
-    return meshes.to_light(255 * np.clip(rng.uniform(0, 1) + rng.normal(0, rng.uniform(0, 0.4), 3), 0.02, 1))
+    return meshes.to_light(
+        255 * np.clip(rng.uniform(0, 1) + rng.normal(0, rng.uniform(0, 0.4), 3), 0.02, 1)
+    )
 
 
 def decorate(colours, points, rng):
@@ -140,18 +156,26 @@ class _Ship:
 
     def __init__(self, mesh):
         if len(mesh.faces) > MAX_TRIANGLES or not np.isfinite(mesh.vertices).all():
-            raise ValueError(f"mesh: expected at most {MAX_TRIANGLES:,} triangles, all finite; got "
-                             f"{len(mesh.faces):,}, {(~np.isfinite(mesh.vertices)).any(1).sum()} not finite; "
-                             "simplify it, or export it again")
+            raise ValueError(
+                f"mesh: expected at most {MAX_TRIANGLES:,} triangles, all finite; got "
+                f"{len(mesh.faces):,}, {(~np.isfinite(mesh.vertices)).any(1).sum()} not finite; "
+                "simplify it, or export it again"
+            )
         area, openness = meshes.visibility(mesh.triangles)
         front, back = (np.flatnonzero(side) for side in area.T)
         # (S, 3, 3): what shows, counter-clockwise from outside; a thin sheet's both sides.
-        self.sides = np.float32(np.concatenate([mesh.triangles[front], mesh.triangles[back][:, ::-1]]))
-        self.normals = np.cross(self.sides[:, 1] - self.sides[:, 0], self.sides[:, 2] - self.sides[:, 0])
+        self.sides = np.float32(
+            np.concatenate([mesh.triangles[front], mesh.triangles[back][:, ::-1]])
+        )
+        self.normals = np.cross(
+            self.sides[:, 1] - self.sides[:, 0], self.sides[:, 2] - self.sides[:, 0]
+        )
         self.offsets = (self.normals * self.sides[:, 0]).sum(1)
         self.vertices, self.colours = mesh.vertices, mesh.colours
         self.materials = mesh.face_materials[np.concatenate([front, back])]
-        self.area, self.openness = (np.concatenate([t[front, 0], t[back, 1]]) for t in (area, openness))
+        self.area, self.openness = (
+            np.concatenate([t[front, 0], t[back, 1]]) for t in (area, openness)
+        )
         self.occluders = mesh.triangles[meshes.largest_triangles(mesh.triangles, 0.8)]
         low, high = self.sides.min((0, 1)), self.sides.max((0, 1))
         self.middle, self.reach = (low + high) / 2, float(np.linalg.norm(high - low) / 2)
@@ -168,7 +192,9 @@ class _Ship:
             samples (P,) that meet one, counted along the rows of a picture of `shape`; which they meet (P,);
             points (P, 3) in model units; whether the sun reaches them (P, 1): other things cast no shadows.
         """
-        ids, depth = meshes.rasterise(corners, np.eye(4, dtype=corners.dtype), K, shape[1], shape[0])
+        ids, depth = meshes.rasterise(
+            corners, np.eye(4, dtype=corners.dtype), K, shape[1], shape[0]
+        )
         samples = np.flatnonzero(ids.ravel() >= 0)
         ids, row, column = ids.ravel()[samples], samples // shape[1], samples % shape[1]
         rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]).astype(np.float32)
@@ -177,7 +203,9 @@ class _Ship:
         lit = np.ones((len(samples), 1), bool)
         if light.shadows:
             ship, sun = ids < count, light.sun @ pose[:3, :3]
-            lit[ship, 0] = meshes.sunlit(self.occluders, points[ship], sun, SHADOW_SIZE, SHADOW_BIAS)
+            lit[ship, 0] = meshes.sunlit(
+                self.occluders, points[ship], sun, SHADOW_SIZE, SHADOW_BIAS
+            )
         return samples, ids, points, lit
 
 
@@ -188,7 +216,9 @@ class Synthesiser(_Ship):
         super().__init__(mesh)
         rng = np.random.default_rng(0)
         cube = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
-        tube = [(np.cos(turn), np.sin(turn), z) for turn in np.arange(12) * np.pi / 6 for z in (-1, 1)]
+        tube = [
+            (np.cos(turn), np.sin(turn), z) for turn in np.arange(12) * np.pi / 6 for z in (-1, 1)
+        ]
         clouds = [cube, cube, np.array(tube), np.array(tube), _unit(rng.normal(size=(120, 3)))]
         clouds += [rng.normal(size=(rng.integers(4, 14), 3)) for _ in range(8)]
         self.solids = [_hull(cloud / np.linalg.norm(cloud, axis=1).max()) for cloud in clouds]
@@ -210,7 +240,9 @@ class Synthesiser(_Ship):
         scene = self._draw(pose, K, size, light, rng, tame)
         image = scenery.expose(behind * (1 - scene[..., 3:]) + scene[..., :3], rng, tame)
         if rng.random() < 0.4:
-            image *= cv2.fillConvexPoly(np.zeros((size, size, 1), np.uint8), outline.astype(np.int32), 1)
+            image *= cv2.fillConvexPoly(
+                np.zeros((size, size, 1), np.uint8), outline.astype(np.int32), 1
+            )
         return image, pose, K
 
     def _view(self, size, frame, rng):
@@ -234,7 +266,10 @@ class Synthesiser(_Ship):
     def _draw(self, pose, K, size, light, rng, tame):
         """The ship and other things in linear light times their cover, and the cover: (size, size, 4)."""
         large, side = K * [[SUPERSAMPLING], [SUPERSAMPLING], [1]], SUPERSAMPLING * size
-        shown, rotation = self.shown(pose, large[0, 0] / pose[2, 3]), pose[:3, :3].astype(np.float32)
+        shown, rotation = (
+            self.shown(pose, large[0, 0] / pose[2, 3]),
+            pose[:3, :3].astype(np.float32),
+        )
         corners = self.sides[shown] @ rotation.T + np.float32(pose[:3, 3])
         paint = random_colours(self.colours, rng, tame)
         parts = [(corners, paint[self.materials[shown]].astype(np.float32), self.openness[shown])]
@@ -242,7 +277,9 @@ class Synthesiser(_Ship):
             parts += [self._thing(pose, K, size, rng) for _ in range(rng.integers(1, 7))]
         corners, colours, openness = (np.concatenate(part) for part in zip(*parts))
         samples, ids, points, lit = self.cast(corners, len(shown), light, pose, large, (side, side))
-        soft, sun, highlight = (part.astype(np.float32) for part in illuminate(corners, light, openness))
+        soft, sun, highlight = (
+            part.astype(np.float32) for part in illuminate(corners, light, openness)
+        )
         colours = colours[ids]
         if not tame and rng.random() < 0.4:
             decorate(colours, points / np.float32(2 * self.reach), rng)
@@ -259,7 +296,9 @@ class Synthesiser(_Ship):
         depth = depth if behind else distance * rng.uniform(0.4, 0.7)
         solid = self.solids[rng.integers(len(self.solids))]
         shape, groups = self._part(rng) if rng.random() < 0.35 else solid
-        stretch = np.diag(np.exp(rng.uniform(-1, 0, 3)) * min(scale * depth / distance, 0.8 * depth))
+        stretch = np.diag(
+            np.exp(rng.uniform(-1, 0, 3)) * min(scale * depth / distance, 0.8 * depth)
+        )
         centre = np.linalg.inv(K) @ [*rng.uniform(-0.2 * size, 1.2 * size, 2), 1] * depth
         corners = shape @ stretch @ Rotation.random(rng=rng).as_matrix() + centre
         shown = meshes.front_facing_triangles(corners, np.eye(4))
@@ -302,12 +341,18 @@ class Randomiser(_Ship):
         left, top, right, bottom = self._window(pose, K, width, height)
         if left >= right or top >= bottom:
             return result
-        K = np.array([[2, 0, -2 * left], [0, 2, -2 * top], [0, 0, 1]]) @ K  # twice as large, for smooth edges
+        K = (
+            np.array([[2, 0, -2 * left], [0, 2, -2 * top], [0, 0, 1]]) @ K
+        )  # twice as large, for smooth edges
         factors = self._factors(pose, K, (2 * (bottom - top), 2 * (right - left)), paint, light)
         factors = cv2.resize(factors, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
         cover = factors[..., 3:4]
-        ship = (image[top:bottom, left:right] * factors[..., :3] + factors[..., 4:]) / np.maximum(cover, 1e-3)
-        cover = np.clip((cover - cut) / (1 - cut), 0, 1)  # the edge, which holds some of the old background
+        ship = (image[top:bottom, left:right] * factors[..., :3] + factors[..., 4:]) / np.maximum(
+            cover, 1e-3
+        )
+        cover = np.clip(
+            (cover - cut) / (1 - cut), 0, 1
+        )  # the edge, which holds some of the old background
         behind = result[top:bottom, left:right]
         behind[:] = np.clip(cover * ship + (1 - cover) * behind, 0, 255)
         return result
@@ -317,7 +362,10 @@ class Randomiser(_Ship):
         pixels = xu.project_pose(self.vertices, pose, K)
         if np.isnan(pixels).any():  # it reaches behind the camera
             return 0, 0, width, height
-        low, high = np.floor(pixels.min(0)).clip(0), np.ceil(pixels.max(0)).clip(None, (width, height))
+        low, high = (
+            np.floor(pixels.min(0)).clip(0),
+            np.ceil(pixels.max(0)).clip(None, (width, height)),
+        )
         return *low.astype(int), *high.astype(int)
 
     def _factors(self, pose, K, shape, paint, light):
@@ -326,7 +374,10 @@ class Randomiser(_Ship):
         corners = self.sides[shown] @ pose[:3, :3].T + pose[:3, 3]
         samples, ids, _, lit = self.cast(corners, len(shown), light, pose, K, shape)
         soft, sun, highlight = illuminate(corners, light)
-        paint, factors = paint[self.materials[shown]], np.zeros((shape[0] * shape[1], 5), np.float32)
+        paint, factors = (
+            paint[self.materials[shown]],
+            np.zeros((shape[0] * shape[1], 5), np.float32),
+        )
         factors[samples, :3] = (paint * soft)[ids] + lit * (paint * sun)[ids]
         factors[samples, 3], factors[samples, 4] = 1, lit[:, 0] * highlight[ids]
         return factors.reshape(*shape, 5)

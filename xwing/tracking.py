@@ -25,16 +25,29 @@ import xwing_utils as xu
 
 MAX_GAP_SECONDS = 0.5  # without a measurement that are bridged by the prediction
 START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a track may start
-ACCELERATION_DENSITY = 3.0, 0.7  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
+ACCELERATION_DENSITY = (
+    3.0,
+    0.7,
+)  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
 START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
-START_FRAMES = 6  # of a new track, after which its velocity is known well enough to go back from its start
+START_FRAMES = (
+    6  # of a new track, after which its velocity is known well enough to go back from its start
+)
 GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may differ from the predicted one
 MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
-MIN_CONTRAST_RATIO = 0.7  # of the explained contrast to what it was lately; with less the network is asked
-WITNESS_SECONDS = 1.0  # between two looks of the network at a ship that is followed; sooner at a new track
+MIN_CONTRAST_RATIO = (
+    0.7  # of the explained contrast to what it was lately; with less the network is asked
+)
+WITNESS_SECONDS = (
+    1.0  # between two looks of the network at a ship that is followed; sooner at a new track
+)
 WITNESS_DELAY = 0.3  # seconds for a look in the background, after which it is heard
-MIN_COST_GAIN = 20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
-TRACK_DROP_EVIDENCE = 3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
+MIN_COST_GAIN = (
+    20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
+)
+TRACK_DROP_EVIDENCE = (
+    3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
+)
 PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
     # by tests/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights rendered for it
     ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
@@ -51,12 +64,22 @@ class TrackedPose:
     status: str  # "tracked": measured in this frame; "predicted": from the frames around it; "lost": no pose
     seconds: float = np.nan  # time of the frame
     pose: np.ndarray | None = None  # (4, 4) model -> OpenCV camera
-    covariance: np.ndarray | None = None  # (6, 6): rotation vector in camera axes (radians), then translation
-    velocity: np.ndarray | None = None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
-    explained_contrast: float = np.nan  # share of the frame's contrast that the ship explains, 0 to 1
+    covariance: np.ndarray | None = (
+        None  # (6, 6): rotation vector in camera axes (radians), then translation
+    )
+    velocity: np.ndarray | None = (
+        None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
+    )
+    explained_contrast: float = (
+        np.nan
+    )  # share of the frame's contrast that the ship explains, 0 to 1
     reason: str = ""  # why it was not measured
-    probability: float = 0.0  # that the pose is within 5 degrees and 0.05 model units of the true one
-    another: np.ndarray | None = None  # (4, 4) pose of a second ship, where the network saw one lately
+    probability: float = (
+        0.0  # that the pose is within 5 degrees and 0.05 model units of the true one
+    )
+    another: np.ndarray | None = (
+        None  # (4, 4) pose of a second ship, where the network saw one lately
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +148,17 @@ class _Step:
             return TrackedPose("lost", self.seconds, reason=self.reason, another=self.another)
         status = "predicted" if self.reason else "tracked"
         covariance, contrast = motion.covariance[:6, :6], self.estimate.explained_contrast
-        return TrackedPose(status, self.seconds, motion.pose, covariance, motion.velocity, contrast,
-                           self.reason, _probability(status, covariance, contrast), self.another)
+        return TrackedPose(
+            status,
+            self.seconds,
+            motion.pose,
+            covariance,
+            motion.velocity,
+            contrast,
+            self.reason,
+            _probability(status, covariance, contrast),
+            self.another,
+        )
 
 
 def trust_features(covariance, contrast):
@@ -160,13 +192,27 @@ class Tracker:
     def __init__(self, K, fps=30.0, detector=None, aligner=None, keep=False):
         """K (3, 3) pixels; fps: frames a second. ValueError: a wrong K, or fps not positive."""
         if fps is None or not fps > 0:
-            raise ValueError(f"fps: expected a positive number of frames a second, got {fps}; "
-                             "a folder of frames does not say: give the camera's")
-        self.K, self.fps, self.detector, self.aligner = xu.check_camera_matrix(K), fps, detector, aligner
+            raise ValueError(
+                f"fps: expected a positive number of frames a second, got {fps}; "
+                "a folder of frames does not say: give the camera's"
+            )
+        self.K, self.fps, self.detector, self.aligner = (
+            xu.check_camera_matrix(K),
+            fps,
+            detector,
+            aligner,
+        )
         self.steps = collections.deque(maxlen=None if keep else 1)
         self.motion, self.seconds, self.another = None, -1 / fps, None
         self.witness, self.thread = None, ThreadPoolExecutor(1)
-        self.seen, self.asked, self.began, self.contrast, self.against, self.age = 0.0, 0.0, 0.0, 0.0, 0, 0
+        self.seen, self.asked, self.began, self.contrast, self.against, self.age = (
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0,
+            0,
+        )
 
     def update(self, image, seconds=None, fault=""):
         """Take the next frame, (H, W, 3) uint8: its `TrackedPose`.
@@ -175,7 +221,9 @@ class Tracker:
         """
         seconds = self._time(seconds)
         if image is None:
-            return self.update_pose(xu.PoseEstimate(None, reason=fault or "the frame is missing"), seconds)
+            return self.update_pose(
+                xu.PoseEstimate(None, reason=fault or "the frame is missing"), seconds
+            )
         if self.motion is None:
             return self.update_pose(self._detect(image), seconds)
         predicted = self.motion.after(seconds - self.seconds)[0]
@@ -210,7 +258,8 @@ class Tracker:
         self.another = None if motion is None else self.another
         self.witness = None if motion is None or started else self.witness
         self.steps.append(
-            _Step(seconds, estimate, predicted, transition, motion, started, reason, self.another))
+            _Step(seconds, estimate, predicted, transition, motion, started, reason, self.another)
+        )
         return self.steps[-1].tracked()
 
     def _time(self, seconds):
@@ -224,7 +273,11 @@ class Tracker:
         if predicted is not None:
             excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
             aligned = np.isfinite(estimate.explained_contrast)
-            if excess > 1 and aligned and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN:
+            if (
+                excess > 1
+                and aligned
+                and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
+            ):
                 spread = predicted.covariance * excess  # a manoeuvre
                 predicted, excess = dataclasses.replace(predicted, covariance=spread), 1
             if excess <= 1:
@@ -245,7 +298,9 @@ class Tracker:
 
     def _look(self, image, near, prior=None):
         """The `PoseEstimate` from what the network finds in a frame, or near a pose."""
-        keypoints, confidence, sigma = self.detector(image, None if near is None else self._box(near))
+        keypoints, confidence, sigma = self.detector(
+            image, None if near is None else self._box(near)
+        )
         return xu.estimate_pose(keypoints, self.K, confidence, sigma, prior=prior)
 
     def _witness_is_due(self, seconds):
@@ -316,8 +371,11 @@ class Tracker:
 def _aligned(aligner, image, K, predicted, contrast):
     """The alignment from a predicted motion, and whether it is believed; contrast: explained before."""
     estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], contrast)
-    return estimate, (estimate.accepted and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
-                      and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN)
+    return estimate, (
+        estimate.accepted
+        and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
+        and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
+    )
 
 
 def smooth(steps):
@@ -330,9 +388,14 @@ def smooth(steps):
     for step, following in zip(reversed(steps), [None, *reversed(steps)]):
         motion = step.motion
         if motion is not None and later is not None and not following.started:
-            gain = np.linalg.solve(following.predicted.covariance, following.transition @ motion.covariance).T
+            gain = np.linalg.solve(
+                following.predicted.covariance, following.transition @ motion.covariance
+            ).T
             change = gain @ later.minus(following.predicted)
-            spread = motion.covariance + gain @ (later.covariance - following.predicted.covariance) @ gain.T
+            spread = (
+                motion.covariance
+                + gain @ (later.covariance - following.predicted.covariance) @ gain.T
+            )
             motion = motion.plus(change, spread)
         later = motion
         smoothed.append(step.tracked(motion))
@@ -356,7 +419,9 @@ def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
     fps = getattr(clip, "fps", None) or fps
     tracker, estimates = Tracker(K, fps, detector, aligner, keep=True), []
     recent = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
-    for frame in tqdm(clip, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress):
+    for frame in tqdm(
+        clip, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress
+    ):
         tracked = tracker.update(frame.image, frame.seconds, frame.fault)
         estimates.append(tracker.steps[-1].estimate)
         recent.append((len(estimates) - 1, tracked.seconds, frame.image))
@@ -372,7 +437,9 @@ def _go_back(tracker, recent, estimates):
     estimates that are missing or explain less of their frames.
     """
     start = smooth(list(tracker.steps)[-START_FRAMES:])[0]
-    motion = dataclasses.replace(_Motion.standing(start.pose, start.covariance), velocity=start.velocity)
+    motion = dataclasses.replace(
+        _Motion.standing(start.pose, start.covariance), velocity=start.velocity
+    )
     seconds, contrast = start.seconds, start.explained_contrast
     for index, moment, image in list(recent)[-START_FRAMES - 1 :: -1]:
         if image is None:
@@ -393,20 +460,29 @@ def _smoothed(estimates, live, fps):
     for estimate, step in zip(estimates, live.steps):
         tracker.another = step.another
         tracker.update_pose(estimate, step.seconds)
-    track = smooth((live if live.aligner is None else tracker).steps)  # nothing was replaced without
+    track = smooth(
+        (live if live.aligner is None else tracker).steps
+    )  # nothing was replaced without
     gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
     for start, end in zip(gaps[::2], gaps[1::2]):
         inner = start > 0 and end < len(track)
         if not inner or track[end].seconds - track[start - 1].seconds > MAX_GAP_SECONDS + 1.5 / fps:
-            track[start:end] = [TrackedPose("lost", t.seconds, reason=t.reason) for t in track[start:end]]
+            track[start:end] = [
+                TrackedPose("lost", t.seconds, reason=t.reason) for t in track[start:end]
+            ]
     return track
 
 
 def summary(track):
     """One line on a track: how many frames are tracked, predicted and lost."""
-    counts, more = collections.Counter(t.status for t in track), sum(t.another is not None for t in track)
+    counts, more = (
+        collections.Counter(t.status for t in track),
+        sum(t.another is not None for t in track),
+    )
     found = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
-    return f"{len(track)} frames: " + ", ".join(found + [f"another ship in sight in {more}"] * bool(more))
+    return f"{len(track)} frames: " + ", ".join(
+        found + [f"another ship in sight in {more}"] * bool(more)
+    )
 
 
 def export_track(path, track, K, width, height):
@@ -423,16 +499,26 @@ def export_track(path, track, K, width, height):
         raise ValueError(f"{path}: expected a .csv or .json file")
     if path.suffix == ".json":
         camera = {"K": np.asarray(K).tolist(), "width": int(width), "height": int(height)}
-        rows = [{"frame": i, "seconds": round(t.seconds, 6), "status": t.status,
-                 "probability": round(t.probability, 4), **_numbers(t.pose), "reason": t.reason}
-                for i, t in enumerate(track)]
+        rows = [
+            {
+                "frame": i,
+                "seconds": round(t.seconds, 6),
+                "status": t.status,
+                "probability": round(t.probability, 4),
+                **_numbers(t.pose),
+                "reason": t.reason,
+            }
+            for i, t in enumerate(track)
+        ]
         text = json.dumps({"schema": 2, "camera": camera, "frames": rows}, indent=1)
     else:
         rows = []
         for t in track:
             numbers = [np.ravel(value) for value in _numbers(t.pose).values()]
             numbers = [None] * 23 if t.pose is None else np.concatenate(numbers)
-            rows.append([round(t.seconds, 6), t.status, round(t.probability, 4), *numbers, t.reason])
+            rows.append(
+                [round(t.seconds, 6), t.status, round(t.probability, 4), *numbers, t.reason]
+            )
         names = [f"t{axis}" for axis in "xyz"] + [f"q{axis}" for axis in "wxyz"]
         names += [f"m{row}{column}" for row in range(4) for column in range(4)]
         table = pd.DataFrame(rows, columns=["seconds", "status", "probability", *names, "reason"])
@@ -444,4 +530,8 @@ def _numbers(pose):
     if pose is None:
         return {"translation": None, "quaternion": None, "matrix": None}
     quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True), 1)
-    return {"translation": pose[:3, 3].tolist(), "quaternion": quaternion.tolist(), "matrix": pose.tolist()}
+    return {
+        "translation": pose[:3, 3].tolist(),
+        "quaternion": quaternion.tolist(),
+        "matrix": pose.tolist(),
+    }

@@ -27,7 +27,10 @@ import pandas as pd
 import xwing_utils as xu
 
 keras = xu.import_keras()
-if keras.backend.backend() == "jax" and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1:
+if (
+    keras.backend.backend() == "jax"
+    and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1
+):
     keras.distribution.initialize()  # as one of several workers, before JAX computes anything
 BACKUP = "backup.weights.h5"
 
@@ -64,12 +67,16 @@ class TrainingRun(keras.callbacks.Callback):
         self.truth = keypoints[:, :8, :2]
         self.plateau = None
         if plateau:
-            self.plateau = keras.callbacks.ReduceLROnPlateau("val_corner_px", 0.3, 2, mode="min", min_lr=1e-5)
+            self.plateau = keras.callbacks.ReduceLROnPlateau(
+                "val_corner_px", 0.3, 2, mode="min", min_lr=1e-5
+            )
         facts = facts or {}
         init = xu.ROOT / facts["init"] if facts.get("init") else None
         if init and Path(folder).resolve() in init.resolve().parents:
-            raise ValueError(f"init: {init} are weights of this run itself; leave init out to resume it, "
-                             "or give the new run another name")
+            raise ValueError(
+                f"init: {init} are weights of this run itself; leave init out to resume it, "
+                "or give the new run another name"
+            )
         self.record = {**_ancestry(init), "rows": []}
         self.record["stages"].append(facts)
 
@@ -93,11 +100,19 @@ class TrainingRun(keras.callbacks.Callback):
                 print(f"resuming after epoch {done} of {epochs}")
             callbacks = [self] if done >= epochs else [self, TqdmCallback()]
             try:  # the dataset shuffles its frames itself
-                model.fit(dataset, epochs=epochs, initial_epoch=done, callbacks=callbacks,
-                          verbose=0, shuffle=False)
+                model.fit(
+                    dataset,
+                    epochs=epochs,
+                    initial_epoch=done,
+                    callbacks=callbacks,
+                    verbose=0,
+                    shuffle=False,
+                )
             except KeyboardInterrupt:
-                raise Interrupted(f"interrupted after epoch {len(self.record['rows'])} of {epochs}; "
-                                  "run this again to go on") from None
+                raise Interrupted(
+                    f"interrupted after epoch {len(self.record['rows'])} of {epochs}; "
+                    "run this again to go on"
+                ) from None
         return self.record["rows"]
 
     def on_train_begin(self, logs=None):
@@ -116,8 +131,10 @@ class TrainingRun(keras.callbacks.Callback):
                 self.model.load_weights(self.folder / BACKUP)
             except (KeyError, OSError, ValueError) as error:
                 reason = str(error).splitlines()[0][:200]
-                raise ValueError(f"{self.folder}: holds a run of another network ({reason}); "
-                                 "give this run another name") from None
+                raise ValueError(
+                    f"{self.folder}: holds a run of another network ({reason}); "
+                    "give this run another name"
+                ) from None
             self._write_results()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -134,19 +151,32 @@ class TrainingRun(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Measure, then write: the backup first, as all else follows from it."""
         rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        seconds, samples, rows = self.idle_since - self.begun, self.dataset.epoch_size, self.record["rows"]
-        row = {"stage": len(self.record["stages"]), "epoch": epoch, "learning_rate": rate,
-               "samples_seen": (rows[-1]["samples_seen"] if rows else self.record["samples"]) + samples,
-               "samples_per_second": samples / seconds, "waiting_share": self.waited / seconds,
-               **{name: float(value) for name, value in logs.items()}, **self._validate()}
+        seconds, samples, rows = (
+            self.idle_since - self.begun,
+            self.dataset.epoch_size,
+            self.record["rows"],
+        )
+        row = {
+            "stage": len(self.record["stages"]),
+            "epoch": epoch,
+            "learning_rate": rate,
+            "samples_seen": (rows[-1]["samples_seen"] if rows else self.record["samples"])
+            + samples,
+            "samples_per_second": samples / seconds,
+            "waiting_share": self.waited / seconds,
+            **{name: float(value) for name, value in logs.items()},
+            **self._validate(),
+        }
         if self.plateau:
             self.plateau.on_epoch_end(epoch, dict(row))
         record = {**self.record, "rows": [*rows, row], "model": self.model.settings}
         self._write_backup(record)
         self.record = record
         self._write_results()
-        print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, median corner error {row['val_corner_px']:.2f} px",
-              f"| {samples / seconds:.1f} samples/s, {row['waiting_share']:.1%} of the time waiting for them")
+        print(
+            f"epoch {epoch + 1}: loss {row['loss']:.3f}, median corner error {row['val_corner_px']:.2f} px",
+            f"| {samples / seconds:.1f} samples/s, {row['waiting_share']:.1%} of the time waiting for them",
+        )
 
     def _validate(self):
         from xwing.evaluation import corner_report
@@ -154,7 +184,9 @@ class TrainingRun(keras.callbacks.Callback):
         with single_device_copy(self.model) as model:
             found = xu.predict_keypoints(model, self.images)[0]
         report = corner_report(found, self.truth, self.model.settings["size"], self.scale)
-        report.update({f"permutation_{name}": count for name, count in report.pop("permutations").items()})
+        report.update(
+            {f"permutation_{name}": count for name, count in report.pop("permutations").items()}
+        )
         return {f"val_{name}": value for name, value in report.items()}
 
     def _write_backup(self, record):
@@ -171,9 +203,13 @@ class TrainingRun(keras.callbacks.Callback):
                 with h5py.File(path) as file:
                     self.record = json.loads(file["run"][()])
             except (KeyError, OSError, ValueError) as error:
-                raise ValueError(f"{path}: no run's backup ({error}); give this run another name") from None
+                raise ValueError(
+                    f"{path}: no run's backup ({error}); give this run another name"
+                ) from None
         elif _read_log(self.folder / "log.csv"):
-            raise ValueError(f"{self.folder}: holds a log, but no {BACKUP}; give this run another name")
+            raise ValueError(
+                f"{self.folder}: holds a log, but no {BACKUP}; give this run another name"
+            )
         else:
             self.record["rows"] = []
         if worker()[1] > 1:  # killed at different epochs they would wait for each other for ever
@@ -189,9 +225,12 @@ class TrainingRun(keras.callbacks.Callback):
         errors = np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
         if errors.argmin() == len(errors) - 1:
             stages = [*stages[:-1], {**stages[-1], "best_epoch": len(errors)}]
-            save_model(self.model, self.folder / "best.weights.h5",
-                       training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
-                       validation={key[4:]: value for key, value in rows[-1].items() if key[:4] == "val_"})
+            save_model(
+                self.model,
+                self.folder / "best.weights.h5",
+                training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
+                validation={key[4:]: value for key, value in rows[-1].items() if key[:4] == "val_"},
+            )
 
     @contextlib.contextmanager
     def _lock(self):
@@ -201,8 +240,10 @@ class TrainingRun(keras.callbacks.Callback):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BlockingIOError(f"{self.folder}: another training is under way in this folder; "
-                                      "wait for it, or give this run another name") from None
+                raise BlockingIOError(
+                    f"{self.folder}: another training is under way in this folder; "
+                    "wait for it, or give this run another name"
+                ) from None
             for part in self.folder.glob(".*.part"):  # of a start that was killed while it wrote
                 part.unlink()
             yield
@@ -250,9 +291,13 @@ def publish_weights(run, folder):
     if info["training"]["stages"][-1].get("crop"):
         info["model"]["size"] = xu.FRAME_SIZE
     folder.mkdir(parents=True, exist_ok=True)
-    xu.write_files({folder / "xwing.weights.h5": (run / "best.weights.h5").read_bytes(),
-                    folder / "xwing.json": json.dumps(info, indent=1) + "\n",
-                    folder / "xwing_log.csv": _log_text(_read_log(run / "log.csv"))})
+    xu.write_files(
+        {
+            folder / "xwing.weights.h5": (run / "best.weights.h5").read_bytes(),
+            folder / "xwing.json": json.dumps(info, indent=1) + "\n",
+            folder / "xwing_log.csv": _log_text(_read_log(run / "log.csv")),
+        }
+    )
 
 
 def _ancestry(weights):
@@ -263,8 +308,11 @@ def _ancestry(weights):
     stages, samples = training.get("stages", []), training.get("samples_seen", 0)
     published = weights.with_name(weights.name.replace(".weights.h5", "_log.csv"))
     rows = _read_log(published if published.exists() else weights.with_name("log.csv"))
-    return {"stages": stages, "samples": samples,
-            "earlier_rows": [row for row in rows if int(row.get("samples_seen") or 0) <= samples]}
+    return {
+        "stages": stages,
+        "samples": samples,
+        "earlier_rows": [row for row in rows if int(row.get("samples_seen") or 0) <= samples],
+    }
 
 
 def _read_log(path):
@@ -307,9 +355,16 @@ def distribute(devices=None):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        if len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])) > 1:
-            raise NotImplementedError("TF_CONFIG names several workers, which Keras 3 cannot train on (see "
-                                      "github.com/keras-team/keras/issues/20585); use KERAS_BACKEND=jax")
+        if (
+            len(
+                json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])
+            )
+            > 1
+        ):
+            raise NotImplementedError(
+                "TF_CONFIG names several workers, which Keras 3 cannot train on (see "
+                "github.com/keras-team/keras/issues/20585); use KERAS_BACKEND=jax"
+            )
         devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
         if len(devices) > 1:
             return tf.distribute.MirroredStrategy(devices).scope()
