@@ -64,7 +64,7 @@ bench: $(STAMP)
 
 # Track data/flight_hd.mp4 and write images/hero.mp4 and images/hero.gif.
 hero: $(STAMP)
-	$(BIN)/python tests/hero.py
+	$(BIN)/python tools/hero.py
 
 # Run two notebooks in JupyterLab in Debian's Chromium (/usr/bin/chromium) and look for what is broken.
 browser: $(STAMP)
@@ -73,7 +73,7 @@ browser: $(STAMP)
 
 # The tables of weights/README.md: what a training step costs, and what encoders and losses reach.
 compare: $(STAMP)
-	$(BIN)/python tests/compare_training.py
+	$(BIN)/python tools/compare_training.py
 
 # Execute all notebooks but train in place and keep their outputs.
 notebooks: $(STAMP)

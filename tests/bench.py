@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without installation too
 
 import xwing_utils as xu  # noqa: E402
-from xwing import film  # noqa: E402
+from xwing import film, lasers  # noqa: E402
 from xwing.alignment import Aligner  # noqa: E402
 from xwing.footage import Clip, Detector, Frame, letterbox  # noqa: E402
 from xwing.mesh import load_mesh, rasterise  # noqa: E402
@@ -158,7 +158,7 @@ def plain(count):
 def stages(count):
     """Milliseconds a frame of each stage on its own, one after another."""
     (paths, _, K), mesh, spent, drawn = lap(), load_mesh(SHIP), {}, []
-    detector, aligner, shot = Detector(WEIGHTS), Aligner(mesh), film.Lasers().shot(30)
+    detector, aligner, shot = Detector(WEIGHTS), Aligner(mesh), lasers.Lasers().shot(30)
     tracker = Tracker(K, 30.0, detector, aligner)
 
     def timed(name, work, *arguments):
@@ -179,8 +179,8 @@ def stages(count):
             timed("align_step", aligner.track, image, tracked.pose, K, tracked.covariance)
         if estimate.pose is not None and len(drawn) % 8 == 0:
             timed("verify", aligner.verify, image, estimate, K)
-        shown = image, shot.step(tracked.pose), film.Lasers(), mesh, tracked.pose, K
-        drawn.append(timed("draw", film._with_bolts, *shown))
+        shown = image, shot.step(tracked.pose), lasers.Lasers(), mesh, tracked.pose, K
+        drawn.append(timed("draw", lasers._with_bolts, *shown))
     with tempfile.TemporaryDirectory() as folder:
         timed("write_mp4", film.write_clip, drawn, Path(folder) / "a.mp4", 30)
     spent["write_mp4"] = [spent["write_mp4"][0] / count]

@@ -6,9 +6,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import alignment
-from xwing.alignment import MIN_EXPLAINED_CONTRAST, MIN_PROBABILITY, Aligner, verify_frames
-from xwing.mesh import edge_agreement, load_mesh
+from xwing import alignment, verification
+from xwing.alignment import MIN_EXPLAINED_CONTRAST, Aligner, verify_frames
+from xwing.mesh import load_mesh
+from xwing.verification import MIN_PROBABILITY, edge_agreement
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +208,11 @@ def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K, monkeypatc
 
 
 def test_every_piece_of_evidence_counts():
-    one, *rest = alignment._evidence(0.5, 3.0, [True])
+    one, *rest = verification._evidence(0.5, 3.0, [True])
     assert one == 1 and rest == pytest.approx([0.5, np.log1p(3), 1])
     votes = [True, False, False, False]
-    assert alignment._evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
-    assert (alignment.EVIDENCE[1:] > 0).all() and alignment.EVIDENCE[0] < 0
+    assert verification._evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
+    assert (verification.EVIDENCE[1:] > 0).all() and verification.EVIDENCE[0] < 0
 
 
 def test_other_looks_put_a_frame_right_and_make_it_surer(aligner, frames, K):
@@ -297,13 +298,17 @@ def test_many_frames_are_verified_as_each_alone(aligner, frames, K, monkeypatch)
     estimates = [estimate(moved(pose, 2, 0.005, i)) for i, pose in enumerate(poses)]
     estimates[1] = estimate(tilted(poses[1], 50, 100), 0.5)
     alone, asked = [aligner.verify(image, one, K) for image, one in zip(images, estimates)], []
-    assert [one.probability >= alignment.SURE_PROBABILITY for one in alone] == [True, False, True]
+    assert [one.probability >= verification.SURE_PROBABILITY for one in alone] == [
+        True,
+        False,
+        True,
+    ]
 
     def turned_looks(model, images, K):
         asked.append((model, images, K))
         return [[estimate(poses[1])] * 3]
 
-    monkeypatch.setattr(alignment, "turned_looks", turned_looks)
+    monkeypatch.setattr(verification, "turned_looks", turned_looks)
     together = verify_frames(aligner, images, estimates, K, "model")
     assert len(asked) == 1 and asked[0][0] == "model" and np.array_equal(asked[0][1], images[1:2])
     alone[1] = aligner.verify(images[1], estimates[1], K, [estimate(poses[1])] * 3)

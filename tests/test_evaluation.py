@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import evaluation
+from xwing import evaluation, metrics
 from xwing.footage import Clip
 from xwing.mesh import load_mesh, rasterise
 
@@ -49,38 +49,38 @@ def test_a_pose_is_right_within_both_bounds():
         turned(0, shift=(0, 0, 0.051)),
         None,
     ]
-    assert evaluation.within(found, [np.eye(4)] * 5).tolist() == [True, False, True, False, False]
-    assert evaluation.within([], []).dtype == bool
+    assert metrics.within(found, [np.eye(4)] * 5).tolist() == [True, False, True, False, False]
+    assert metrics.within([], []).dtype == bool
 
 
 def test_translation_error():
-    assert evaluation.translation_error(
-        turned(50, shift=(0.3, 0.4, 0)), np.eye(4)
-    ) == pytest.approx(0.5)
+    assert metrics.translation_error(turned(50, shift=(0.3, 0.4, 0)), np.eye(4)) == pytest.approx(
+        0.5
+    )
 
 
 def test_add_error_is_the_mean_over_the_corners(poses):
     moved = [
         np.linalg.norm(poses[0] @ p - poses[1] @ p) for p in xu.to_homogeneous(xu.BOUNDING_BOX)
     ]
-    assert evaluation.add_error(poses[0], poses[1]) == pytest.approx(np.mean(moved))
-    assert evaluation.add_error(turned(0, shift=(0.03, 0, 0.04)), np.eye(4)) == pytest.approx(0.05)
+    assert metrics.add_error(poses[0], poses[1]) == pytest.approx(np.mean(moved))
+    assert metrics.add_error(turned(0, shift=(0.03, 0, 0.04)), np.eye(4)) == pytest.approx(0.05)
 
 
 def test_speed_score_adds_radians_and_relative_distance():
     truth = turned(20, shift=(0, 0, 2.0))
     estimate = turned(90, shift=(0.1, 0, 0), start=truth)
-    assert evaluation.speed_score(estimate, truth) == pytest.approx(np.pi / 2 + 0.05)
-    assert evaluation.speed_score(truth, truth) == 0
+    assert metrics.speed_score(estimate, truth) == pytest.approx(np.pi / 2 + 0.05)
+    assert metrics.speed_score(truth, truth) == 0
 
 
 def test_muzzle_error_is_blind_to_a_roll_that_swaps_the_cannons(poses, K):
-    assert evaluation.muzzle_error(poses[0] @ xu.HALF_ROLL, poses[0], K) < 1e-9
-    assert evaluation.muzzle_error(turned(10, start=poses[0]), poses[0], K) > 1
+    assert metrics.muzzle_error(poses[0] @ xu.HALF_ROLL, poses[0], K) < 1e-9
+    assert metrics.muzzle_error(turned(10, start=poses[0]), poses[0], K) > 1
 
 
 def test_muzzles_behind_the_camera_are_infinitely_far_off(poses, K):
-    assert evaluation.muzzle_error(turned(0, shift=(0, 0, -2.0)), poses[0], K) == np.inf
+    assert metrics.muzzle_error(turned(0, shift=(0, 0, -2.0)), poses[0], K) == np.inf
 
 
 # ------------------------------------------------------------ corners and heatmaps
@@ -88,7 +88,7 @@ def test_muzzles_behind_the_camera_are_infinitely_far_off(poses, K):
 
 @pytest.mark.parametrize("name", list(xu.CORNER_PERMUTATIONS))
 def test_report_of_corners_that_are_taken_for_others(grid, name):
-    report = evaluation.corner_report(grid[:, xu.CORNER_PERMUTATIONS[name]], grid)
+    report = metrics.corner_report(grid[:, xu.CORNER_PERMUTATIONS[name]], grid)
     assert report["best_permutation_px"] == 0 and report["permutations"][name] == 10
     assert sum(report["permutations"].values()) == 10
     assert (report["corner_px"] > 30) == (name != "identity")
@@ -96,10 +96,10 @@ def test_report_of_corners_that_are_taken_for_others(grid, name):
 
 def test_report_of_errors_worked_out_by_hand(grid):
     estimate = grid + np.array([0, 1, 1, 1, 3, 4, 10, 10])[:, None] * [0.6, 0.8]
-    report = evaluation.corner_report(estimate, grid)
+    report = metrics.corner_report(estimate, grid)
     assert report["corner_px"] == pytest.approx(2)
     assert (report["within_2px"], report["within_5px"]) == (0.5, 0.75)
-    assert evaluation.corner_report(estimate / 2, grid / 2, 128, scale=2)[
+    assert metrics.corner_report(estimate / 2, grid / 2, 128, scale=2)[
         "corner_px"
     ] == pytest.approx(2)
 
@@ -108,13 +108,13 @@ def test_report_counts_corners_in_the_frame_only(grid):
     outside, estimate = grid.copy(), grid.copy()
     outside[:, 0] = estimate[:, 0] = [-5, 20]
     estimate[:, 0] += 500
-    assert evaluation.corner_report(estimate, outside)["within_2px"] == 1
+    assert metrics.corner_report(estimate, outside)["within_2px"] == 1
 
 
 def test_report_counts_a_missing_corner_as_far_off(grid):
     estimate = grid.copy()
     estimate[:, :2] = np.nan
-    assert evaluation.corner_report(estimate, grid)["within_5px"] == 0.75
+    assert metrics.corner_report(estimate, grid)["within_5px"] == 0.75
 
 
 @pytest.mark.parametrize("sigma,stride", [(4.0, 2), (10.0, 1)])
@@ -125,9 +125,9 @@ def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
     maps = np.stack(
         [xu.gaussian_heatmaps(c / stride, 256 // stride, sigma / stride) for c in truth]
     )
-    errors = evaluation.heatmap_errors(maps, truth, settings)
+    errors = metrics.heatmap_errors(maps, truth, settings)
     assert np.isnan(errors[1, 4]) and np.isnan(errors).sum() == 1 and np.nanmax(errors) < 1e-5
-    nothing = evaluation.heatmap_errors(np.zeros_like(maps), truth, settings)
+    nothing = metrics.heatmap_errors(np.zeros_like(maps), truth, settings)
     assert np.nanmean(nothing) == pytest.approx(np.pi * 10**2 / 256**2, rel=1e-3)  # 0.0048
 
 
@@ -135,7 +135,7 @@ def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
     with pytest.raises(
         ValueError, match="sigma: expected at least the network's own 4.0 pixels, got 2.0"
     ):
-        evaluation.heatmap_errors(
+        metrics.heatmap_errors(
             [], np.zeros((0, 8, 2)), dict(sigma=4.0, stride=2, size=256), sigma=2.0
         )
 
@@ -144,7 +144,7 @@ def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
 
 
 def test_figures_of_a_perfect_prediction(corners, poses, K):
-    figures = evaluation.summarise(evaluation.frame_errors(corners, list(poses), corners, poses, K))
+    figures = metrics.summarise(metrics.frame_errors(corners, list(poses), corners, poses, K))
     shares = (
         "poses_found",
         "add_0.1",
@@ -159,7 +159,7 @@ def test_figures_of_a_perfect_prediction(corners, poses, K):
 
 
 def test_box_is_measured_where_it_was_solved_and_else_the_keypoints(corners, poses, K):
-    errors = evaluation.frame_errors(corners + 3, [None, *poses[1:]], corners, poses, K)
+    errors = metrics.frame_errors(corners + 3, [None, *poses[1:]], corners, poses, K)
     inside = xu.in_frame(corners)
     np.testing.assert_array_equal(np.isfinite(errors["corner"]), inside)
     np.testing.assert_allclose(errors["corner"][inside], np.sqrt(18))
@@ -171,7 +171,7 @@ def test_box_is_measured_where_it_was_solved_and_else_the_keypoints(corners, pos
 
 
 def test_true_distance_and_elevation_are_those_of_the_camera_seen_from_the_ship(corners, poses, K):
-    errors = evaluation.frame_errors(corners, list(poses), corners, poses, K)
+    errors = metrics.frame_errors(corners, list(poses), corners, poses, K)
     camera = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])  # in model axes
     np.testing.assert_allclose(errors["distance"], np.linalg.norm(camera, axis=1))
     np.testing.assert_allclose(
@@ -182,7 +182,7 @@ def test_true_distance_and_elevation_are_those_of_the_camera_seen_from_the_ship(
 def test_a_missing_pose_is_a_miss_and_no_flip(corners, poses, K):
     enough = xu.in_frame(corners).sum(1) >= 4
     found = [pose if i % 2 else None for i, pose in enumerate(poses)]
-    figures = evaluation.summarise(evaluation.frame_errors(corners, found, corners, poses, K))
+    figures = metrics.summarise(metrics.frame_errors(corners, found, corners, poses, K))
     expected = (np.arange(50) % 2)[enough].mean()
     shares = ("poses_found", "add_0.02", "muzzles_within_3px")
     assert [figures[name] for name in shares] == pytest.approx([expected] * 3)
@@ -193,23 +193,23 @@ def test_flips_count_in_frames_with_four_corners_only(corners, poses, K):
     enough = xu.in_frame(corners).sum(1) >= 4
     wrong = [*np.flatnonzero(enough)[:3], *np.flatnonzero(~enough)[:1]]
     found = [pose @ xu.HALF_ROLL if i in wrong else pose for i, pose in enumerate(poses)]
-    figures = evaluation.summarise(evaluation.frame_errors(corners, found, corners, poses, K))
+    figures = metrics.summarise(metrics.frame_errors(corners, found, corners, poses, K))
     assert len(wrong) == 4 and figures["flips"] == pytest.approx(3 / enough.sum())
 
 
 def test_a_set_without_any_pose(corners, poses, K):
-    errors = evaluation.frame_errors(np.full_like(corners, np.nan), [None] * 50, corners, poses, K)
-    figures = evaluation.summarise(errors)
+    errors = metrics.frame_errors(np.full_like(corners, np.nan), [None] * 50, corners, poses, K)
+    figures = metrics.summarise(errors)
     zero = ("poses_found", "add_0.1", "corners_within_5px", "flips")
     assert [figures[name] for name in zero] == [0] * len(zero)
     assert np.isnan(figures["rotation_deg_median"])
-    assert "rotation_deg_median" not in evaluation.bootstrap(errors, repeats=9)
+    assert "rotation_deg_median" not in metrics.bootstrap(errors, repeats=9)
 
 
 def test_a_set_without_a_countable_frame_has_no_figures(K):
     away = np.array([turned(0, shift=(50, 0, 1.0))])
     corners = np.array([xu.project_pose(xu.BOUNDING_BOX, away[0], K)])
-    figures = evaluation.summarise(evaluation.frame_errors(corners, [None], corners, away, K))
+    figures = metrics.summarise(metrics.frame_errors(corners, [None], corners, away, K))
     assert np.isnan(figures["corner_px_median"]) and np.isnan(figures["poses_found"])
     assert figures["frames"] == 1 and figures["frames_with_4_corners"] == 0
 
@@ -218,7 +218,7 @@ def test_bootstrap_agrees_with_scipy(grid, K):
     angles = np.random.default_rng(0).uniform(0, 10, 80)
     truth, poses = np.tile(grid, (8, 1, 1)), np.tile(turned(0, shift=(0, 0, 1)), (80, 1, 1))
     found = [turned(angle, start=pose) for angle, pose in zip(angles, poses)]
-    intervals = evaluation.bootstrap(evaluation.frame_errors(truth, found, truth, poses, K))
+    intervals = metrics.bootstrap(metrics.frame_errors(truth, found, truth, poses, K))
     low, high = intervals["rotation_deg_median"]
     expected = stats.bootstrap(
         (angles,), np.median, method="percentile", rng=np.random.default_rng(1)
@@ -230,9 +230,9 @@ def test_bootstrap_agrees_with_scipy(grid, K):
 def test_intervals_of_smaller_frames_hold_their_figures(grid, poses, K):
     """The bootstrap took all frames to be 256 px wide, so that NMAE lay outside its own interval."""
     truth = np.floor(grid / 2)
-    errors = evaluation.frame_errors(truth + 1, [None] * 10, truth, poses[:10], K, size=128)
-    assert evaluation.summarise(errors)["nmae"] == pytest.approx(1 / 128)
-    assert evaluation.bootstrap(errors, repeats=20)["nmae"] == pytest.approx((1 / 128, 1 / 128))
+    errors = metrics.frame_errors(truth + 1, [None] * 10, truth, poses[:10], K, size=128)
+    assert metrics.summarise(errors)["nmae"] == pytest.approx(1 / 128)
+    assert metrics.bootstrap(errors, repeats=20)["nmae"] == pytest.approx((1 / 128, 1 / 128))
 
 
 # ------------------------------------------------------------ tracks
@@ -251,11 +251,11 @@ def flight(count):
 
 def test_jitter_is_the_acceleration_error():
     truth = flight(50)
-    assert evaluation.jitter(truth, truth, FPS) == pytest.approx((0, 0), abs=1e-6)
+    assert metrics.jitter(truth, truth, FPS) == pytest.approx((0, 0), abs=1e-6)
     moved = truth.copy()
     moved[:, 0, 3] += 0.5 * 2.0 * (np.arange(50) / FPS) ** 2  # an acceleration of 2 units/s^2
-    assert evaluation.jitter(moved, truth, FPS)[1] == pytest.approx(2.0)
-    assert np.isnan(evaluation.jitter([None] * 50, truth, FPS)).all()
+    assert metrics.jitter(moved, truth, FPS)[1] == pytest.approx(2.0)
+    assert np.isnan(metrics.jitter([None] * 50, truth, FPS)).all()
 
 
 def test_tracks_are_compared_over_the_frames_that_all_have(K):
@@ -265,7 +265,7 @@ def test_tracks_are_compared_over_the_frames_that_all_have(K):
     off[3], off[7] = off[3] @ xu.HALF_ROLL, None
     moved = truth.copy()
     moved[:, 0, 3] += 0.01
-    table = evaluation.compare_tracks({"turned": off, "moved": list(moved)}, truth, seen, K, FPS)
+    table = metrics.compare_tracks({"turned": off, "moved": list(moved)}, truth, seen, K, FPS)
     assert table["poses"].tolist() == [8, 9] and table["flips"].tolist() == [1, 0]
     assert table["rotation, deg"].tolist() == pytest.approx([2, 0], abs=1e-6)
     flip = xu.rotation_error(off[3], truth[3])
@@ -273,14 +273,14 @@ def test_tracks_are_compared_over_the_frames_that_all_have(K):
     assert table["translation"].tolist() == pytest.approx([0, 0.01])
     assert table.loc["moved", "jitter, deg/s2"] == pytest.approx(0, abs=1e-3)
     assert table.loc["turned", "jitter, deg/s2"] > 1000
-    inside = [evaluation.muzzle_error(moved[i], truth[i], K) <= 3 for i in range(9)]
+    inside = [metrics.muzzle_error(moved[i], truth[i], K) <= 3 for i in range(9)]
     assert table.loc["moved", "muzzles within 3 px"] == np.mean(inside)
 
 
 def test_a_way_that_found_nothing_leaves_nothing_to_compare(K):
     truth = flight(10)
     ways = {"all": list(truth), "none": [None] * 10}
-    table = evaluation.compare_tracks(ways, truth, np.ones(10, bool), K, FPS)
+    table = metrics.compare_tracks(ways, truth, np.ones(10, bool), K, FPS)
     assert table["poses"].tolist() == [10, 0] and table["rotation, deg"].isna().all()
 
 
@@ -289,8 +289,8 @@ def test_a_way_that_found_nothing_leaves_nothing_to_compare(K):
 
 @pytest.fixture
 def figures(corners, poses, K):
-    errors = evaluation.frame_errors(corners, list(poses), corners, poses, K)
-    return dict.fromkeys(evaluation.README_SETS, evaluation.summarise(errors))
+    errors = metrics.frame_errors(corners, list(poses), corners, poses, K)
+    return dict.fromkeys(evaluation.README_SETS, metrics.summarise(errors))
 
 
 INTERVALS = dict.fromkeys(evaluation.README_SETS, {"rotation_deg_median": (0.5, 1.25)})
@@ -382,7 +382,7 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
     errors = found.errors()
     assert all(a is b for a, b in zip(found.estimates, found.from_points))
     assert np.nanmax(errors["rotation"]) < 1
-    figures = evaluation.summarise(errors)
+    figures = metrics.summarise(errors)
     assert figures["corner_px_median"] < 0.1 and figures["heatmap_mse_sigma10"] < 1e-5
     assert np.isnan(found.errors([None] * 6)["rotation"]).all()
 
@@ -473,7 +473,7 @@ def test_the_command_line_names_the_bad_frame(folder, model, monkeypatch, capsys
 
 
 def test_reliability_counts_and_averages():
-    table = evaluation.reliability([0.0, 0.08, 0.95, 0.97, 1.0], [False, True, True, True, False])
+    table = metrics.reliability([0.0, 0.08, 0.95, 0.97, 1.0], [False, True, True, True, False])
     assert table["frames"].tolist() == [2, 3]
     np.testing.assert_allclose(
         table[["claimed", "right"]], [[0.04, 0.5], [0.97333, 2 / 3]], atol=1e-4
@@ -484,11 +484,11 @@ def test_the_roc_s_area_is_the_chance_that_a_wrong_pose_scores_higher():
     rng = np.random.default_rng(0)
     wrong = rng.random(200) < 0.3
     score = np.round(rng.normal(wrong, 1.0), 1)  # with ties
-    false, hits, area = evaluation.roc(score, wrong)
+    false, hits, area = metrics.roc(score, wrong)
     assert false[0] == hits[0] == 0 and false[-1] == hits[-1] == 1
     pairs = score[wrong][:, None] - score[~wrong]
     assert area == pytest.approx((pairs > 0).mean() + (pairs == 0).mean() / 2)
-    assert evaluation.roc(np.array([3.0, 2, 1]), np.array([True, True, False]))[2] == 1
+    assert metrics.roc(np.array([3.0, 2, 1]), np.array([True, True, False]))[2] == 1
 
 
 @pytest.mark.parametrize("name,width,height", [("wild", 256, 256), ("flight_hd", 1280, 720)])

@@ -18,9 +18,13 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import film as xfilm
+from xwing import lasers as xlasers
+from xwing import overlay
 from xwing import mesh as xmesh
-from xwing.film import Lasers, animate, draw_bolts, draw_heatmaps, draw_tracked, film, write_clip
+from xwing.film import animate, film, write_clip
 from xwing.footage import Clip, Frame
+from xwing.lasers import Lasers, draw_bolts
+from xwing.overlay import draw_heatmaps, draw_tracked
 from xwing.tracking import TrackedPose
 
 STEP = 14  # frames into the shot: bolts of several volleys are in flight
@@ -224,7 +228,7 @@ def test_bolts_are_never_behind_the_camera(K, pose):
     drawn, passed, shot = [], 0, Lasers().shot(20)
     for _ in range(30):
         bolts = shot.step(pose)
-        drawn.append(xfilm._before_the_camera(bolts))
+        drawn.append(xlasers._before_the_camera(bolts))
         passed += len(drawn[-1]) < len(bolts)
         assert draw_bolts(np.zeros((256, 256, 3), np.uint8), bolts, K).any() <= bool(len(drawn[-1]))
     assert np.concatenate(drawn)[..., 2].min() == pytest.approx(0.05) and passed > 5
@@ -260,7 +264,7 @@ def test_the_hull_hides_the_bolts_behind_it(K, mesh):
     assert len(behind) == 2
     for cannon in range(4):
         bolts = one_bolt(pose, cannon, 0.0, 0.08)  # beside the nose
-        depth = xfilm._hull_depth(mesh, bolts, pose, K, (256, 256))
+        depth = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256))
         share = len(core(bolts, K, depth=depth)[0]) / len(core(bolts, K)[0])
         assert share < 0.5 if cannon in behind else share > 0.95
 
@@ -272,15 +276,15 @@ def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
         pose = pose_of((40 + 7 * i, 10, 5 * i), (-0.2 + 0.01 * i, 0.05, 0.9))
         bolts, image = shot.step(pose), np.full((256, 256, 3), 20, np.uint8)
         whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
-        drawn = xfilm._with_bolts(image, bolts, lasers, mesh, pose, K)
+        drawn = xlasers._with_bolts(image, bolts, lasers, mesh, pose, K)
         assert (drawn != draw_bolts(image, bolts, K, whole)).any(
             -1
         ).mean() < 1e-4  # rounding at an edge
-        near = xfilm._hull_depth(mesh, bolts, pose, K, (256, 256)) if len(bolts) else None
+        near = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256)) if len(bolts) else None
         part += near is None or np.isfinite(near).sum() < np.isfinite(whole).sum()
     assert part > 50
     for known in ((None, pose), (mesh, None)):
-        drawn = xfilm._with_bolts(image, bolts, lasers, *known, K)
+        drawn = xlasers._with_bolts(image, bolts, lasers, *known, K)
         np.testing.assert_array_equal(drawn, draw_bolts(image, bolts, K))
 
 
@@ -289,7 +293,7 @@ def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
     pose = pose_of((90, 0, 0), (0.02, -0.03, 0.12))
     assert (mesh.vertices @ pose[2, :3] + pose[2, 3]).min() < 0
     bolts = np.array([[[-0.1, 0.0, 0.9], [0.1, 0.0, 0.9]]])  # behind the ship
-    depth = xfilm._hull_depth(mesh, bolts, pose, K, (256, 256))
+    depth = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256))
     whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
     assert depth is not None and np.isfinite(whole[120:136, 110:146]).any()
     np.testing.assert_allclose(depth[124:132, 110:146], whole[124:132, 110:146], rtol=1e-5)
@@ -302,15 +306,17 @@ def test_the_glow_of_a_large_frame_is_a_gaussian_too(scale):
     cv2.line(bolt, (300, 200), (500, 400), 255, 2 * scale, cv2.LINE_AA)
     light = bolt.astype(np.float32) / 255
     near, far = (cv2.GaussianBlur(light, (0, 0), sigma * scale) for sigma in (2.2, 5.0))
-    truth = (1.1 * near + 0.7 * far)[..., None] * [255, 60, 40] + light[..., None] * xfilm.WHITE_HOT
-    off = np.abs(xfilm._glow(bolt, (255, 60, 40), scale) - truth)
+    truth = (1.1 * near + 0.7 * far)[..., None] * [255, 60, 40] + light[
+        ..., None
+    ] * xlasers.WHITE_HOT
+    off = np.abs(xlasers._glow(bolt, (255, 60, 40), scale) - truth)
     assert off.max() < 5 and off.mean() < 0.2  # of 255
 
 
 def test_colour_and_radius_of_the_bolts_are_settings(K):
     black, bolts = np.zeros((256, 256, 3), np.uint8), flying(ACROSS)
     red, green, thick = (
-        xfilm._with_bolts(black, bolts, lasers, None, None, K).astype(int)
+        xlasers._with_bolts(black, bolts, lasers, None, None, K).astype(int)
         for lasers in (Lasers(), Lasers(colour=(40, 255, 60)), Lasers(radius=0.01))
     )
     lit = red.sum(-1) > 60
@@ -337,7 +343,7 @@ def test_ellipses_are_those_of_many_draws(K):
         moved[:3, 3] += step[3:]
         drawn.append(xu.project_pose(xu.BOUNDING_BOX, moved, K))
     for claimed, corner in zip(
-        xfilm.corner_covariance(pose, covariance, K), np.moveaxis(drawn, 1, 0)
+        overlay.corner_covariance(pose, covariance, K), np.moveaxis(drawn, 1, 0)
     ):
         np.testing.assert_allclose(
             claimed, np.cov(corner.T), rtol=0.15, atol=0.05 * np.trace(claimed)
@@ -370,7 +376,7 @@ def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
     )  # 512 x 256, half the scale
     track = [TrackedPose("lost"), TrackedPose("tracked", 0, ACROSS, np.eye(6) * 1e-6)]
     clip = [np.full((256, 512, 3), 40, np.uint8)] * 2
-    lost, shown = xfilm.tracked_pictures(clip, track, wide, oracle, [0, 1])
+    lost, shown = overlay.tracked_pictures(clip, track, wide, oracle, [0, 1])
     assert lost.shape == shown.shape == (256, 512, 3)
     assert not np.ptp(lost[70:180, :256]) and not lost[:60, :256].any()
     changed = np.argwhere((shown[:, :256] != lost[:, :256]).any(-1))[:, ::-1] + 0.5
@@ -390,7 +396,7 @@ def test_heatmaps_have_colours_of_their_own():
 
 def test_the_viewer_only_picks_what_was_drawn_before():
     pictures = [np.full((720, 1280, 3), 20 * i, np.uint8) for i in range(12)]
-    widget = xfilm.viewer(iter(pictures), start=4, step=3)
+    widget = overlay.viewer(iter(pictures), start=4, step=3)
     image, controls = widget.children
     play, slider = controls.children
     assert slider.value == play.value == 3 and slider.max == play.max == 33
@@ -401,7 +407,7 @@ def test_the_viewer_only_picks_what_was_drawn_before():
         shown = cv2.imdecode(np.frombuffer(image.value, np.uint8), cv2.IMREAD_COLOR)
         assert shown.shape == (360, 640, 3) and abs(shown.mean() - 20 * frame / 3) < 2
     with pytest.raises(ValueError, match="at least one picture"):
-        xfilm.viewer([])
+        overlay.viewer([])
 
 
 # ------------------------------------------------------------ clips of a finished track

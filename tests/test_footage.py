@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import xwing_utils as xu
-from xwing import footage
+from xwing import detector as network
 from xwing.footage import Clip, Detector, Frame, frames_at, letterbox
 from xwing.lens import picture_area
 
@@ -647,24 +647,24 @@ def copied(weights, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(xu, "load_model", lambda path, size: path)
     monkeypatch.setattr(
-        footage, "_export", lambda model: made.append(model) or (b"<xml>", b"weights" * 1000)
+        network, "_export", lambda model: made.append(model) or (b"<xml>", b"weights" * 1000)
     )
     return tmp_path / "xwing.weights.h5", made
 
 
 def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
     path, made = copied
-    assert footage.export_model(path) == footage.export_model(path) == (b"<xml>", b"weights" * 1000)
+    assert network.export_model(path) == network.export_model(path) == (b"<xml>", b"weights" * 1000)
     (first,) = (path.parent / ".openvino").iterdir()
     assert len(made) == 1
     path.with_name("xwing.json").write_text(
         path.with_name("xwing.json").read_text().replace("\n", "\n ", 1)
     )
-    footage.export_model(path)
+    network.export_model(path)
     assert len(made) == 1  # the settings say the same
     info = xu.read_json(path.with_name("xwing.json"))
     path.with_name("xwing.json").write_text(xu.json.dumps({**info, "more": 1}))
-    footage.export_model(path)
+    network.export_model(path)
     (second,) = (path.parent / ".openvino").iterdir()
     assert len(made) == 2 and second != first
 
@@ -672,14 +672,14 @@ def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
 @pytest.mark.parametrize("at", [40, 2000, -10])
 def test_a_damaged_export_is_made_again(copied, at):
     path, made = copied
-    right = footage.export_model(path)
+    right = network.export_model(path)
     (archive,) = (path.parent / ".openvino").iterdir()
     content = bytearray(archive.read_bytes())
     content[at] ^= 0xFF
     archive.write_bytes(content)
-    assert footage.export_model(path) == right and len(made) == 2
+    assert network.export_model(path) == right and len(made) == 2
     archive.write_bytes(archive.read_bytes()[:500])
-    assert footage.export_model(path) == right and len(made) == 3
+    assert network.export_model(path) == right and len(made) == 3
 
 
 def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
@@ -690,10 +690,10 @@ def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
         time.sleep(0.3)
         return b"<xml>", b"weights"
 
-    monkeypatch.setattr(footage, "_export", slow)
+    monkeypatch.setattr(network, "_export", slow)
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(footage.export_model(path))) for _ in range(3)
+        threading.Thread(target=lambda: found.append(network.export_model(path))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -702,7 +702,7 @@ def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
     assert found == [(b"<xml>", b"weights")] * 3 and len(made) > 1
     assert (
         len(list((path.parent / ".openvino").iterdir())) == 1
-        and footage.export_model(path) == found[0]
+        and network.export_model(path) == found[0]
     )
 
 
@@ -714,5 +714,5 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(copied, monkeypatch):
 
     monkeypatch.setattr(xu.Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device"):
-        footage.export_model(path)
+        network.export_model(path)
     assert not list((path.parent / ".openvino").iterdir())

@@ -13,11 +13,12 @@ import pytest
 import run_notebook
 
 import xwing_utils as xu
-from xwing.film import viewer, write_clip
+from xwing.film import write_clip
+from xwing.overlay import viewer
 
 NAMES = ("reference", "train", "eval", "pnp")
 VIEWER = """import numpy as np
-from xwing.film import viewer
+from xwing.overlay import viewer
 
 pictures = (np.full((256, 256, 3), 25 * i, np.uint8) for i in range(10))
 viewer(pictures, start=3)"""

@@ -8,7 +8,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import evaluation, tracking
+from xwing import metrics, motion, tracking
 from xwing.alignment import Aligner
 from xwing.footage import Frame
 from xwing.lens import compare_focal_lengths
@@ -80,7 +80,7 @@ def test_filter_and_smoother_are_better_than_single_frames(K):
         xu.rotation_error(xu.estimate_pose(k, K, c, oracle.sigma).pose, t) for k, c, t in frames
     ]
     assert all(t.status == "tracked" for t in live)
-    smoothed = np.median(errors(tracking.smooth(tracker.steps), truth))
+    smoothed = np.median(errors(motion.smooth(tracker.steps), truth))
     assert smoothed < np.median(errors(live, truth)) < np.median(alone)
 
 
@@ -96,14 +96,14 @@ def test_smoothing_a_straight_flight_is_batch_least_squares(K):
         tracker.update_pose(xu.PoseEstimate(pose, covariance, True))
         measured.append(pose[:3, 3])
         spread.append(np.diag(covariance)[3:])
-    smoothed = np.array([t.pose[:3, 3] for t in tracking.smooth(tracker.steps)])
+    smoothed = np.array([t.pose[:3, 3] for t in motion.smooth(tracker.steps)])
     h, count = 1 / FPS, len(measured)
-    density = tracking.ACCELERATION_DENSITY[1] ** 2
+    density = motion.ACCELERATION_DENSITY[1] ** 2
     noise = np.linalg.cholesky(
         np.linalg.inv(density * np.array([[h**3 / 3, h**2 / 2], [h**2 / 2, h]]))
     ).T
     for axis in range(3):
-        rows, right = [np.eye(2 * count)[1] / tracking.START_VELOCITY_STD[1]], [0.0]
+        rows, right = [np.eye(2 * count)[1] / motion.START_VELOCITY_STD[1]], [0.0]
         for i in range(count):
             rows.append(np.eye(2 * count)[2 * i] / np.sqrt(spread[i][axis]))
             right.append(measured[i][axis] / np.sqrt(spread[i][axis]))
@@ -121,7 +121,7 @@ def test_claimed_covariance_is_honest(K):
     oracle = Oracle(truth, K)
     tracker = Tracker(K, FPS, oracle, keep=True)
     follow(oracle, K, tracker)
-    for t, pose in list(zip(tracking.smooth(tracker.steps), truth))[10:50]:
+    for t, pose in list(zip(motion.smooth(tracker.steps), truth))[10:50]:
         step = xu.pose_step(pose, t.pose)
         distance.append(step @ np.linalg.solve(t.covariance, step))
     assert 6 / 1.5 < np.mean(distance) < 6 * 1.5
@@ -476,7 +476,7 @@ def test_the_probability_is_about_the_share_of_right_poses(K, clip_frames, align
         images, truth, K, aligner, known=lambda i: i % 3
     )  # and now and then it sees nothing
     seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
-    right = evaluation.within([t.pose for t in live], truth)[seen]
+    right = metrics.within([t.pose for t in live], truth)[seen]
     sure = probability(live)[seen]
     assert abs(sure.mean() - right.mean()) < 0.05
     assert right[sure > 0.9].mean() > 0.97

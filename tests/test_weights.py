@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import xwing_utils as xu
-from xwing import alignment, evaluation, scenery
+from xwing import evaluation, metrics, scenery, verification
 from xwing.alignment import Aligner
 from xwing.mesh import load_mesh
 
@@ -46,7 +46,7 @@ def test_shipped_weights_are_small(weights):
 
 
 def test_corners_and_poses_are_found_in_most_frames(found):
-    figures = evaluation.summarise(found.errors())
+    figures = metrics.summarise(found.errors())
     assert figures["corner_px_median"] < 2 and figures["nmae"] < 0.012
     assert figures["poses_found"] > 0.97 and figures["flips"] < 0.02
     assert figures["rotation_deg_median"] < 1.3 and figures["add_0.1"] > 0.92
@@ -56,7 +56,7 @@ def test_the_pixels_make_poses_as_exact_as_measured(model, root, aligner, measur
     found = evaluation.evaluate_folder(
         root / "data" / "test", model, aligner, step=16, progress=False
     )
-    figures, whole = evaluation.summarise(found.errors()), measured["figures"]["test"]
+    figures, whole = metrics.summarise(found.errors()), measured["figures"]["test"]
     assert figures["poses_found"] > 0.95
     assert figures["rotation_deg_median"] < 1.5 * whole["rotation_deg_median"]
     assert figures["box_corner_px_median"] < 1.5 * whole["box_corner_px_median"]
@@ -65,11 +65,10 @@ def test_the_pixels_make_poses_as_exact_as_measured(model, root, aligner, measur
 def test_turned_frames_show_the_ship_where_it_is(model, found):
     """Poses in the frame's own axes, close to the true ones in nearly all looks at eight frames."""
     images = np.stack([xu.read_image(path) for path in found.paths[:8]])
-    looks, truth = alignment.turned_looks(model, images, found.K), found.true_poses
+    looks, truth = verification.turned_looks(model, images, found.K), found.true_poses
     assert np.shape(looks) == (8, 3)
     right = [
-        evaluation.within([look.pose for look in each], [true] * 3)
-        for each, true in zip(looks, truth)
+        metrics.within([look.pose for look in each], [true] * 3) for each, true in zip(looks, truth)
     ]
     assert np.sum(right) >= 22
 
@@ -85,7 +84,7 @@ def test_no_ship_is_seen_where_there_is_none(model, aligner):
     estimates = [
         xu.estimate_pose(points, K, sure, sigma) for points, sure, sigma in zip(*keypoints)
     ]
-    verified = alignment.verify_frames(aligner, images, estimates, K, model)
+    verified = verification.verify_frames(aligner, images, estimates, K, model)
     assert sum(v.probability >= 0 for v in verified) >= 3 and not any(v.accepted for v in verified)
 
 
@@ -97,7 +96,7 @@ def test_the_simple_path_finds_a_pose_in_nearly_every_frame(model, found):
     np.testing.assert_allclose(confidence, found.confidence[:16, :8])
     frames = zip(found.keypoints[:, :8], found.confidence[:, :8])
     poses = [xu.solve_pose(corners, found.K, confidence) for corners, confidence in frames]
-    figures = evaluation.summarise(found.errors(poses))
+    figures = metrics.summarise(found.errors(poses))
     assert figures["poses_found"] >= 0.96 and figures["flips"] < 0.03
     assert (
         figures["rotation_deg_median"] < 2.15

@@ -12,30 +12,39 @@ the ship were repainted. All of this is in linear light; only differences are me
 import dataclasses
 
 import cv2
-import joblib
 import numpy as np
 from scipy.spatial import ConvexHull
 
 import xwing_utils as xu
-from xwing import mesh
+from xwing import appearance, mesh
+from xwing.appearance import (
+    EFFECTIVE_SAMPLE_RATIO,
+    NOISE,
+    LinearShader,
+    _mean_square,
+    _robust_cost,
+    _smooth_sky_cost,
+    _surroundings,
+    _weight,
+)
+from xwing.refinement import MAX_DRAWINGS, _descend, _Prior, _Template, _View, pixel_flow
+from xwing.verification import (
+    EVIDENCE,
+    MIN_PROBABILITY,
+    _evidence,
+    _suppress_similar,
+    edge_agreement,
+    verify_frames,  # noqa: F401  also found here
+)
 
-NOISE = 4.0  # grey levels: no pixel is trusted further than that
 WORKING_SIZE = 150  # pixels: a ship that spans more is aligned on a smaller picture
 FINE, COARSE = 1, 2  # levels: by how much more the picture is shrunk
 COARSE_BLUR = 1.0  # pixels, by which the coarse picture is blurred besides
 MIN_PIXELS = 50  # of the ship, in the picture that is worked on
-EFFECTIVE_SAMPLE_RATIO = 0.09  # share of the pixels whose errors count as independent of each other
 PRIOR_STD_SCALE = 2.0  # factor on the standard deviations that a start comes with
-MAX_DRAWINGS, MAX_STEPS = 4, 6  # on one level; of Gauss-Newton on one drawing
 MAX_SHIFT = 0.3  # pixels, root mean square: a pose that has moved further is drawn anew
-NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
 RULED_OUT = 30.0  # log-likelihood by which a rival is worse that is not refined further
 MIN_EXPLAINED_CONTRAST = 0.42  # share of a frame's contrast that a drawing must explain, 0 to 1
-EVIDENCE = np.array(
-    [-25.39, 26.88, 1.45, 0.47]
-)  # log-odds for each of `_evidence`: tests/fit_evidence.py
-MIN_PROBABILITY = 0.8  # of being right, from which a single frame's pose is accepted
-SURE_PROBABILITY = 0.95  # below which a frame is worth more looks
 WELL_EXPLAINED = 0.65  # share from which neither other poses nor a coarse picture are tried
 USUAL_RATIO = (
     0.9  # of that share to what a track explained lately, from which a coarse picture is not either
@@ -45,76 +54,6 @@ SURE_MARGIN = (
 )
 NEARBY = 12.0, 25.0  # degrees by which starts are turned where the best pose explains too little
 MIN_CONTRAST = 45.0  # log-likelihood: with less there is nothing to explain
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """The part of a frame about the ship, shrunk."""
-
-    image: np.ndarray  # (h, w, 3) float32 grey levels
-    light: np.ndarray  # (h, w, 3) float32
-    K: np.ndarray  # (3, 3) of that part
-    blur: float  # pixels of the view, standard deviation of the Gaussian filter through which it was taken
-
-
-@dataclasses.dataclass(frozen=True)
-class _Template:
-    """A painted drawing as P points of the surface, and how their colours change with the pose; float32."""
-
-    view: _View
-    pose: np.ndarray  # (4, 4)
-    pixels: np.ndarray  # (P,) flat
-    points: np.ndarray  # (P, 3) camera axes, from the ship's position
-    colours: np.ndarray  # (P, 3) grey levels
-    jacobian: np.ndarray  # (6, 3 P) for a step of `xu.move_pose`, colours and light following
-    spread: float  # grey levels, of what the drawing leaves unexplained
-
-    def positions(self, pose):
-        """Where in the view the points lie at another pose, (P, 2) pixels; None if one lies behind."""
-        turn = np.float32(pose[:3, :3] @ self.pose[:3, :3].T)
-        points = self.points @ turn.T + np.float32(pose[:3, 3])
-        if not (points[:, 2].min() > mesh.NEAR and points[:, 2].max() < 1e4):  # so for NaN
-            return None
-        return points @ np.float32(self.view.K[:2].T) / points[:, 2:]
-
-    def residual(self, positions):
-        """(P, 3) grey levels: the frame at those positions less the colours."""
-        rows = -(-len(positions) // 1024)  # OpenCV takes no row longer than 32767
-        centres = np.resize(
-            positions - np.float32(0.5), (rows, 1024, 2)
-        )  # its whole pixels are centres
-        seen = cv2.remap(
-            self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-        )
-        return seen.reshape(-1, 3)[: len(positions)] - self.colours
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prior:
-    """Where a pose is expected, and how surely."""
-
-    pose: np.ndarray  # (4, 4)
-    information: np.ndarray  # (6, 6)
-
-    def slope(self, pose):
-        return self.information @ xu.pose_step(pose, self.pose)
-
-    def cost(self, pose):
-        return 0.5 * xu.pose_step(pose, self.pose) @ self.slope(pose)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refined:
-    """Where the steps on one level ended."""
-
-    pose: np.ndarray  # (4, 4)
-    information: np.ndarray  # (6, 6), the inverse of its covariance
-    template: _Template  # of the last drawing
-    residual: np.ndarray  # (P, 3) grey levels that the template leaves there
-    shift: float  # pixels, root mean square, from where the template was drawn
-    cost: float = (
-        np.inf
-    )  # negative log-likelihood but for a constant, where it was compared with others
 
 
 class Aligner:
@@ -130,9 +69,9 @@ class Aligner:
     """
 
     def __init__(self, ship, blur=0.4):
-        self.ship, self.blur = mesh.UnpaintedMesh(ship), blur
+        self.ship, self.blur = LinearShader(ship), blur
         self.outline = ship.vertices[ConvexHull(ship.vertices).vertices]
-        weights = [0.1] * len(ship.names) + [1.0] * mesh.UnpaintedMesh.HARMONICS
+        weights = [0.1] * len(ship.names) + [1.0] * LinearShader.HARMONICS
         self.stiffness = np.diag(np.float32(weights)) * 255**2  # draws colours and light towards 0
 
     def align(self, image, pose, K, covariance=None):
@@ -181,9 +120,7 @@ class Aligner:
         best, *rivals = _suppress_similar(ranked, 30)
         margin = rivals[0].cost - best.cost if rivals else looks[0].log_likelihood_margin
         same = [xu.rotation_error(best.pose, look.pose) < 30 for look in looks]
-        agreement = (
-            mesh.edge_agreement(*drawn) if (drawn := self._painted(image, best.pose, K)) else 0.0
-        )
+        agreement = edge_agreement(*drawn) if (drawn := self._painted(image, best.pose, K)) else 0.0
         probability = float(1 / (1 + np.exp(-EVIDENCE @ _evidence(agreement, margin, same))))
         reason = (
             ""
@@ -306,7 +243,7 @@ class Aligner:
             return None
         (left, top), (right, bottom) = low * shrink, high * shrink
         light = cv2.LUT(
-            image[top:bottom, left:right], mesh.to_light(np.arange(256, dtype=np.float32))
+            image[top:bottom, left:right], appearance.to_light(np.arange(256, dtype=np.float32))
         )
         light = cv2.resize(light, (high - low).tolist(), interpolation=cv2.INTER_AREA)
         blur = self.blur / shrink
@@ -316,10 +253,10 @@ class Aligner:
                 float(np.hypot(blur, COARSE_BLUR)),
             )
         K = K / [[shrink], [shrink], [1]] - [[0, 0, low[0]], [0, 0, low[1]], [0, 0, 0]]
-        return _View(mesh.to_grey(light), light, K, blur)
+        return _View(appearance.to_grey(light), light, K, blur)
 
     def _draw(self, view, pose, true_paint=True):
-        """The `mesh.Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
+        """The `Drawing` of a pose, or None where fewer than MIN_PIXELS show, or some are too near."""
         seen = self.ship.draw(pose, view.K, *view.image.shape[1::-1], view.blur, true_paint)
         return (
             seen
@@ -334,7 +271,7 @@ class Aligner:
         picture = (1 - drawing.cover[..., None]) * behind
         basis = drawing.basis.reshape(drawing.cover.size, -1)[covered]
         target = (view.light - picture).reshape(-1, 3)[covered]
-        unit = np.square(mesh.grey_slope(view.light.reshape(-1, 3)[covered]))
+        unit = np.square(appearance.grey_slope(view.light.reshape(-1, 3)[covered]))
         weight = unit
         for _ in range(3):  # iteratively reweighted least squares
             weighted = basis.T * weight
@@ -344,7 +281,7 @@ class Aligner:
             spread = max(NOISE, 1.4826 * float(np.sqrt(np.median(squared))))
             weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
         picture.reshape(-1, 3)[covered] += painted
-        return mesh.to_grey(picture), spread
+        return appearance.to_grey(picture), spread
 
     def _painted(self, image, pose, K):
         """The frame about the ship, and the ship drawn there at a pose, (h, w, 3), its cover; or None."""
@@ -383,14 +320,12 @@ class Aligner:
         )
         colours = picture.reshape(-1, 3)[pixels]
         weight = _weight(view.image.reshape(-1, 3)[pixels] - colours, spread)
-        points, flow_x, flow_y = mesh.pixel_flow(
-            pixels, depth, view.K, np.float32(drawing.pose[:3, 3])
-        )
+        points, flow_x, flow_y = pixel_flow(pixels, depth, view.K, np.float32(drawing.pose[:3, 3]))
         ahead, here = np.float32([-0.5, 0, 0.5]), np.float32([1])
         slope_x = cv2.sepFilter2D(picture, -1, ahead, here).reshape(-1, 3)[pixels].T
         slope_y = cv2.sepFilter2D(picture, -1, here, ahead).reshape(-1, 3)[pixels].T
         jacobian = -(slope_x * flow_x[:, None] + slope_y * flow_y[:, None]).reshape(18, len(pixels))
-        slope = mesh.grey_slope(mesh.to_light(colours.clip(0)))
+        slope = appearance.grey_slope(appearance.to_light(colours.clip(0)))
         basis = drawing.basis.reshape(depth.size, -1)[pixels] * slope[:, None]
         weighted = basis.T * weight
         stiffness = self.stiffness * np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2)
@@ -400,124 +335,9 @@ class Aligner:
         )
 
 
-def _descend(template, prior):
-    """Levenberg-Marquardt on one template: `_Refined`."""
-    pose, damping = template.pose, 1e-3
-    first = positions = template.positions(pose)
-    residual = template.residual(first)
-    cost = _robust_cost(residual, template.spread) + prior.cost(pose)
-    for _ in range(MAX_STEPS):
-        weighted, moved = template.jacobian * np.tile(_weight(residual, template.spread), 3), False
-        information = np.float64(weighted @ template.jacobian.T) + prior.information
-        gradient = weighted @ residual.T.ravel() - prior.slope(pose)
-        while damping < 10 and not moved:
-            step = np.linalg.solve(
-                information + damping * np.diag(np.diag(information) + 1e-9), gradient
-            )
-            if gradient @ step < 2 * NEGLIGIBLE_GAIN:
-                break
-            trial = xu.move_pose(pose, step)
-            there = template.positions(trial) if np.abs(step[:3]).max() < 0.5 else None
-            if there is not None:
-                left = template.residual(there)
-                trial_cost = _robust_cost(left, template.spread) + prior.cost(trial)
-                moved = trial_cost < cost
-            damping = damping / 10 if moved else damping * 100
-        if not moved:
-            break
-        pose, positions, residual, cost = trial, there, left, trial_cost
-    shift = np.sqrt(np.square(positions - first).sum(1).mean())
-    return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
-
-
-def _mean_square(colours):
-    return np.einsum("pc,pc->p", colours, colours) / np.float32(
-        3
-    )  # numpy's own sums of three are slow
-
-
-def _weight(residual, spread):
-    """(P,) information of pixels that differ by so many grey levels (P, 3), under Cauchy errors."""
-    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    return np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2) / (1 + forgiven)
-
-
-def _robust_cost(residual, spread):
-    """Negative log-likelihood, but for a constant, of differences (P, 3) in grey levels (Cauchy)."""
-    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    return 1.5 * EFFECTIVE_SAMPLE_RATIO * xu.CAUCHY**2 * float(np.log1p(forgiven).sum(dtype=float))
-
-
-def _surroundings(light, cover):
-    """The picture (h, w, 3) without the ship: each pixel from those about it that show none of it."""
-    free = np.float32(cv2.dilate(cover, np.ones((5, 5))) < 0.01)[..., None]
-    layers, total = np.concatenate([light * free, free], axis=2), np.float32([0, 0, 0, 1e-12])
-    for reach in (3, 12, 48):
-        size = 2 * reach + 1, 2 * reach + 1
-        total = total + cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT) * np.float32(
-            reach**-6.0
-        )
-    return total[..., :3] / total[..., 3:]
-
-
-def _smooth_sky_cost(image, pixels):
-    """The cost of an image at some flat pixels if a smooth sky is all that there is: quadratic in x and y."""
-    row, column = np.float32(np.divmod(pixels, image.shape[1])) / max(image.shape[:2])
-    powers = (np.stack([x**0, x, x * x]) for x in (column - 0.5, row - 0.5))
-    smooth, grey = np.einsum("ip,jp->ijp", *powers).reshape(9, -1), image.reshape(-1, 3)[pixels]
-    fitted = smooth.T @ np.linalg.lstsq(smooth @ smooth.T, smooth @ grey, rcond=1e-6)[0]
-    return _robust_cost(grey - fitted, 2 * NOISE)
-
-
-def _evidence(agreement, margin, same):
-    """What speaks for a pose, (4,): one; how far its edges are the frame's; by how much its rivals explain
-    the pixels worse; how many looks found it less those that found another."""
-    return np.array([1, agreement, np.log1p(np.clip(margin, 0, 100)), 2 * sum(same) - len(same)])
-
-
 def _explained_contrast(refined):
     """Share of the contrast about the ship, against a smooth sky, that a refined pose or None explains."""
     if refined is None:
         return 0.0
     sky = _smooth_sky_cost(refined.template.view.image, refined.template.pixels)
     return (sky - _robust_cost(refined.residual, 2 * NOISE)) / max(sky, MIN_CONTRAST)
-
-
-def _suppress_similar(ranked, degrees):
-    """Of `_Refined`, best first, those that are turned by more than an angle against every better one."""
-    kept = []
-    for candidate in ranked:
-        apart = all(xu.rotation_error(candidate.pose, better.pose) > degrees for better in kept)
-        kept += [candidate] if apart else []
-    return kept
-
-
-def turned_looks(model, images, K):
-    """What a network finds in images (N, S, S, 3) uint8 turned by a quarter, a half and three quarters: three
-    `PoseEstimate` for each, in its own axes, of other errors. K: (3, 3), or (N, 3, 3)."""
-    turned = np.concatenate([np.rot90(images, turns, (1, 2)) for turns in (1, 2, 3)])
-    maps = np.split(xu.predict_heatmaps(model, turned, channels=len(xu.KEYPOINTS)), 3)
-    maps = np.concatenate([np.rot90(part, -turns, (1, 2)) for turns, part in enumerate(maps, 1)])
-    found = zip(np.resize(K, (len(maps), 3, 3)), *xu.read_keypoints(maps, model.settings))
-    looks = [xu.estimate_pose(points, camera, *sureness) for camera, points, *sureness in found]
-    return [looks[i :: len(images)] for i in range(len(images))]
-
-
-def verify_frames(aligner, images, estimates, K, model):
-    """`Aligner.verify` on all cores for images (N, S, S, 3) uint8 and N estimates, with `turned_looks` by the
-    model where the pose is not sure without: a list."""
-
-    def verify(*arguments):
-        cv2.setNumThreads(1)  # the frames are what is shared out
-        return aligner.verify(*arguments)
-
-    def verify_rows(rows, others):
-        tasks = (
-            joblib.delayed(verify)(images[i], estimates[i], K, o) for i, o in zip(rows, others)
-        )
-        return zip(rows, joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks))  # none on disk
-
-    found = dict(verify_rows(range(len(images)), [()] * len(images)))
-    unsure = [i for i in found if not found[i].probability >= SURE_PROBABILITY]
-    found |= verify_rows(unsure, turned_looks(model, images[unsure], K)) if unsure else {}
-    return list(found.values())

@@ -16,13 +16,6 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 
 GREY = (0.6, 0.6, 0.6)  # of a material without a colour
-SUPERSAMPLING = 2  # samples per pixel and direction
-MIN_DETAIL = 0.25  # samples: triangles that show less wherever they are seen from are not drawn
-OCCLUSION = 0.9  # share of the light that other parts of the ship keep away
-STRONG_EDGE, MIN_EDGE = (
-    60.0,
-    12.0,
-)  # slopes (Sobel, grey levels): none counts more, none below is an edge
 NEAR = 0.01  # model units: what is nearer to the camera's plane is not drawn
 
 
@@ -215,27 +208,6 @@ def draw_triangles(corners, values, K, width, height):
     return picture, depth
 
 
-def pixel_flow(pixels, depth, K, centre):
-    """Points (P, 3) of the surface that flat pixels (P,) of a depth (h, w) show, from a centre (3,) in camera
-    axes, and how they move in the picture: d column and d row by a step of `xu.move_pose`, (6, P) each."""
-    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
-    z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
-    x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
-    points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
-    px, py, pz = points.T
-    a, b, c, d = (
-        fx / z,
-        fy / z,
-        -fx * x / z**2,
-        -fy * y / z**2,
-    )  # d / d point = (a, 0, c) and (0, b, d)
-    return (
-        points,
-        np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
-        np.stack([py * d - pz * b, -px * d, px * b, none, b, d]),
-    )
-
-
 def front_facing_triangles(triangles, pose):
     """(F,) bool: whether the corners of each triangle (F, 3, 3) run counter-clockwise seen from the camera.
 
@@ -313,112 +285,3 @@ def sunlit(triangles, points, sun, size=256, bias=0.004):
     depth = cv2.dilate(depth, np.ones((3, 3)))  # a pixel of tolerance on slopes and edges
     column, row = xu.project_pose(points, pose, K).astype(int).clip(0, size - 1).T
     return points @ pose[2, :3] + pose[2, 3] < depth[row, column] + bias
-
-
-def to_light(grey):
-    """Linear light, 0 to 1, of grey levels, as float32 (sRGB, IEC 61966-2-1, but for its straight part)."""
-    return ((np.float32(grey) + np.float32(14)) / np.float32(269)) ** np.float32(2.4)
-
-
-def to_grey(light):
-    """The inverse of `to_light`, for light (h, w, 3) float32."""
-    return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
-
-
-def grey_slope(light):
-    """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
-    brightness = light @ np.full(3, 1 / 3, np.float32)
-    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(
-        1 / 2.4 - 1
-    )
-
-
-def edge_agreement(seen, drawn, cover):
-    """How much of a drawing's edges (h, w, 3) a frame (h, w, 3) has too, however strong they are there: the
-    mean cosine between their directions, 0 to 1, about what the drawing covers (h, w).
-
-    Patterns of the paint, shadows and other light add edges to a frame, but take few away.
-    Source: Steger, ISPRS Archives 34(3A), 2002; Hinterstoisser et al., IEEE TPAMI 34(5), 2012.
-    """
-    seen, drawn = _steepest_slopes(seen), _steepest_slopes(drawn)
-    length, strength = np.linalg.norm(drawn, axis=0), np.linalg.norm(seen, axis=0)
-    weight = np.minimum(length, STRONG_EDGE) * (cv2.dilate(cover, np.ones((7, 7))) > 0.01)
-    cosine = np.abs((drawn * seen).sum(0)) / (length * strength + 1e-3)
-    return float((weight * cosine * (strength > MIN_EDGE)).sum() / (weight.sum() + 1e-3))
-
-
-def _steepest_slopes(image):
-    """(2, h, w) slopes to the right and down, of each pixel's steepest colour."""
-    smooth = cv2.GaussianBlur(image, (0, 0), 0.7)
-    slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
-    return np.take_along_axis(slopes, np.square(slopes).sum(0).argmax(-1)[None, ..., None], 3)[
-        ..., 0
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """What each pixel shows of a mesh whose colours and light are not known yet; float32."""
-
-    pose: np.ndarray  # (4, 4)
-    basis: (
-        np.ndarray
-    )  # (h, w, M + 8): what multiplies the colours of the materials and the light's harmonics
-    cover: np.ndarray  # (h, w) share of the pixel
-    depth: (
-        np.ndarray
-    )  # (h, w) model units, of the nearest surface in the pixel; inf where there is none
-
-
-class UnpaintedMesh:
-    """Draws a mesh as it looks in linear light, as a sum whose coefficients are its colours and the light.
-
-    Each surface shows its material's colour under even light, plus light that varies smoothly with its
-    direction, times its brightness where the paint is the true one; other parts keep some of both away.
-
-    Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
-    """
-
-    HARMONICS = 8  # of degree 1 and 2
-
-    def __init__(self, mesh):
-        area, openness = visibility(mesh.triangles)
-        shown = area.any(1)
-        self.area, self.triangles = area[shown], np.float32(mesh.triangles[shown])
-        self.normals = _normals(self.triangles)
-        self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
-        self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
-        materials = np.eye(len(mesh.names))[
-            np.tile(mesh.face_materials[shown], 2)
-        ]  # fronts, then backs
-        brightness = to_light(255 * mesh.colours.mean(1))[materials.argmax(1), None]
-        x, y, z = np.concatenate([self.normals, -self.normals]).T
-        harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
-        tables = np.stack([np.hstack([materials, harmonics * light]) for light in (1, brightness)])
-        tables *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
-        tables = np.pad(tables, ((0, 0), (0, 0), (0, 1)), constant_values=1)
-        self.tables = np.float32(
-            np.pad(tables, ((0, 0), (0, 1), (0, 0)))
-        )  # in any paint, in the true one
-
-    def draw(self, pose, K, width, height, blur, true_paint=True):
-        """The `Drawing` at a pose (4, 4) through K (3, 3) and a Gaussian filter of so many pixels."""
-        table = self.tables[int(true_paint)]
-        s, rotation, translation = SUPERSAMPLING, np.float32(pose[:3, :3]), np.float32(pose[:3, 3])
-        back = self.normals @ (-rotation.T @ translation) < self.offsets
-        scale = s * K[0, 0] / translation[2]  # samples for one model unit
-        chosen = np.flatnonzero(
-            np.where(back, self.area[:, 1], self.area[:, 0]) * scale**2 > MIN_DETAIL
-        )
-        corners = self.triangles[chosen].reshape(-1, 3) @ rotation.T + translation
-        rows = chosen + len(self.triangles) * back[chosen]
-        corners, large = corners.reshape(-1, 3, 3), K * [[s], [s], [1]]
-        shown, depth = draw_triangles(corners, rows[:, None], large, s * width, s * height)
-        samples = [(slice(i, None, s), slice(j, None, s)) for i in range(s) for j in range(s)]
-        rows = [shown[sample][..., 0].astype(np.int32).ravel() for sample in samples]
-        covered = np.flatnonzero(np.max(rows, axis=0) >= 0)
-        basis = np.zeros((height * width, table.shape[1]), np.float32)
-        basis[covered] = sum(table[row[covered]] for row in rows) / np.float32(s * s)
-        basis = cv2.GaussianBlur(basis.reshape(height, width, -1), (0, 0), max(blur, 0.01))
-        depth = np.minimum.reduce([depth[sample] for sample in samples])
-        return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth)

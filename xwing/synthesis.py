@@ -17,8 +17,8 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
+from xwing import appearance, scenery
 from xwing import mesh as meshes
-from xwing import scenery
 
 SUPERSAMPLING = 2  # samples per pixel and direction
 MIN_DETAIL = 0.1  # samples: triangles that show less wherever they are seen from are not drawn
@@ -74,7 +74,7 @@ def illuminate(triangles, light, openness=1.0):
     normals, views = _unit(np.cross(b - a, c - a)), _unit(-a)
     halfway = _unit(views + light.sun.astype(a.dtype))
     direct = np.clip(normals @ light.sun.astype(a.dtype), 0, None)
-    soft = light.ambient * (1 - meshes.OCCLUSION * (1 - openness)) + np.clip(
+    soft = light.ambient * (1 - appearance.OCCLUSION * (1 - openness)) + np.clip(
         normals @ light.lamp, 0, None
     )
     soft = soft + light.rim * (1 - np.clip(np.einsum("fi,fi->f", normals, views), 0, 1)) ** 3
@@ -99,7 +99,7 @@ def random_paint(materials, rng):
 def random_colours(true, rng, tame=False):
     """Draw the colours (M, 3) of materials, 0 to 1, in linear light: from their true ones to any."""
     count, kind = len(true), 0.0 if tame else rng.random()
-    linear = meshes.to_light(255 * true)
+    linear = appearance.to_light(255 * true)
     if tame:
         return linear * np.exp(rng.normal(0, 0.12, (count, 1)) + rng.normal(0, 0.05, (count, 3)))
     if kind < 0.35:  # the true colours varied
@@ -121,7 +121,7 @@ def random_colours(true, rng, tame=False):
 
 def random_colour(rng):
     """Draw one colour (3,), 0 to 1 in linear light, as often dark as bright."""
-    return meshes.to_light(
+    return appearance.to_light(
         255 * np.clip(rng.uniform(0, 1) + rng.normal(0, rng.uniform(0, 0.4), 3), 0.02, 1)
     )
 
@@ -236,7 +236,9 @@ class Synthesiser(_Ship):
         tame = rng.random() < TAME_SHARE
         pose, K, outline = self._view(size, frame, rng)
         light = random_light(rng, tame)
-        behind = meshes.to_light(np.arange(256))[scenery.random_background(size, size, rng, tame)]
+        behind = appearance.to_light(np.arange(256))[
+            scenery.random_background(size, size, rng, tame)
+        ]
         scene = self._draw(pose, K, size, light, rng, tame)
         image = scenery.expose(behind * (1 - scene[..., 3:]) + scene[..., :3], rng, tame)
         if rng.random() < 0.4:

@@ -10,26 +10,19 @@ network was sure of it, and is then smoothed with what is known from both sides.
 
 import collections
 import dataclasses
-import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
-from scipy.spatial.transform import Rotation
 from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
+from xwing.export import export_track  # noqa: F401  also found here
+from xwing.motion import Motion, smooth
 
 MAX_GAP_SECONDS = 0.5  # without a measurement that are bridged by the prediction
 START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a track may start
-ACCELERATION_DENSITY = (
-    3.0,
-    0.7,
-)  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
-START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
 START_FRAMES = (
     6  # of a new track, after which its velocity is known well enough to go back from its start
 )
@@ -49,7 +42,7 @@ TRACK_DROP_EVIDENCE = (
     3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
 )
 PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
-    # by tests/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights rendered for it
+    # by tools/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights rendered for it
     ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
     ("tracked", False): (-6.85, 0.0, -6.96, 0.0),
     ("predicted", True): (-4.86, 0.0, 0.0, -2.61),
@@ -83,60 +76,14 @@ class TrackedPose:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Motion:
-    """A pose with its velocity, a point of SE(3) and its tangent, and the covariance (12, 12) of both."""
-
-    pose: np.ndarray
-    velocity: np.ndarray
-    covariance: np.ndarray
-
-    @classmethod
-    def standing(cls, pose, covariance):
-        """A motion of unknown velocity."""
-        spread = np.repeat(np.square(START_VELOCITY_STD), 3)
-        whole = np.block([[covariance, np.zeros((6, 6))], [np.zeros((6, 6)), np.diag(spread)]])
-        return cls(pose, np.zeros(6), whole)
-
-    def minus(self, other):
-        """(12,) the step from another motion to this one."""
-        return np.concatenate([xu.pose_step(self.pose, other.pose), self.velocity - other.velocity])
-
-    def plus(self, step, covariance):
-        return _Motion(xu.move_pose(self.pose, step[:6]), self.velocity + step[6:], covariance)
-
-    def after(self, seconds):
-        """The motion a while later or earlier at constant velocity, and its errors' transition (12, 12)."""
-        step, transition = self.velocity * seconds, np.eye(12)
-        transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
-        transition[:6, 6:] = np.eye(6) * seconds
-        t, density = abs(seconds), np.diag(np.repeat(np.square(ACCELERATION_DENSITY), 3))
-        mixed = np.sign(seconds) * t**2 / 2
-        noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
-        covariance = transition @ self.covariance @ transition.T + noise
-        return _Motion(xu.move_pose(self.pose, step), self.velocity, covariance), transition
-
-    def distance(self, pose, covariance):
-        """The squared Mahalanobis distance of a pose with its covariance from this motion."""
-        step = xu.pose_step(pose, self.pose)
-        return float(step @ np.linalg.solve(self.covariance[:6, :6] + covariance, step))
-
-    def updated(self, pose, covariance):
-        """The motion once a pose has been measured."""
-        gain = np.linalg.solve(self.covariance[:6, :6] + covariance, self.covariance[:6]).T
-        kept = np.eye(12) - np.pad(gain, ((0, 0), (0, 6)))
-        spread = kept @ self.covariance @ kept.T + gain @ covariance @ gain.T
-        return self.plus(gain @ xu.pose_step(pose, self.pose), spread)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Step:
     """What one frame did to the filter."""
 
     seconds: float
     estimate: xu.PoseEstimate  # what was measured, accepted or not
-    predicted: _Motion | None
+    predicted: Motion | None
     transition: np.ndarray | None  # (12, 12) from the frame before
-    motion: _Motion | None  # after the measurement
+    motion: Motion | None  # after the measurement
     started: bool  # a new track
     reason: str
     another: np.ndarray | None  # (4, 4) of a second ship
@@ -286,7 +233,7 @@ class Tracker:
                 return None, False, "too far from where it should be"
         if estimate.log_likelihood_margin < START_MARGIN:
             return None, False, "not clear enough to start from"
-        return _Motion.standing(estimate.pose, estimate.covariance), True, ""
+        return Motion.standing(estimate.pose, estimate.covariance), True, ""
 
     def _detect(self, image, predicted=None, prior=True):
         """The network's `PoseEstimate` near a prediction, verified on the pixels if there is an aligner."""
@@ -378,30 +325,6 @@ def _aligned(aligner, image, K, predicted, contrast):
     )
 
 
-def smooth(steps):
-    """A list of `TrackedPose`, each with what is known from before and after it, of a tracker's `steps`.
-
-    Frames predicted after the ship was last seen stay as they are.
-    Source: Rauch, Tung, Striebel, AIAA Journal 3(8), 1965.
-    """
-    steps, smoothed, later = list(steps), [], None
-    for step, following in zip(reversed(steps), [None, *reversed(steps)]):
-        motion = step.motion
-        if motion is not None and later is not None and not following.started:
-            gain = np.linalg.solve(
-                following.predicted.covariance, following.transition @ motion.covariance
-            ).T
-            change = gain @ later.minus(following.predicted)
-            spread = (
-                motion.covariance
-                + gain @ (later.covariance - following.predicted.covariance) @ gain.T
-            )
-            motion = motion.plus(change, spread)
-        later = motion
-        smoothed.append(step.tracked(motion))
-    return smoothed[::-1]
-
-
 def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
     """Track a finished clip, every frame with what is known from both sides.
 
@@ -438,7 +361,7 @@ def _go_back(tracker, recent, estimates):
     """
     start = smooth(list(tracker.steps)[-START_FRAMES:])[0]
     motion = dataclasses.replace(
-        _Motion.standing(start.pose, start.covariance), velocity=start.velocity
+        Motion.standing(start.pose, start.covariance), velocity=start.velocity
     )
     seconds, contrast = start.seconds, start.explained_contrast
     for index, moment, image in list(recent)[-START_FRAMES - 1 :: -1]:
@@ -483,55 +406,3 @@ def summary(track):
     return f"{len(track)} frames: " + ", ".join(
         found + [f"another ship in sight in {more}"] * bool(more)
     )
-
-
-def export_track(path, track, K, width, height):
-    """Write poses to a `.csv` or `.json` file, replaced only when whole.
-
-    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), probability that the
-    pose is right, translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by
-    rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null) where lost. The JSON file
-    holds {"schema": 2, "camera": {K, width, height}, "frames": [...]} with the matrix as four rows.
-    ValueError: another suffix; OSError: no room.
-    """
-    path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"{path}: expected a .csv or .json file")
-    if path.suffix == ".json":
-        camera = {"K": np.asarray(K).tolist(), "width": int(width), "height": int(height)}
-        rows = [
-            {
-                "frame": i,
-                "seconds": round(t.seconds, 6),
-                "status": t.status,
-                "probability": round(t.probability, 4),
-                **_numbers(t.pose),
-                "reason": t.reason,
-            }
-            for i, t in enumerate(track)
-        ]
-        text = json.dumps({"schema": 2, "camera": camera, "frames": rows}, indent=1)
-    else:
-        rows = []
-        for t in track:
-            numbers = [np.ravel(value) for value in _numbers(t.pose).values()]
-            numbers = [None] * 23 if t.pose is None else np.concatenate(numbers)
-            rows.append(
-                [round(t.seconds, 6), t.status, round(t.probability, 4), *numbers, t.reason]
-            )
-        names = [f"t{axis}" for axis in "xyz"] + [f"q{axis}" for axis in "wxyz"]
-        names += [f"m{row}{column}" for row in range(4) for column in range(4)]
-        table = pd.DataFrame(rows, columns=["seconds", "status", "probability", *names, "reason"])
-        text = table.to_csv(index_label="frame")
-    xu.write_files({path: text})
-
-
-def _numbers(pose):
-    if pose is None:
-        return {"translation": None, "quaternion": None, "matrix": None}
-    quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True), 1)
-    return {
-        "translation": pose[:3, 3].tolist(),
-        "quaternion": quaternion.tolist(),
-        "matrix": pose.tolist(),
-    }

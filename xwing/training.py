@@ -179,7 +179,7 @@ class TrainingRun(keras.callbacks.Callback):
         )
 
     def _validate(self):
-        from xwing.evaluation import corner_report
+        from xwing.metrics import corner_report
 
         with single_device_copy(self.model) as model:
             found = xu.predict_keypoints(model, self.images)[0]

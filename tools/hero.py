@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 import xwing_utils as xu
-from xwing import evaluation, film, tracking
+from xwing import evaluation, film, metrics, tracking
 from xwing.alignment import Aligner
 from xwing.footage import Clip, Detector
 from xwing.mesh import load_mesh
@@ -20,7 +20,7 @@ def main():
     corners = np.array([xu.project_pose(xu.BOUNDING_BOX, pose, K) for pose in truth])
     seen = xu.in_frame(corners, clip.width, clip.height).sum(1) >= 4
     poses = [tracked.pose for tracked in track]
-    table = evaluation.compare_tracks(
+    table = metrics.compare_tracks(
         {"1280x720, both sides": poses}, np.array(truth), seen, K, clip.fps
     )
     print(tracking.summary(track), f"of {seen.sum()} that show four corners", sep=", ")

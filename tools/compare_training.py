@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 import xwing_utils as xu
-from xwing.evaluation import corner_report, evaluate_folder, summarise
+from xwing.evaluation import evaluate_folder
 from xwing.mesh import load_mesh
+from xwing.metrics import corner_report, summarise
 from xwing.synthesis import Randomiser
 from xwing.training import publish_weights
 

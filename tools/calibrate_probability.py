@@ -1,4 +1,4 @@
-"""The constants behind `TrackedPose.probability`: `python tests/calibrate_probability.py FOLDER`.
+"""The constants behind `TrackedPose.probability`: `python tools/calibrate_probability.py FOLDER`.
 
 Random flights are rendered into the folder (those that are there are kept), in the clip's look, in the looks
 of the training frames, and repainted. The tracker follows each at frame steps 1 to 4: live, smoothed, without
@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import render  # noqa: E402  before TensorFlow
 
 import xwing_utils as xu  # noqa: E402
-from xwing import evaluation, tracking  # noqa: E402
+from xwing import metrics, motion, tracking  # noqa: E402
 from xwing.alignment import Aligner  # noqa: E402
 from xwing.footage import Detector  # noqa: E402
 from xwing.mesh import load_mesh  # noqa: E402
@@ -122,7 +122,7 @@ def plays(images, truth, K, detector, aligner, rng):
                     tracker.detector = None
             yield f"{name}, {step}", track, true
             if name in ("live", "no pixels"):
-                yield f"{name}, smoothed, {step}", tracking.smooth(tracker.steps), true
+                yield f"{name}, smoothed, {step}", motion.smooth(tracker.steps), true
         for start in range(0, len(shown) - 8, 24):
             tracker, wrong = (
                 tracking.Tracker(K, FPS / step, None, aligner),
@@ -147,7 +147,7 @@ def measure(folder, workers):
         images, truth, K = load_flight(folder, number, workers)
         rng = np.random.default_rng([SEED, number, 3])
         for play, track, true in plays(images, truth, K, detector, aligner, rng):
-            right = evaluation.within([t.pose for t in track], true)
+            right = metrics.within([t.pose for t in track], true)
             for t, pose, hit in zip(track, true, right):
                 if (
                     t.pose is None

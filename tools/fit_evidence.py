@@ -1,9 +1,9 @@
-"""The numbers behind `Aligner.verify`: `python tests/fit_evidence.py [FOLDER ...]`.
+"""The numbers behind `Aligner.verify`: `python tools/fit_evidence.py [FOLDER ...]`.
 
 Single frames are judged once by what the network finds in them, and once more with what it finds in the
 turned frames: squares drawn with the ship, drawn scenes without it, and data/shifted. A logistic model is
 fitted to whether the best pose is right (within RIGHT degrees), given what speaks for it
-(`alignment._evidence`). For each limit on the probability the right and the wrong poses are counted that
+(`verification._evidence`). For each limit on the probability the right and the wrong poses are counted that
 `verify_frames` would accept, in brackets the flipped ones. Other folders in the data format are only
 measured. No frame of data/test or data/looks takes part.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import xwing_utils as xu  # noqa: E402
-from xwing import alignment, evaluation  # noqa: E402
+from xwing import alignment, metrics, verification  # noqa: E402
 from xwing.mesh import load_mesh  # noqa: E402
 from xwing.synthesis import Synthesiser  # noqa: E402
 
@@ -65,14 +65,15 @@ def all_looks(model, images, cameras):
         xu.estimate_pose(points, K, *sureness) for K, points, *sureness in zip(cameras, *found)
     ]
     return [
-        [one, *others] for one, others in zip(first, alignment.turned_looks(model, images, cameras))
+        [one, *others]
+        for one, others in zip(first, verification.turned_looks(model, images, cameras))
     ]
 
 
 def judged(aligner, image, truth, K, looks):
     """What speaks for the best pose and its error, from the first look and from all; None without a pose."""
     cv2.setNumThreads(1)
-    rows, measure = [], alignment._evidence
+    rows, measure = [], verification._evidence
     for others in ((), looks[1:]):
         with mock.patch.object(alignment, "_evidence", side_effect=measure) as watched:
             found = aligner.verify(image, looks[0], K, others)
@@ -101,7 +102,7 @@ def accepted(rows, odds, limit):
     """Right, wrong and flipped poses that would be accepted, as text."""
     errors = []
     for first, all_together in rows:
-        sure = first is not None and expit(odds @ first[0]) >= alignment.SURE_PROBABILITY
+        sure = first is not None and expit(odds @ first[0]) >= verification.SURE_PROBABILITY
         last = first if sure else all_together
         errors += [last[1]] if last is not None and expit(odds @ last[0]) >= limit else []
     errors = np.array(errors)
@@ -143,7 +144,7 @@ def main():
             kind = [pair[k] for pair in pairs if pair[k]]
             right = np.array([one[1] < RIGHT for one in kind])
             score = np.array([odds @ one[0] for one in kind])
-            area = evaluation.roc(score, right)[2] if right.any() else np.nan
+            area = metrics.roc(score, right)[2] if right.any() else np.nan
             print(
                 f"{name}, {looks}: best pose right in {right.sum()} of {len(pairs)}, ROC area {area:.3f}"
             )
