@@ -1,18 +1,25 @@
-"""Track a known X-wing: from frames to heatmaps, from heatmaps to corners, from corners to a 6-DoF pose.
+"""Track a known rigid object: frames to heatmaps, heatmaps to keypoints, keypoints to a 6-DoF pose.
 
     model = load_model("weights/xwing.weights.h5")
     keypoints, confidence = predict_keypoints(model, images)  # (N, 8, 2) pixels, (N, 8)
     pose = solve_pose(keypoints[0], K, confidence[0])         # (4, 4) model -> camera, or None
 
-Read it from top to bottom: the ship, files, camera, heatmaps, batches, network, pose, drawing. What goes
-beyond (the mesh, alignment on the pixels, tracking, footage, films) is in the package `xwing`. Conventions:
+Read it from top to bottom: files, target, camera, heatmaps, batches, network, pose, drawing. The
+package `xwing` holds what goes beyond: meshes, alignment on the pixels, tracking, footage, films.
 
-* Points are (x, y), arrays are [row, column]. Pixel coordinates are continuous: the origin is the top-left
-  *corner* of the frame, so pixel [r, c] has its centre at (c + 0.5, r + 0.5). Only an argmax reads indices.
-* The letters: N frames or points, K keypoints (or the camera matrix), H height, W width. Channels come last.
-* The model frame has x across the wings, -y towards the nose, +z up, in model units (the ship is 0.345 long).
-  A model matrix (model -> world) and the camera files follow OpenGL: the camera looks down -z, y points up.
-  A *pose* is (4, 4), model -> OpenCV camera: x right, y down, z forward. Angles are in degrees.
+Conventions:
+
+* Points are (x, y), arrays are [row, column]. Pixel coordinates are continuous. The origin is the
+  top-left *corner* of the frame, so pixel [r, c] has its centre at (c + 0.5, r + 0.5). Only an
+  argmax reads indices.
+* The letters: N frames or points, K keypoints (or the camera matrix), H height, W width. Channels
+  come last.
+* Lengths are in model units, the units of the target's mesh. Thresholds on lengths are fractions
+  of the target's diameter, so that a mesh in millimetres works like one in metres.
+* The X-wing's model frame has x across the wings, -y towards the nose, +z up; it is 0.345 long.
+* A model matrix (model -> world) and the camera files follow OpenGL: the camera looks down -z,
+  y points up. A *pose* is (4, 4), model -> OpenCV camera: x right, y down, z forward.
+* Angles are in degrees.
 """
 
 import contextlib
@@ -23,9 +30,9 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -33,80 +40,21 @@ import numpy as np
 import psutil
 from PIL import Image, ImageOps
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no greetings
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look for newer versions on the network
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow logs errors only
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks no server for updates
+
 ROOT = Path(__file__).resolve().parent  # of the repository
-
-# ============================================================ the ship
-
-FRAME_SIZE = 256  # pixels, width and height of the frames of a set
-# (8, 3) model units: the corners of the ship's bounding box, the first 8 keypoints. The bits of a corner's
-# number say where it is: 1 left of the pilot, 2 at the tail, 4 on top.
-BOUNDING_BOX = np.array(
-    [(x, y, z) for z in (-0.032, 0.034) for y in (-0.182, 0.163) for x in (-0.156, 0.156)]
-)
-BOX_EDGES = np.array(
-    [(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit]
-)  # (12, 2) corners
-DIAMETER = float(np.linalg.norm(BOUNDING_BOX[7] - BOUNDING_BOX[0]))  # model units
-# (4, 2, 3) model units: each cannon's muzzle and a second point on its line of fire.
-LASERS = np.array([[(x, -0.1, z), (x, -0.3, z)] for z in (-0.01, 0.01) for x in (-0.145, 0.145)])
-# What the corners of a symmetric-looking box are taken for: (8,) permutations, the true one first.
-CORNER_PERMUTATIONS = {
-    name: np.arange(8) ^ bits
-    for name, bits in (
-        ("identity", 0),
-        ("left-right", 1),
-        ("top-bottom", 4),
-        ("both", 5),
-        ("nose-tail", 2),
-    )
-}
-MIRROR = CORNER_PERMUTATIONS["left-right"]  # (8,) what each corner turns into in a mirror image
-
-# Points on the hull: they say which side is seen, and are easier to see than corners in empty space. Visible
-# where the outward normal faces the camera (zero: always). Those at x < 0 come with their mirror images.
-_HULL = [  # name, x, y, z, normal x, y, z
-    ("canopy", 0, 0.000, 0.0330, 0, 0, 1),
-    ("droid", 0, 0.050, 0.0340, 0, 0, 1),
-    ("gear bay", 0, 0.020, -0.0205, 0, 0, -1),
-    ("belly", 0, 0.095, -0.0255, 0, 0, -1),
-    ("nose", 0, -0.182, 0.0000, 0, 0, 0),
-    ("tail", 0, 0.130, 0.0000, 0, 1, 0),
-    ("stripe", -0.0125, -0.100, 0.0000, -1, 0, 0),
-    ("lower wing", -0.090, 0.070, -0.0100, 0, 0, -1),
-    ("upper wing", -0.090, 0.070, 0.0100, 0, 0, 1),
-    ("lower muzzle", -0.149, -0.085, -0.0100, 0, 0, 0),
-    ("upper muzzle", -0.149, -0.085, 0.0100, 0, 0, 0),
-    ("lower cannon", -0.149, 0.110, -0.0100, 0, 0, 0),
-    ("upper cannon", -0.149, 0.110, 0.0100, 0, 0, 0),
-    ("lower intake", -0.042, 0.040, -0.0185, 0, -1, 0),
-    ("upper intake", -0.042, 0.040, 0.0185, 0, -1, 0),
-    ("lower nozzle", -0.042, 0.163, -0.0185, 0, 1, 0),
-    ("upper nozzle", -0.042, 0.163, 0.0185, 0, 1, 0),
-]
-_SIDES = [
-    side
-    for name, x, y, z, nx, ny, nz in _HULL
-    for side in (
-        [(name, x, y, z, nx, ny, nz)]
-        if x == 0
-        else [(f"right {name}", x, y, z, nx, ny, nz), (f"left {name}", -x, y, z, -nx, ny, nz)]
-    )
-]  # the pilot's right
-KEYPOINT_NAMES = [*(f"corner {k}" for k in range(8)), *(point[0] for point in _SIDES)]
-KEYPOINTS = np.concatenate(
-    [BOUNDING_BOX, [point[1:4] for point in _SIDES]]
-)  # (36, 3) for the network
-NORMALS = np.concatenate(
-    [np.zeros((8, 3)), [point[4:] for point in _SIDES]]
-)  # (36, 3) outward, or zero
 
 # ============================================================ files
 
 
-def read_json(path):
-    """The content of a JSON file. FileNotFoundError, or ValueError for what is no JSON, names the file."""
+def read_json(path: str | Path) -> object:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no JSON.
+    """
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
@@ -114,179 +62,696 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def part_files(*paths):
-    """Paths to write to, which replace `paths` together if all goes well; sweeps what killed runs left."""
-    parts = {
-        Path(p): Path(p).with_name(f".{Path(p).name}.{os.getpid()}-{id(paths)}.part") for p in paths
-    }
+def part_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """Yield temporary paths that replace `paths` together at the end.
+
+    An exception inside the block leaves all of `paths` as they were. Leftovers of killed runs are
+    removed first.
+
+    Raises:
+        OSError: there is no room or no permission; the error names the path that was asked for.
+    """
+    suffix = f"{os.getpid()}-{id(paths)}.part"
+    parts = {Path(path): Path(path).with_name(f".{Path(path).name}.{suffix}") for path in paths}
     for path in parts:
-        for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
-            if not psutil.pid_exists(int(old.name.split(".")[-2].split("-")[0])):
-                old.unlink(missing_ok=True)
+        _remove_leftovers(path)
+
     try:
         yield list(parts.values())
         for path, part in parts.items():
             os.replace(part, path)
-    except OSError as error:  # named by the file that was asked for, where it is about that
-        own = error.errno and str(error.filename) in ("None", *map(str, parts.values()))
-        raise (
-            OSError(error.errno, error.strerror, str(next(iter(parts)))) if own else error
-        ) from None
+    except OSError as error:
+        about_a_part = str(error.filename) in ("None", *map(str, parts.values()))
+        if error.errno and about_a_part:
+            raise OSError(error.errno, error.strerror, str(next(iter(parts)))) from None
+        raise
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
 
 
-def write_files(contents):
-    """Write {path: text or bytes}, all whole or none; OSError where there is no room or no permission."""
+def _remove_leftovers(path):
+    """Remove the temporary files of `path` whose processes have ended."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        process = int(old.name.split(".")[-2].split("-")[0])
+        if not psutil.pid_exists(process):
+            old.unlink(missing_ok=True)
+
+
+def write_files(contents: dict[Path, str | bytes]) -> None:
+    """Write {path: text or bytes}, either all of them or none.
+
+    Raises:
+        OSError: there is no room or no permission.
+    """
     with part_files(*contents) as parts:
         for part, content in zip(parts, contents.values()):
             part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def setting(name, default):
-    """A notebook's constant, or the environment variable XWING_<name>, which beats it, as of its type."""
+def setting(name: str, default: object) -> object:
+    """Return a notebook's constant; the environment variable XWING_<name> overrides it.
+
+    Args:
+        name: of the constant.
+        default: what holds where the variable is not set. The value gets its type.
+
+    Raises:
+        ValueError: the variable cannot be read as the default's type, or is not finite.
+    """
     text = os.environ.get(f"XWING_{name}", "")
     if not text:
         return default
+
     try:
         value = type(default)(text)
         if isinstance(value, float) and not np.isfinite(value):
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"XWING_{name}: expected a number such as {default:g}, got {text!r}"
-        ) from None
+        expected = f"expected a number such as {default:g}, got {text!r}"
+        raise ValueError(f"XWING_{name}: {expected}") from None
+
     print(f"{name} = {value!r}, from the environment variable XWING_{name}")
     return value
 
 
-def check_array(value, shape, name):
-    """A float64 array of `shape` (None: any length); the ValueError tells what came instead."""
+def check_array(value: object, shape: Sequence[int | None], name: str) -> np.ndarray:
+    """Return `value` as a float64 array of `shape`, where None stands for any length.
+
+    Raises:
+        ValueError: the value is not numeric or has another shape; the message says what it is.
+    """
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"{name}: expected numbers of shape {shape}, got {str(value)[:80]}"
-        ) from None
-    if array.ndim != len(shape) or any(
-        want not in (None, got) for want, got in zip(shape, array.shape)
-    ):
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}".replace("None", "N"))
+        got = str(value)[:80]
+        raise ValueError(f"{name}: expected numbers of shape {shape}, got {got}") from None
+
+    fits = array.ndim == len(shape)
+    fits = fits and all(want in (None, got) for want, got in zip(shape, array.shape))
+    if not fits:
+        text = f"{name}: expected shape {shape}, got {array.shape}"
+        raise ValueError(text.replace("None", "N"))
     return array
 
 
 def _check_matrix(value, name, rigid=True):
-    """(4, 4) float64 with finite entries, rotation and translation if `rigid`; the ValueError names it."""
+    """Return (4, 4) float64 with finite entries; `rigid` asks for a rotation and a translation."""
     matrix = check_array(value, (4, 4), name)
     if not np.isfinite(matrix).all():
-        raise ValueError(
-            f"{name}: the matrix has NaN or infinite entries; render or remove the frame"
-        )
-    rotation = matrix[:3, :3]
-    error = max(
-        np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max()
-    )
-    if rigid and error > 1e-4:
-        raise ValueError(
-            f"{name}: not a rigid motion (rotation and translation, no scale); got\n{matrix}"
-        )
-    if rigid and np.linalg.det(rotation) < 0:
-        raise ValueError(f"{name}: the matrix mirrors (determinant -1); a pose must be a rotation")
+        fix = "render or remove the frame"
+        raise ValueError(f"{name}: the matrix has NaN or infinite entries; {fix}")
+    if not rigid:
+        return matrix
+
+    _check_isometry(matrix, name)
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        text = "the matrix mirrors (determinant -1); a pose must be a rotation"
+        raise ValueError(f"{name}: {text}")
     return matrix
 
 
-def load_camera(path):
-    """The model-view and projection matrices (4, 4), OpenGL, of a camera file or of the folder with it."""
-    path = Path(path) / "camera_info.json" if Path(path).is_dir() else path
+def _check_isometry(matrix, name):
+    """Raise ValueError unless a matrix (4, 4) keeps all distances."""
+    linear = matrix[:3, :3]
+    skew = np.abs(linear @ linear.T - np.eye(3)).max()
+    last_row = np.abs(matrix[3] - [0, 0, 0, 1]).max()
+    if max(skew, last_row) > 1e-4:
+        text = "not a rigid motion (rotation and translation, no scale)"
+        raise ValueError(f"{name}: {text}; got\n{matrix}")
+
+
+def load_camera(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the camera of a set.
+
+    Args:
+        path: a camera file, or the folder that holds `camera_info.json`.
+
+    Returns:
+        the model-view and the projection matrix, (4, 4) each, OpenGL.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a camera; the message names the file.
+    """
+    if Path(path).is_dir():
+        path = Path(path) / "camera_info.json"
     info = read_json(path)
-    missing = {"model_view_matrix", "projection_matrix"}.difference(
-        info if isinstance(info, dict) else ()
-    )
+    names = {"model_view_matrix", "projection_matrix"}
+    missing = names.difference(info if isinstance(info, dict) else ())
     if missing:
-        raise ValueError(
-            f"{path}: {' and '.join(sorted(missing))} missing; expected a set's camera file"
-        )
-    projection = _check_matrix(info["projection_matrix"], f"{path}, projection_matrix", rigid=False)
-    if (
-        projection[0, 0] <= 0
-        or projection[1, 1] <= 0
-        or not np.allclose(projection[3], [0, 0, -1, 0])
-    ):
-        raise ValueError(
-            f"{path}, projection_matrix: no OpenGL perspective projection; got\n{projection}"
-        )
-    return _check_matrix(info["model_view_matrix"], f"{path}, model_view_matrix"), projection
+        text = f"{' and '.join(sorted(missing))} missing; expected a set's camera file"
+        raise ValueError(f"{path}: {text}")
+
+    name = f"{path}, projection_matrix"
+    projection = _check_matrix(info["projection_matrix"], name, rigid=False)
+    perspective = np.allclose(projection[3], [0, 0, -1, 0])
+    if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not perspective:
+        raise ValueError(f"{name}: no OpenGL perspective projection; got\n{projection}")
+    view = _check_matrix(info["model_view_matrix"], f"{path}, model_view_matrix")
+    return view, projection
 
 
-def list_frames(folder):
-    """The numbered JPEG files of a folder in the order of their numbers; FileNotFoundError if none."""
-    paths = [p for p in Path(folder).glob("*") if re.fullmatch(r"\d+\.jpe?g", p.name.lower())]
+def list_frames(folder: str | Path) -> list[Path]:
+    """List the numbered JPEG files of a folder in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = Path(folder).glob("*")
+    paths = [path for path in files if re.fullmatch(r"\d+\.jpe?g", path.name.lower())]
     if not paths:
-        raise FileNotFoundError(
-            f"{folder}: expected a folder with frames 0.jpg, 1.jpg, ..., found none"
-        )
-    return sorted(paths, key=lambda p: (int(p.stem), p.stem))
+        expected = "expected a folder with frames 0.jpg, 1.jpg, ..., found none"
+        raise FileNotFoundError(f"{folder}: {expected}")
+    return sorted(paths, key=lambda path: (int(path.stem), path.stem))
 
 
-def load_dataset(folder):
-    """The frames of a set, N Path in the order of their numbers, and their model matrices (N, 4, 4)."""
+def load_dataset(folder: str | Path) -> tuple[list[Path], np.ndarray]:
+    """Read a set: its N frames in the order of their numbers, and their model matrices (N, 4, 4).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no frame, a matrix is missing or is not rigid.
+    """
     paths = list_frames(folder)
     files = [path.with_name(f"{path.stem}_mat.json") for path in paths]
-    return paths, np.array([_check_matrix(read_json(file), str(file)) for file in files])
+    matrices = [_check_matrix(read_json(file), str(file)) for file in files]
+    return paths, np.array(matrices)
 
 
-def read_image(path, size=None):
-    """Any kind of picture as (H, W, 3) uint8 RGB, upright; ValueError unless whole and of `size` (W, H)."""
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a picture of any kind as (H, W, 3) uint8 RGB, upright.
+
+    Args:
+        path: of the file.
+        size: (width, height) in pixels that the picture must have; None takes any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, no picture, or of another size.
+    """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, grey
-                image = Image.fromarray(
-                    (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
-                )
-            elif image.has_transparency_data:  # on black
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "black"), image.convert("RGBA")
-                )
-            pixels = np.array(image.convert("RGB"))
+            pixels = _upright_rgb(image)
     except FileNotFoundError:
         raise
-    except Exception as error:  # Pillow has many, struct.error for a damaged EXIF header among them
-        raise ValueError(
-            f"{path}: cannot be read as a picture ({error}); copy or render it again"
-        ) from None
+    except Exception as error:  # Pillow raises many kinds, struct.error for damaged EXIF among them
+        text = f"cannot be read as a picture ({error}); copy or render it again"
+        raise ValueError(f"{path}: {text}") from None
+
     if size is not None and pixels.shape[1::-1] != tuple(size):
+        expected = f"{size[0]}x{size[1]} pixels"
         got = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise ValueError(
-            f"{path}: expected {size[0]}x{size[1]} pixels, got {got}; resize the whole set"
-        )
+        raise ValueError(f"{path}: expected {expected}, got {got}; resize the whole set")
     return pixels
 
+
+def _upright_rgb(image):
+    """Return a Pillow image as (H, W, 3) uint8, turned as its EXIF header says."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, grey
+        grey = (np.asarray(image) / 257).round().clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+# ============================================================ target
+
+SURFACE_POINTS = 28  # keypoints on a target's surface, beside the 8 corners of its box
+BOX_EDGES = np.array(
+    [(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit]
+)  # (12, 2)
+# A box looks symmetric, so corners get confused: (8,) permutations, the true one first.
+CORNER_PERMUTATIONS = {
+    "identity": np.arange(8),
+    "left-right": np.arange(8) ^ 1,
+    "top-bottom": np.arange(8) ^ 4,
+    "both": np.arange(8) ^ 5,
+    "nose-tail": np.arange(8) ^ 2,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A rigid object whose shape is known, and what is known of it.
+
+    `load_target` reads one from a JSON file, or derives it from a mesh. All points are in the
+    mesh's axes and units.
+    """
+
+    name: str
+    mesh: Path  # OBJ, PLY, STL, OFF or GLB
+    unit: float | None  # metres per mesh unit, where known
+    up: np.ndarray  # (3,) for exports and displays
+    box: np.ndarray  # (8, 3) corners of the bounding box, see `box_corners`
+    diameter: float  # the box's diagonal
+    keypoints: np.ndarray  # (K, 3) for the network: the 8 corners, then points of the surface
+    normals: np.ndarray  # (K, 3) outward; zero: the point is visible from all round
+    names: list  # K
+    mirror: np.ndarray | None  # (4, 4) reflection that maps the target onto itself
+    symmetries: (
+        np.ndarray
+    )  # (S, 4, 4) motions after which it looks the same, the identity among them
+    axes: np.ndarray  # (A, 2, 3) a point and a unit direction of each axis of revolution
+    lookalikes: np.ndarray  # (L, 4, 4) motions after which it looks nearly the same: errors
+    flat_axis: np.ndarray | None  # (3,) of a flat target, ambiguous with its mirror image in depth
+    lasers: np.ndarray | None  # (M, 2, 3) muzzles and second points on their lines of fire
+
+    @functools.cached_property
+    def mirror_permutation(self) -> np.ndarray | None:
+        """(K,) what each keypoint turns into in a mirror image; None without a mirror."""
+        return None if self.mirror is None else mirror_permutation(self.keypoints, self.mirror)
+
+
+def box_corners(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the corners (8, 3) of a box between two opposite ones.
+
+    The bits of a corner's number say where it is: bit 1 is set at the high end of x, bit 2 of y,
+    bit 4 of z. On the X-wing these are the pilot's left, the tail and the top.
+    """
+    x, y, z = zip(low, high)
+    return np.array([(a, b, c) for c in z for b in y for a in x], dtype=float)
+
+
+MIRROR_IN_X = np.diag([-1.0, 1.0, 1.0, 1.0])  # (4, 4)
+
+
+def mirror_permutation(points: np.ndarray, mirror: np.ndarray = MIRROR_IN_X) -> np.ndarray:
+    """Return (K,) the index of each model point's mirror image among the points.
+
+    Args:
+        points: (K, 3) model units.
+        mirror: (4, 4) reflection, by default in x.
+
+    Raises:
+        ValueError: a point has no mirror image among them.
+    """
+    points = check_array(points, (None, 3), "points")
+    images = points @ mirror[:3, :3].T + mirror[:3, 3]
+    distance = np.linalg.norm(images[:, None] - points[None], axis=-1)
+    tolerance = 2e-6 * np.linalg.norm(np.ptp(points, axis=0))
+    nearest = distance.min(1)
+    if (nearest > tolerance).any():
+        alone = points[nearest.argmax()]
+        raise ValueError(f"points: {alone} has no mirror image among them; add it")
+    return distance.argmin(1)
+
+
+def load_target(path: str | Path) -> Target:
+    """Read a target from its JSON file, or derive it from a mesh alone. Nothing is written.
+
+    A JSON file holds "mesh", a path relative to its folder, and what is known of the target:
+    "name", "unit" (metres), "up" (3,), "box" (two opposite corners), "keypoints" (a list of
+    {"name", "point", "normal"}), "mirror" (4, 4), "symmetries" and "lookalikes" (lists of (4, 4)),
+    "axes" (pairs of point and direction), "flat_axis" (3,), "lasers" (pairs of points). What is not
+    given is derived: the box is that of the mesh, and the keypoints are spread over the visible
+    surface.
+
+    Args:
+        path: of the JSON file, or of a mesh that trimesh reads.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such mesh.
+        ValueError: a key that is not known, a value that does not fit, or a mesh that cannot be
+            read. The message names the file and the key.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        return _derive_target(path)
+    target = target_from_record(read_json(path), path, path.parent)
+    if not target.mesh.is_file():
+        raise FileNotFoundError(f"{path}: its mesh {target.mesh} is not there; correct 'mesh'")
+    return target
+
+
+def target_from_record(record: object, source: str | Path, folder: str | Path) -> Target:
+    """Make a target from the content of a JSON file, see `load_target`.
+
+    Args:
+        record: what the file holds.
+        source: named in errors.
+        folder: the mesh's path is relative to it.
+
+    Raises:
+        ValueError: as `load_target`.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("mesh"), str):
+        raise ValueError(f"{source}: no target; expected an object with 'mesh', the name of a file")
+    known = {"mesh", *_FIELDS}
+    unknown = sorted(set(record) - known)
+    if unknown:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"{source}: unknown {', '.join(unknown)}; expected some of {names}")
+
+    values = {}
+    for key, read in _FIELDS.items():
+        if record.get(key) is not None:
+            values[key] = read(record[key], f"{source}, {key}")
+
+    mesh = Path(folder) / record["mesh"]
+    if {"box", "keypoints"} <= set(values):
+        base = _plain_target(mesh, values["box"], *values["keypoints"])
+    else:
+        base = _derive_target(
+            mesh, values.get("box"), values.get("mirror"), values.get("keypoints")
+        )
+    values.pop("box", None)
+    values.pop("keypoints", None)
+    target = dataclasses.replace(base, **values)
+    try:
+        _ = target.mirror_permutation
+    except ValueError as error:
+        raise ValueError(
+            f"{source}, mirror: does not map the keypoints on each other; {error}"
+        ) from None
+    return target
+
+
+def target_record(target: Target) -> dict:
+    """Return what `target_from_record` reads, for a JSON file.
+
+    The mesh's path is relative to the repository where it lies inside, else absolute.
+    """
+    mesh = target.mesh.resolve()
+    inside = mesh.is_relative_to(ROOT)
+    keypoints = [
+        {"name": name, "point": point.tolist(), "normal": normal.tolist()}
+        for name, point, normal in zip(target.names, target.keypoints, target.normals)
+    ]
+    record = {
+        "name": target.name,
+        "mesh": mesh.relative_to(ROOT).as_posix() if inside else str(mesh),
+        "unit": target.unit,
+        "up": target.up.tolist(),
+        "box": target.box[[0, 7]].tolist(),
+        "keypoints": keypoints[8:],  # the corners follow from the box
+        "symmetries": target.symmetries.tolist(),
+        "axes": target.axes.tolist(),
+        "lookalikes": target.lookalikes.tolist(),
+    }
+    for key in ("mirror", "flat_axis", "lasers"):
+        value = getattr(target, key)
+        record[key] = None if value is None else value.tolist()
+    return record
+
+
+def check_same_target(first: Target, second: Target, what: str) -> None:
+    """Raise ValueError where two targets have other keypoints.
+
+    Args:
+        first: of which `what` were made, named in the message.
+        second: the one that is asked for.
+        what: e.g. "the weights".
+    """
+    a = first.keypoints
+    b = second.keypoints
+    same = a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-6 * first.diameter)
+    if not same:
+        text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
+        raise ValueError(f"{text}; take those of this target, or train some")
+
+
+def _plain_target(mesh, box, keypoints, normals, names):
+    """A target of which nothing more is known; keypoints without the corners."""
+    return Target(
+        name=Path(mesh).stem,
+        mesh=Path(mesh),
+        unit=None,
+        up=np.array([0.0, 0.0, 1.0]),
+        box=box,
+        diameter=float(np.linalg.norm(box[7] - box[0])),
+        keypoints=np.concatenate([box, keypoints]),
+        normals=np.concatenate([np.zeros((8, 3)), normals]),
+        names=[*(f"corner {k}" for k in range(8)), *names],
+        mirror=None,
+        symmetries=np.eye(4)[None],
+        axes=np.zeros((0, 2, 3)),
+        lookalikes=np.zeros((0, 4, 4)),
+        flat_axis=None,
+        lasers=None,
+    )
+
+
+def _read_name(value, name):
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}: expected a name, got {value!r}")
+    return value
+
+
+def _read_unit(value, name):
+    number = check_array(value, (), name)
+    if not 0 < number < np.inf:
+        raise ValueError(f"{name}: expected metres per mesh unit, a positive number, got {value}")
+    return float(number)
+
+
+def _read_box(value, name):
+    low, high = _read_numbers(value, name, (2, 3))
+    if not (low < high).all():
+        raise ValueError(f"{name}: expected the low and the high corner, got {value}")
+    return box_corners(low, high)
+
+
+def _read_numbers(value, name, shape):
+    array = check_array(value, shape, name)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got {value}")
+    return array
+
+
+def _read_keypoints(value, name):
+    """Return points (K, 3), normals (K, 3) and K names of the keypoints of the surface."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name}: expected a list of keypoints, got {str(value)[:80]}")
+    points, normals, names = [], [], []
+    for i, entry in enumerate(value):
+        if not isinstance(entry, dict) or set(entry) != {"name", "point", "normal"}:
+            expected = "expected an object with 'name', 'point' and 'normal'"
+            raise ValueError(f"{name}, entry {i}: {expected}, got {str(entry)[:80]}")
+        points.append(_read_numbers(entry["point"], f"{name}, entry {i}, point", (3,)))
+        normals.append(_read_numbers(entry["normal"], f"{name}, entry {i}, normal", (3,)))
+        names.append(_read_name(entry["name"], f"{name}, entry {i}, name"))
+    return np.array(points), np.array(normals), names
+
+
+def _read_motions(value, name):
+    motions = _read_numbers(value, name, (None, 4, 4)) if len(value) else np.zeros((0, 4, 4))
+    return np.array([_check_matrix(m, f"{name} {i}") for i, m in enumerate(motions)]).reshape(
+        -1, 4, 4
+    )
+
+
+def _read_mirror(value, name):
+    matrix = _read_numbers(value, name, (4, 4))
+    _check_isometry(matrix, name)
+    if np.linalg.det(matrix[:3, :3]) > 0:
+        raise ValueError(f"{name}: expected a reflection (determinant -1), got a rotation")
+    return matrix
+
+
+def _read_axes(value, name):
+    axes = _read_numbers(value, name, (None, 2, 3)) if len(value) else np.zeros((0, 2, 3))
+    lengths = np.linalg.norm(axes[:, 1], axis=1)
+    if (np.abs(lengths - 1) > 1e-4).any():
+        raise ValueError(f"{name}: expected unit directions, got lengths {lengths}")
+    return axes
+
+
+_FIELDS = {  # key of a target's JSON file -> what checks and converts its value
+    "name": _read_name,
+    "unit": _read_unit,
+    "up": functools.partial(_read_numbers, shape=(3,)),
+    "box": _read_box,
+    "keypoints": _read_keypoints,
+    "mirror": _read_mirror,
+    "symmetries": _read_motions,
+    "axes": _read_axes,
+    "lookalikes": _read_motions,
+    "flat_axis": functools.partial(_read_numbers, shape=(3,)),
+    "lasers": functools.partial(_read_numbers, shape=(None, 2, 3)),
+}
+
+
+def _derive_target(path, box=None, mirror=None, keypoints=None):
+    """The target of a mesh alone; what is given is not derived."""
+    mesh, textured = _read_mesh(path)
+    if box is None:
+        box = box_corners(*mesh.bounds)
+    diameter = float(np.linalg.norm(box[7] - box[0]))
+
+    if keypoints is None:
+        points, normals = _visible_surface(mesh, diameter)
+        if mirror is None and not textured:  # a printed face is not its own mirror image
+            mirror = _find_mirror(points, box, diameter)
+        points, normals = _spread_points(points, normals, mirror, diameter)
+        keypoints = points, normals, [f"surface {i}" for i in range(len(points))]
+    return dataclasses.replace(_plain_target(path, box, *keypoints), mirror=mirror)
+
+
+def _read_mesh(path):
+    """Read all triangles of a mesh file as one `trimesh.Trimesh`; also whether it has a texture."""
+    import trimesh
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mesh; give an OBJ, PLY, STL, OFF or GLB file")
+    try:
+        scene = trimesh.load_scene(path, process=False)
+        materials = [getattr(part.visual, "material", None) for part in scene.geometry.values()]
+        mesh = scene.to_mesh()
+        extent = np.ptp(mesh.vertices[mesh.faces.ravel()], axis=0) if len(mesh.faces) else 0
+        solid = np.all(extent > 0) and np.isfinite(mesh.vertices).all()
+    except Exception as error:  # trimesh raises whatever its parsers stumble over
+        raise ValueError(f"{path}: cannot be read as a mesh ({error}); export it again") from None
+    if not solid:
+        got = f"{len(mesh.faces)} triangles with an extent of {extent}"
+        expected = "expected a solid with finite vertices"
+        raise ValueError(f"{path}: {expected}, got {got}; export it again")
+    mesh.remove_unreferenced_vertices()
+    return mesh, any(getattr(material, "image", None) is not None for material in materials)
+
+
+def _visible_surface(mesh, diameter, count=40_000, views=60, grid=96):
+    """Return points (P, 3) of the surface that show from outside, and their outward normals (P, 3).
+
+    From each of `views` directions a point shows if none lies clearly before it in its cell of a
+    `grid`. A normal is zero where both sides of the surface show.
+    """
+    import trimesh
+
+    points, faces = trimesh.sample.sample_surface(mesh, count, seed=0)
+    normals = mesh.face_normals[faces]
+    front = np.zeros(len(points))
+    back = np.zeros(len(points))
+    for direction in fibonacci_sphere(views):
+        across = np.linalg.svd(direction[None])[2][1:]  # two axes of the picture
+        place = points @ across.T
+        column, row = ((place - place.min(0)) * grid / diameter).astype(int).T
+        cell = row * (column.max() + 1) + column
+        depth = -points @ direction
+        nearest = np.full(cell.max() + 1, np.inf)
+        np.minimum.at(nearest, cell, depth)
+        shown = depth < nearest[cell] + 1.5 * diameter / grid
+        slant = normals @ direction
+        front += shown & (slant > 0.3)  # a steeper surface spans too much depth in a cell
+        back += shown & (slant < -0.3)
+
+    visible = front + back > 0
+    side = np.sign(front - back)
+    side[np.minimum(front, back) > 0.3 * np.maximum(front, back)] = 0
+    return points[visible], (normals * side[:, None])[visible]
+
+
+def fibonacci_sphere(count: int) -> np.ndarray:
+    """Return (count, 3) unit vectors that are spread evenly over the sphere.
+
+    Source: Gonzalez, Measurement of Areas on a Sphere Using Fibonacci and Latitude-Longitude
+        Lattices, Mathematical Geosciences 42, 2010.
+    """
+    number = np.arange(count)
+    height = 1 - (2 * number + 1) / count
+    radius = np.sqrt(1 - height**2)
+    turn = np.pi * (1 + 5**0.5) * number
+    return np.column_stack([radius * np.cos(turn), radius * np.sin(turn), height])
+
+
+def _find_mirror(points, box, diameter):
+    """Return the reflection (4, 4) along an axis of the box that maps the surface onto itself."""
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(points)
+    centre = box.mean(0)
+    some = points[:: max(1, len(points) // 2000)]
+    for axis in range(3):
+        mirror = np.eye(4)
+        mirror[axis, axis] = -1
+        mirror[axis, 3] = 2 * centre[axis]
+        distance, _ = tree.query(some @ mirror[:3, :3].T + mirror[:3, 3])
+        if np.quantile(distance, 0.99) < 0.02 * diameter:
+            return mirror
+    return None
+
+
+def _spread_points(points, normals, mirror, diameter):
+    """Choose SURFACE_POINTS of points (P, 3) far apart, in pairs where there is a mirror.
+
+    Source: Eldar et al., The Farthest Point Strategy for Progressive Image Sampling, IEEE TIP 6(9),
+        1997.
+    """
+    chosen, outward = [], []
+    distance = np.linalg.norm(
+        points - points.mean(0), axis=1
+    )  # the first: farthest from the middle
+    while len(chosen) < SURFACE_POINTS and len(points):
+        best = distance.argmax()
+        found, normal = [points[best]], [normals[best]]
+        if mirror is not None:
+            image = mirror[:3, :3] @ points[best] + mirror[:3, 3]
+            if np.linalg.norm(image - points[best]) < 0.02 * diameter:
+                found = [(image + points[best]) / 2]  # on the plane: its own mirror image
+                normal = [(normal[0] + mirror[:3, :3] @ normal[0]) / 2]
+            elif len(chosen) + 2 <= SURFACE_POINTS:
+                found.append(image)
+                normal.append(mirror[:3, :3] @ normals[best])
+            else:  # there is room for one more only
+                distance[best] = -1
+                if (distance < 0).all():
+                    break
+                continue
+        first = not chosen
+        chosen += found
+        outward += normal
+        for point in found:
+            apart = np.linalg.norm(points - point, axis=1)
+            distance = apart if first else np.minimum(distance, apart)
+            first = False
+    return np.array(chosen), np.array(outward)
+
+
+XWING = load_target(ROOT / "data" / "xwing.json")
+BOUNDING_BOX = XWING.box  # (8, 3) model units
+DIAMETER = XWING.diameter  # model units
+KEYPOINTS = XWING.keypoints  # (36, 3) model units
+KEYPOINT_NAMES = XWING.names
+NORMALS = XWING.normals  # (36, 3)
+LASERS = XWING.lasers  # (4, 2, 3) model units
+MIRROR = mirror_permutation(BOUNDING_BOX)  # (8,) what each corner turns into in a mirror image
+FRAME_SIZE = 256  # pixels, width and height of the frames of a set
 
 # ============================================================ camera and projection
 
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL camera -> OpenCV camera, and back
 
 
-def to_homogeneous(points):
-    """(N, 3) points -> (N, 4), with a last column of ones."""
+def to_homogeneous(points: np.ndarray) -> np.ndarray:
+    """Append a column of ones: (N, 3) points -> (N, 4)."""
     points = check_array(points, (None, 3), "points")
     return np.concatenate([points, np.ones((len(points), 1))], axis=1)
 
 
-def project_points(image, points, model_view_matrix, projection_matrix, transformation_mat=None):
+def project_points(
+    image: np.ndarray,
+    points: np.ndarray,
+    model_view_matrix: np.ndarray,
+    projection_matrix: np.ndarray,
+    transformation_mat: np.ndarray | None = None,
+) -> np.ndarray:
     """Project homogeneous model points to continuous pixel coordinates.
 
     Args:
         image: (H, W, ...) array; only its size is used.
         points: (N, 4) homogeneous, model units.
-        model_view_matrix, projection_matrix: (4, 4) world -> OpenGL camera -> clip space.
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        projection_matrix: (4, 4) OpenGL camera -> clip space.
         transformation_mat: (4, 4) model -> world; None is the identity.
+
     Returns:
         (N, 2) float64 (x, y) pixels, origin at the top-left corner of the frame, not clipped.
+
     Raises:
         ValueError: a wrong shape, or a point at or behind the camera.
+
     Source: OpenGL 4.6 core specification, section 13.8; y is turned to point down.
     """
     points = check_array(points, (None, 4), "points")
@@ -295,112 +760,213 @@ def project_points(image, points, model_view_matrix, projection_matrix, transfor
     if transformation_mat is not None:
         matrix = matrix @ check_array(transformation_mat, (4, 4), "transformation_mat")
     if np.ndim(image) < 2:
-        raise ValueError(
-            f"image: expected a frame or np.empty((height, width)), got shape {np.shape(image)}"
-        )
+        expected = "expected a frame or np.empty((height, width))"
+        raise ValueError(f"image: {expected}, got shape {np.shape(image)}")
+
     clip = points @ matrix.T
     behind = ~(clip[:, 3] > 0)
     if behind.any():
-        raise ValueError(
-            f"{behind.sum()} of {len(points)} points lie at or behind the camera (or are NaN)"
-        )
-    return (clip[:, :2] / clip[:, 3:] * [1, -1] + 1) / 2 * np.shape(image)[1::-1]
+        count = f"{behind.sum()} of {len(points)} points"
+        raise ValueError(f"{count} lie at or behind the camera (or are NaN)")
+
+    normalised = clip[:, :2] / clip[:, 3:] * [1, -1]
+    return (normalised + 1) / 2 * np.shape(image)[1::-1]
 
 
-def camera_matrix(projection_matrix, width, height):
-    """The OpenCV intrinsic matrix K, (3, 3) in pixels, of an OpenGL projection to width x height pixels."""
+def camera_matrix(projection_matrix: np.ndarray, width: float, height: float) -> np.ndarray:
+    """Return the OpenCV camera matrix K (3, 3) in pixels of an OpenGL projection.
+
+    Args:
+        projection_matrix: (4, 4) OpenGL.
+        width: of the frames, pixels.
+        height: of the frames, pixels.
+    """
     p = check_array(projection_matrix, (4, 4), "projection_matrix")
+    skew = 0.0 - p[0, 1] * width / 2
     return np.array(
         [
-            [p[0, 0] * width / 2, 0.0 - p[0, 1] * width / 2, (1 - p[0, 2]) * width / 2],
+            [p[0, 0] * width / 2, skew, (1 - p[0, 2]) * width / 2],
             [0, p[1, 1] * height / 2, (1 + p[1, 2]) * height / 2],
             [0, 0, 1],
         ]
     )
 
 
-def lens_camera(width, height, focal=35.0, sensor=36.0, view=None):
-    """K (3, 3) in pixels of a lens: `focal` and `sensor` (longer side) in one unit, or `view` in degrees."""
+def lens_camera(
+    width: float,
+    height: float,
+    focal: float = 35.0,
+    sensor: float = 36.0,
+    view: float | None = None,
+) -> np.ndarray:
+    """Return K (3, 3) in pixels of a lens whose axis meets the middle of the frame.
+
+    Args:
+        width: of the frames, pixels.
+        height: of the frames, pixels.
+        focal: focal length, in the unit of `sensor`.
+        sensor: length of the sensor's longer side, e.g. in millimetres.
+        view: angle of view along the longer side in degrees; overrides focal and sensor.
+
+    Raises:
+        ValueError: a number that is not positive, or a view of 180 degrees or more.
+    """
     given = {"width": width, "height": height, "focal": focal, "sensor": sensor, "view": view}
     for name, value in given.items():
-        if value is not None and not 0 < value < (180 if name == "view" else np.inf):
-            raise ValueError(
-                f"{name}: expected a positive number, a view of less than 180, got {value}"
-            )
-    pixels = max(width, height) * (
-        focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2))
-    )
+        limit = 180 if name == "view" else np.inf
+        if value is not None and not 0 < value < limit:
+            expected = "expected a positive number, a view of less than 180"
+            raise ValueError(f"{name}: {expected}, got {value}")
+
+    ratio = focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2))
+    pixels = max(width, height) * ratio
     return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
 
 
-def check_camera_matrix(K):
-    """K as float64; ValueError unless [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy."""
+def crop_camera(
+    K: np.ndarray, left: float = 0.0, top: float = 0.0, scale: float = 1.0
+) -> np.ndarray:
+    """Return K (3, 3) of a part of the frames that is then scaled.
+
+    Args:
+        K: (3, 3) camera matrix of the whole frame, pixels.
+        left: x of the part's left edge, pixels of the frame; may lie outside it.
+        top: y of the part's top edge, pixels of the frame.
+        scale: pixels of the result for one pixel of the frame.
+    """
+    moved = K - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]])
+    return moved * np.array([[scale], [scale], [1]])
+
+
+def check_camera_matrix(K: np.ndarray) -> np.ndarray:
+    """Return K as float64.
+
+    Raises:
+        ValueError: K is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy.
+    """
     K = check_array(K, (3, 3), "K")
     plain = np.array([[K[0, 0], 0, K[0, 2]], [0, K[1, 1], K[1, 2]], [0, 0, 1]])
-    if not (np.isfinite(K).all() and min(K[0, 0], K[1, 1]) > 0 and np.abs(K - plain).max() < 1e-5):
-        raise ValueError(
-            f"K: expected a camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], got\n{K}"
-        )
+    positive = min(K[0, 0], K[1, 1]) > 0
+    if not (np.isfinite(K).all() and positive and np.abs(K - plain).max() < 1e-5):
+        expected = "expected a camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
+        raise ValueError(f"K: {expected}, got\n{K}")
     return K
 
 
-def pose_in_camera(model_view_matrix, transformation_mat):
-    """The pose (4, 4), model -> OpenCV camera (x right, y down, z forward), of a model matrix."""
+def pose_in_camera(model_view_matrix: np.ndarray, transformation_mat: np.ndarray) -> np.ndarray:
+    """Return the pose (4, 4), model -> OpenCV camera, of a model matrix.
+
+    Args:
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        transformation_mat: (4, 4) model -> world.
+    """
     view = check_array(model_view_matrix, (4, 4), "model_view_matrix")
     return OPENCV @ view @ check_array(transformation_mat, (4, 4), "transformation_mat")
 
 
-def transformation_from_pose(model_view_matrix, pose):
-    """The model matrix (4, 4), model -> world, of a pose; the inverse of `pose_in_camera`."""
+def transformation_from_pose(model_view_matrix: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Return the model matrix (4, 4), model -> world, of a pose: inverts `pose_in_camera`."""
     view = check_array(model_view_matrix, (4, 4), "model_view_matrix")
     return np.linalg.inv(view) @ OPENCV @ check_array(pose, (4, 4), "pose")
 
 
-def project_pose(points, pose, K):
-    """The pixels (N, 2) of model points (N, 3) under a pose (4, 4) and K (3, 3); NaN behind the camera."""
+def project_pose(points: np.ndarray, pose: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Project model points to pixels.
+
+    Args:
+        points: (N, 3) model units.
+        pose: (4, 4) model -> OpenCV camera.
+        K: (3, 3) camera matrix, pixels.
+
+    Returns:
+        (N, 2) pixels; NaN for points at or behind the camera.
+    """
     camera = np.asarray(points, float) @ pose[:3, :3].T + pose[:3, 3]
-    depth = np.where(camera[:, 2:] > 1e-9, camera[:, 2:], np.nan)
+    depth = np.where(camera[:, 2:] > 0, camera[:, 2:], np.nan)
     return (camera / depth) @ K[:2].T
 
 
 def keypoints_of(
-    matrices,
-    model_view_matrix,
-    projection_matrix,
-    width=FRAME_SIZE,
-    height=FRAME_SIZE,
-    points=BOUNDING_BOX,
-):
-    """The pixels (N, K, 2) of model points (K, 3) under model matrices (N, 4, 4). Errors name the matrix."""
-    frame, points, keypoints = np.empty((height, width)), to_homogeneous(points), []
+    matrices: np.ndarray,
+    model_view_matrix: np.ndarray,
+    projection_matrix: np.ndarray,
+    width: int = FRAME_SIZE,
+    height: int = FRAME_SIZE,
+    points: np.ndarray = BOUNDING_BOX,
+) -> np.ndarray:
+    """Project model points under many model matrices.
+
+    Args:
+        matrices: (N, 4, 4) model -> world.
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        projection_matrix: (4, 4) OpenGL camera -> clip space.
+        width: of the frames, pixels.
+        height: of the frames, pixels.
+        points: (K, 3) model units.
+
+    Returns:
+        (N, K, 2) pixels.
+
+    Raises:
+        ValueError: as `project_points`; the message says which matrix.
+    """
+    frame = np.empty((height, width))
+    points = to_homogeneous(points)
+    keypoints = []
     for i, matrix in enumerate(matrices):
         try:
-            keypoints.append(
-                project_points(frame, points, model_view_matrix, projection_matrix, matrix)
-            )
+            found = project_points(frame, points, model_view_matrix, projection_matrix, matrix)
         except ValueError as error:
             raise ValueError(f"matrix {i} of {len(matrices)}: {error}") from None
+        keypoints.append(found)
     return np.array(keypoints).reshape(-1, len(points), 2)
 
 
-def in_frame(keypoints, width=FRAME_SIZE, height=FRAME_SIZE):
-    """(..., K) bool: which of the (..., K, 2) pixel positions lie inside the frame."""
+def in_frame(
+    keypoints: np.ndarray, width: float = FRAME_SIZE, height: float = FRAME_SIZE
+) -> np.ndarray:
+    """Return (..., K) bool: which of the pixel positions (..., K, 2) lie inside the frame."""
     keypoints = np.asarray(keypoints)
     return ((keypoints >= 0) & (keypoints < [width, height])).all(-1)
 
 
-def front_facing(matrices, model_view_matrix, points=KEYPOINTS, normals=NORMALS):
-    """(N, K) bool: which points (K, 3) turn their normals (K, 3) to the camera; a zero normal always does."""
-    poses = np.array([pose_in_camera(model_view_matrix, m) for m in matrices]).reshape(-1, 4, 4)
-    turn, normals = poses[:, :3, :3].swapaxes(1, 2), np.asarray(normals)
-    away = ((points @ turn + poses[:, None, :3, 3]) * (normals @ turn)).sum(-1)
+def front_facing(
+    matrices: np.ndarray,
+    model_view_matrix: np.ndarray,
+    points: np.ndarray | None = None,
+    normals: np.ndarray | None = None,
+    target: Target = XWING,
+) -> np.ndarray:
+    """Tell which points turn their outward normals to the camera; a zero normal always does.
+
+    Args:
+        matrices: (N, 4, 4) model -> world.
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        points: (K, 3) model units; None takes the target's keypoints.
+        normals: (K, 3); None takes those of the target's keypoints.
+        target: whose keypoints are meant.
+
+    Returns:
+        (N, K) bool.
+    """
+    points = target.keypoints if points is None else points
+    normals = np.asarray(target.normals if normals is None else normals)
+    poses = np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices])
+    poses = poses.reshape(-1, 4, 4)
+    turn = poses[:, :3, :3].swapaxes(1, 2)
+    lines_of_sight = points @ turn + poses[:, None, :3, 3]
+    away = (lines_of_sight * (normals @ turn)).sum(-1)
     return (away < 0) | ~normals.any(-1)
 
 
-def rotation_error(estimate, truth):
-    """Angle in degrees between two rotations (3, 3) or poses (4, 4), by the chord: exact for small angles."""
-    chord = np.linalg.norm(np.asarray(estimate)[:3, :3] - np.asarray(truth)[:3, :3])
-    return float(np.degrees(2 * np.arcsin(min(chord / (2 * np.sqrt(2)), 1.0))))
+def rotation_error(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Return the angle in degrees between two rotations (3, 3) or poses (4, 4).
+
+    It follows from the chord, which is exact for small angles too.
+    """
+    difference = np.asarray(estimate)[:3, :3] - np.asarray(truth)[:3, :3]
+    sine = np.linalg.norm(difference) / (2 * np.sqrt(2))
+    return float(np.degrees(2 * np.arcsin(min(sine, 1.0))))
 
 
 # ============================================================ heatmaps
@@ -408,77 +974,104 @@ def rotation_error(estimate, truth):
 SIGMA = 4.0  # pixels of the frame, standard deviation of the heatmaps' Gaussians
 
 
-def gaussian_heatmaps(keypoints, size, sigma=SIGMA):
-    """Draw one Gaussian a keypoint.
+def gaussian_heatmaps(
+    keypoints: np.ndarray, size: int | tuple[int, int], sigma: float = SIGMA
+) -> np.ndarray:
+    """Draw one Gaussian for each keypoint.
 
     Args:
         keypoints: (K, 2) continuous pixels.
         size: int for a square, or (height, width) in pixels.
         sigma: standard deviation in pixels.
+
     Returns:
-        (H, W, K) float32, 1 at the continuous position; a keypoint outside the frame leaves its tail.
+        (H, W, K) float32, 1 at the continuous position. A keypoint outside the frame leaves its
+        tail.
+
     Raises:
         ValueError: a wrong shape, NaN, or a sigma that is not positive.
-    Source: Tompson et al., Joint Training of a Convolutional Network and a Graphical Model, NIPS 2014.
+
+    Source: Tompson et al., Joint Training of a Convolutional Network and a Graphical Model, NIPS
+        2014.
     """
     keypoints = check_array(keypoints, (None, 2), "keypoints")
     if np.isnan(keypoints).any():
         raise ValueError("keypoints: some are NaN; leave them out or put them far outside")
     if not sigma > 0:
         raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
+
     height, width = (size, size) if np.isscalar(size) else size
-    gx = np.exp(-((np.arange(width)[:, None] + 0.5 - keypoints[:, 0]) ** 2) / (2 * sigma**2))
-    gy = np.exp(-((np.arange(height)[:, None] + 0.5 - keypoints[:, 1]) ** 2) / (2 * sigma**2))
+    columns = np.arange(width)[:, None] + 0.5
+    rows = np.arange(height)[:, None] + 0.5
+    gx = np.exp(-((columns - keypoints[:, 0]) ** 2) / (2 * sigma**2))
+    gy = np.exp(-((rows - keypoints[:, 1]) ** 2) / (2 * sigma**2))
     return (gy[:, None] * gx[None]).astype(np.float32)
 
 
-def heatmap2argmax(heatmaps, scale=False):
-    """Read the brightest pixel of each heatmap (..., H, W, K).
+def heatmap2argmax(heatmaps: np.ndarray, scale: bool = False) -> np.ndarray:
+    """Read the brightest pixel of each heatmap.
 
     Args:
+        heatmaps: (..., H, W, K).
         scale: False for pixel indices (x, y); True for 2 * index / size - 1, in [-1, 1).
+
     Returns:
-        (..., K, 2) int64 indices, or float64 with `scale`; ValueError for fewer than three dimensions.
+        (..., K, 2) int64 indices, or float64 with `scale`.
+
+    Raises:
+        ValueError: fewer than three dimensions.
     """
     heatmaps = np.asarray(heatmaps)
     if heatmaps.ndim < 3:
         raise ValueError(f"heatmaps: expected shape (..., H, W, K), got {heatmaps.shape}")
+
     *lead, height, width, count = heatmaps.shape
     flat = heatmaps.reshape(*lead, height * width, count).argmax(-2)
     indices = np.stack([flat % width, flat // width], -1)
     return 2 * indices / [width, height] - 1 if scale else indices
 
 
-def decode_heatmaps(heatmaps, sigma=SIGMA):
-    """Read sub-pixel keypoints from heatmaps: fit a Gaussian about the brightest pixel, also at a border.
+def decode_heatmaps(heatmaps: np.ndarray, sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
+    """Read sub-pixel keypoints from heatmaps.
+
+    A Gaussian is fitted about the brightest pixel of each, also at a border.
 
     Args:
         heatmaps: (..., H, W, K), peaks of 1.
         sigma: standard deviation of the Gaussians in pixels; scales the windows.
+
     Returns:
-        keypoints: (..., K, 2) float64 continuous pixels (x, y); NaN where a heatmap is zero or not finite.
-        confidence: (..., K) float64 in [0, 1]: the share of a Gaussian's mass within 3 sigma of the peak.
-    Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Mag. 28(5), 2011.
+        keypoints (..., K, 2) float64, continuous pixels (x, y), NaN where a heatmap is zero or not
+        finite; and confidence (..., K) float64 in [0, 1], the fraction of a Gaussian's mass that
+        lies within 3 sigma of the peak.
+
+    Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Magazine
+        28(5), 2011.
     """
     heatmaps = np.asarray(heatmaps)
     peaks = heatmap2argmax(heatmaps)
     *lead, height, width, count = heatmaps.shape
     maps = np.moveaxis(heatmaps, -1, -3).reshape(-1, height, width)
+
     window, x, y = _windows(maps, peaks, int(np.ceil(3 * sigma)))
+    middle = window[:, len(x) // 2, len(x) // 2]  # the brightest pixel
+    found = (middle > 0) & (middle < np.inf)
     offset = _gaussian_offset(window, x, y, sigma)
-    found = ((window > 0) & (window < np.inf))[:, len(x) // 2, len(x) // 2]  # the brightest pixel
-    squared = (x - offset[:, :1, None]) ** 2 + (y - offset[:, 1:, None]) ** 2
-    expected = np.where(np.isnan(window), 0, np.exp(-squared / (2 * sigma**2))).sum((1, 2))
-    mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(
-        expected, 0.1 * 2 * np.pi * sigma**2
-    )
     keypoints = np.where(found[:, None], peaks.reshape(-1, 2) + 0.5 + offset, np.nan)
+
+    squared = (x - offset[:, :1, None]) ** 2 + (y - offset[:, 1:, None]) ** 2
+    gaussian = np.where(np.isnan(window), 0, np.exp(-squared / (2 * sigma**2)))
+    least = 0.1 * 2 * np.pi * sigma**2  # of a Gaussian that lies outside for the most part
+    mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(gaussian.sum((1, 2)), least)
     confidence = np.where(found, np.clip(mass, 0, 1), 0.0)
     return keypoints.reshape(*lead, count, 2), confidence.reshape(*lead, count)
 
 
 def _windows(maps, peaks, radius):
-    """(M, 2r+1, 2r+1) squares about one pixel of each map, NaN outside it; and their x and y offsets."""
+    """Cut a square about one pixel of each of M maps.
+
+    Returns (M, 2r+1, 2r+1) values, NaN outside the map, and the x and y offsets in a square.
+    """
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     positions = peaks.reshape(-1, 1, 1, 2) + np.stack([x, y], -1)
     size = np.array(maps.shape[:0:-1])
@@ -488,61 +1081,80 @@ def _windows(maps, peaks, radius):
 
 
 def _gaussian_offset(window, x, y, sigma):
-    """(M, 2) offsets from the windows' middles to the peaks where log h = a + b x + c y + d (x^2 + y^2)."""
+    """Offsets (M, 2) from the windows' middles to the peaks.
+
+    log h = a + b x + c y + d (x^2 + y^2) is fitted, weighted so that it is the least squares of h.
+    """
     near = np.maximum(abs(x), abs(y)) <= max(1, round(1.5 * sigma))
     usable = near & np.isfinite(window) & (window > 1e-6)
     window = np.where(usable, window, 1).reshape(len(window), x.size).astype(float)
-    weight = window**2 * usable.reshape(window.shape)  # least squares of h, not of its logarithm
-    basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / [
-        1,
-        sigma,
-        sigma,
-        sigma**2,
-    ]
+    weight = window**2 * usable.reshape(window.shape)
+
+    scales = [1, sigma, sigma, sigma**2]
+    basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / scales
     normal = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
     right = (weight * np.log(window)) @ basis
     scale = np.trace(normal, axis1=1, axis2=2)[:, None] + 1e-300
     normal = normal / scale[..., None] + 1e-12 * np.eye(4)
     _, b, c, d = np.linalg.solve(normal, (right / scale)[..., None])[..., 0].T
+
     with np.errstate(divide="ignore", invalid="ignore"):
         offset = np.stack([b, c], -1) / (-2 * d[:, None]) * sigma
     peaked = (d[:, None] < -1e-3) & np.isfinite(offset)
     return np.where(peaked, np.clip(offset, -1.5 * sigma, 1.5 * sigma), 0.0)
 
 
-def keypoint_sigma(heatmaps, keypoints, sigma=SIGMA, reach=10.0):
-    """How uncertain each keypoint is: the width of its heatmap, less the width that a sure answer has.
+def keypoint_sigma(
+    heatmaps: np.ndarray, keypoints: np.ndarray, sigma: float = SIGMA, reach: float = 10.0
+) -> np.ndarray:
+    """Estimate how uncertain each keypoint is from the width of its heatmap.
 
-    A softmax heatmap is the network's belief in every position, widened by the target's Gaussian: from its
-    variance in a window of width `reach`, the window's narrowing and sigma^2 are taken off. Returns (..., K)
-    standard deviations along one axis in pixels of the maps; inf for a keypoint (..., K, 2) that is NaN.
+    A softmax heatmap is the network's belief in every position, convolved with the target's
+    Gaussian. Its variance is measured in a Gaussian window. The narrowing by the window and sigma^2
+    are then taken off.
+
+    Args:
+        heatmaps: (..., H, W, K).
+        keypoints: (..., K, 2) pixels of the maps.
+        sigma: standard deviation of the target's Gaussian, pixels of the maps.
+        reach: standard deviation of the window, pixels of the maps.
+
+    Returns:
+        (..., K) standard deviations along one axis, pixels of the maps; inf for a keypoint that is
+        NaN.
     """
-    heatmaps, keypoints = np.asarray(heatmaps), np.asarray(keypoints)
+    heatmaps = np.asarray(heatmaps)
+    keypoints = np.asarray(keypoints)
     height, width = heatmaps.shape[-3:-1]
     centre = np.nan_to_num(keypoints)[..., None, :, :]
-    x, y = (
-        np.arange(width)[:, None] + 0.5 - centre[..., 0],
-        np.arange(height)[:, None] + 0.5 - centre[..., 1],
-    )
-    wx, wy = (
-        np.exp(-(x**2) / (2 * reach**2)),
-        np.exp(-(y**2) / (2 * reach**2)),
-    )  # (..., W, K), (..., H, K)
-    rows = [
-        np.einsum("...hwk,...wk->...hk", heatmaps, (wx * x**i).astype(heatmaps.dtype))
-        for i in range(3)
-    ]
-    moment = {(i, j): (rows[i] * wy * y**j).sum(-2) for i in range(3) for j in range(3 - i)}
+    x = np.arange(width)[:, None] + 0.5 - centre[..., 0]
+    y = np.arange(height)[:, None] + 0.5 - centre[..., 1]
+    wx = np.exp(-(x**2) / (2 * reach**2))  # (..., W, K)
+    wy = np.exp(-(y**2) / (2 * reach**2))  # (..., H, K)
+
+    rows = []  # sums along x for the powers 0 to 2 of x
+    for i in range(3):
+        weight = (wx * x**i).astype(heatmaps.dtype)
+        rows.append(np.einsum("...hwk,...wk->...hk", heatmaps, weight))
+
+    def moment(i, j):
+        return (rows[i] * wy * y**j).sum(-2)
+
     with np.errstate(divide="ignore", invalid="ignore"):
-        mx, my, mxx, mxy, myy = (
-            moment[ij] / moment[0, 0] for ij in ((1, 0), (0, 1), (2, 0), (1, 1), (0, 2))
-        )
-        xx, xy, yy = mxx - mx**2, mxy - mx * my, myy - my**2
+        mass = moment(0, 0)
+        mean_x = moment(1, 0) / mass
+        mean_y = moment(0, 1) / mass
+        xx = moment(2, 0) / mass - mean_x**2
+        yy = moment(0, 2) / mass - mean_y**2
+        xy = moment(1, 1) / mass - mean_x * mean_y
         half = np.hypot((xx - yy) / 2, xy)
-        axes = (xx + yy) / 2 + np.stack([-half, half])  # variances along the spot's principal axes
-        belief = 1 / np.maximum(1 / np.maximum(axes, 1e-9) - 1 / reach**2, 1e-4) - sigma**2
+        axes = (xx + yy) / 2 + np.stack([-half, half])  # variances along the principal axes
+        widened = 1 / np.maximum(axes, 1e-9) - 1 / reach**2
+        belief = 1 / np.maximum(widened, 1e-4) - sigma**2
+
     spread = np.sqrt(np.maximum(belief, 1e-3).mean(0))
-    return np.where(np.isfinite(keypoints).all(-1) & np.isfinite(spread), spread, np.inf)
+    known = np.isfinite(keypoints).all(-1) & np.isfinite(spread)
+    return np.where(known, spread, np.inf)
 
 
 # ============================================================ frames and batches
@@ -551,35 +1163,50 @@ CROP_MARGIN = 48  # pixels by which a training square may reach beyond its frame
 _FAR = -1e4  # pixels; where a keypoint that does not show is put
 
 
-def mirror_keypoints(keypoints, width, permutation=MIRROR):
-    """Keypoints (..., K, 2+) of the left-right mirrored frame: row k is row permutation[k] mirrored."""
+def mirror_keypoints(
+    keypoints: np.ndarray, width: float, permutation: np.ndarray = MIRROR
+) -> np.ndarray:
+    """Return the keypoints of the left-right mirrored frame.
+
+    Args:
+        keypoints: (..., K, 2+) pixels; what follows x and y is kept.
+        width: of the frame, pixels.
+        permutation: (K,), see `mirror_permutation`.
+
+    Returns:
+        (..., K, 2+): row k is row permutation[k], mirrored.
+    """
     mirrored = np.array(keypoints)[..., permutation, :]
     mirrored[..., 0] = width - mirrored[..., 0]
     return mirrored
 
 
-def mirror_transformation(matrix):
-    """The model matrix (4, 4) of the mirrored frame, for a camera on the z axis that looks along it."""
-    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
-    return flip @ check_array(matrix, (4, 4), "matrix") @ flip
+def mirror_transformation(matrix: np.ndarray, target: Target = XWING) -> np.ndarray:
+    """Return the model matrix (4, 4) of the mirrored frame.
+
+    The camera must lie on the z axis and look along it.
+
+    Args:
+        matrix: (4, 4) model -> world.
+        target: has a mirror.
+    """
+    return MIRROR_IN_X @ check_array(matrix, (4, 4), "matrix") @ target.mirror
 
 
-def mirror_permutation(points):
-    """(K,) the index of each model point's (K, 3) mirror image in x. ValueError if one has none."""
-    points = check_array(points, (None, 3), "points")
-    distance = np.linalg.norm(points[:, None] * [-1, 1, 1] - points[None], axis=-1)
-    if (distance.min(1) > 1e-6).any():
-        raise ValueError(
-            f"points: {points[distance.min(1).argmax()]} has no mirror image among them; add it"
-        )
-    return distance.argmin(1)
+def augmentation(seed: int | None = None, without: Sequence[str] = ()) -> object:
+    """Return the albumentations pipeline.
 
+    The mirror is not part of it, because keypoints must change their names with it.
 
-def augmentation(seed=None, without=()):
-    """The albumentations pipeline but for the steps named in `without`; ValueError for names that are none.
+    Args:
+        seed: of the random numbers.
+        without: names of steps that are left out.
 
-    The mirror is not part of it: identities must be swapped with it.
-    Source: Labbe et al., CosyPose, ECCV 2020 (strong colours); DeVries and Taylor, 2017 (erasing).
+    Raises:
+        ValueError: `without` names a step that does not exist.
+
+    Source: Labbe et al., CosyPose, ECCV 2020 (strong colours); DeVries and Taylor, Improved
+        Regularization of Convolutional Neural Networks with Cutout, 2017 (erasing).
     """
     import albumentations as A
 
@@ -617,166 +1244,262 @@ def augmentation(seed=None, without=()):
         "erasing": A.CoarseDropout((1, 5), (0.04, 0.2), (0.04, 0.2), "random_uniform", p=0.3),
         "compression": A.ImageCompression(quality_range=(40, 98), p=0.3),
     }
-    if unknown := set(without) - set(steps):
-        raise ValueError(
-            f"without: expected some of {', '.join(steps)}, got {', '.join(sorted(unknown))}"
-        )
-    return A.Compose(
-        [step for name, step in steps.items() if name not in without],
-        seed=seed,
-        keypoint_params=A.KeypointParams(format="xy", remove_invisible=False),
-    )
+    unknown = sorted(set(without) - set(steps))
+    if unknown:
+        names = ", ".join(steps)
+        raise ValueError(f"without: expected some of {names}, got {', '.join(unknown)}")
+
+    kept = [step for name, step in steps.items() if name not in without]
+    parameters = A.KeypointParams(format="xy", remove_invisible=False)
+    return A.Compose(kept, seed=seed, keypoint_params=parameters)
 
 
-def augment(image, keypoints, transform):
-    """A frame and its keypoints (K, 2) after an albumentations pipeline, which counts pixels from centres."""
+def augment(
+    image: np.ndarray, keypoints: np.ndarray, transform: object
+) -> tuple[np.ndarray, np.ndarray]:
+    """Send a frame and its keypoints through an albumentations pipeline.
+
+    Args:
+        image: (H, W, 3) uint8.
+        keypoints: (K, 2) continuous pixels; albumentations counts from pixel centres instead.
+        transform: from `augmentation`.
+
+    Returns:
+        the changed image and keypoints.
+    """
     result = transform(image=image, keypoints=np.asarray(keypoints) - 0.5)
-    return result["image"], np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2) + 0.5
+    moved = np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2)
+    return result["image"], moved + 0.5
 
 
-def crop(image, corner, size):
-    """The square of `size` pixels with its top left at `corner` (left, top); black beyond the frame."""
+def crop_image(image: np.ndarray, corner: Sequence[float], size: int) -> np.ndarray:
+    """Cut a square out of a frame; it is black beyond the frame's edge.
+
+    Args:
+        image: (H, W, ...) uint8.
+        corner: (left, top) whole pixels; may lie outside the frame.
+        size: side of the square, pixels.
+    """
     shift = np.array([[1, 0, -corner[0]], [0, 1, -corner[1]]], float)
     return cv2.warpAffine(image, shift, (size, size), flags=cv2.INTER_NEAREST)
 
 
 def make_dataset(
-    paths,
-    matrices,
-    model_view_matrix,
-    projection_matrix,
-    batch_size=16,
-    size=FRAME_SIZE,
-    crop=False,
-    augmented=True,
-    randomise=None,
-    synthesise=None,
-    shares=(0, 0),
-    epoch_size=None,
-    without=(),
-    seed=0,
-    shard=(0, 1),
-    workers=2,
-):
-    """A `keras.utils.PyDataset` that reads or draws, augments and batches frames on `workers` threads.
+    paths: Sequence[Path],
+    matrices: np.ndarray,
+    model_view_matrix: np.ndarray,
+    projection_matrix: np.ndarray,
+    batch_size: int = 16,
+    size: int = FRAME_SIZE,
+    crop: bool = False,
+    augmented: bool = True,
+    randomise: Callable | None = None,
+    synthesise: Callable | None = None,
+    shares: tuple[float, float] = (0, 0),
+    epoch_size: int | None = None,
+    without: Sequence[str] = (),
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 2,
+    target: Target = XWING,
+) -> object:
+    """Make a `keras.utils.PyDataset` that reads or draws frames and augments them.
+
+    It yields images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and
+    visibility, 1 in the frame and facing the camera, else 0. Points that face away are put far
+    outside.
 
     Args:
-        paths, matrices: from `load_dataset`; model_view_matrix, projection_matrix: from `load_camera`.
-        size: width and height in pixels to which frames and keypoints are scaled after the augmentation.
-        crop: cut a square of that size round the ship instead: all the detail at a part of the cost.
-        augmented: shuffle, mirror (identities swapped) and `augmentation`; False leaves the frames alone.
-        randomise: a function (image, pose, K, rng) -> image that changes frames before they are augmented.
-        synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame that wide.
-        shares: how many samples are changed, how many drawn (and not augmented); the rest are plain frames.
-        epoch_size: samples of an epoch, by default as many as frames. without: see `augmentation`.
-        shard: (index, count), to yield only one of so many parts of every batch.
-    Yields:
-        images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and visibility (1 in
-        the frame and facing the camera, else 0). Points that face away are put far outside.
+        paths: N frames, from `load_dataset`.
+        matrices: (N, 4, 4), from `load_dataset`.
+        model_view_matrix: (4, 4), from `load_camera`.
+        projection_matrix: (4, 4), from `load_camera`.
+        batch_size: samples of a batch, over all shards.
+        size: width and height in pixels to which frames and keypoints are scaled after the
+            augmentation.
+        crop: cut a square of that size round the target instead: all the detail at a part of the
+            cost.
+        augmented: shuffle, mirror (where the target has a mirror) and `augmentation`; False leaves
+            the frames alone.
+        randomise: a function (image, pose, K, rng) -> image that changes frames before they are
+            augmented.
+        synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame
+            that is `frame` pixels wide.
+        shares: which fraction of the samples is changed by `randomise`, and which is drawn by
+            `synthesise` (and not augmented). The rest are plain frames.
+        epoch_size: samples of an epoch; by default there are as many as frames.
+        without: steps that are left out, see `augmentation`.
+        seed: of everything that is random.
+        shard: (index, count): this worker takes every count-th sample of each batch.
+        workers: threads that make batches.
+        target: whose keypoints are learnt.
+
     Raises:
-        ValueError: arguments that do not fit.
+        ValueError: arguments that do not fit together.
     """
-    keras, epoch_size = import_keras(), epoch_size or len(paths)
-    if (
-        len(paths) != len(matrices)
-        or epoch_size < 1
-        or not (len(paths) or augmented and shares[1] == 1)
-    ):
-        raise ValueError(
-            f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
-            "matrix a frame (render some: make data), or an epoch_size and all samples drawn"
-        )
-    missing = (shares[0] and not randomise) or (shares[1] and not synthesise)
-    if missing or not (min(shares) >= 0 and sum(shares) < 1 + 1e-9):
-        raise ValueError(
-            f"shares: expected 0 or more, 1 or less together, and their functions; got {shares}"
-        )
+    _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares)
     if size < 1 or (crop and size > FRAME_SIZE):
-        raise ValueError(
-            f"size: expected pixels, at most {FRAME_SIZE} for squares of a frame, got {size}"
-        )
+        expected = f"expected pixels, at most {FRAME_SIZE} for squares of a frame"
+        raise ValueError(f"size: {expected}, got {size}")
     if batch_size < 1 or batch_size % shard[1]:
-        raise ValueError(
-            f"batch_size: expected a multiple of the {shard[1]} workers, got {batch_size}"
-        )
-    dataset = type("XwingDataset", (_Batches, keras.utils.PyDataset), {})(
-        workers=workers, max_queue_size=8
-    )
-    vars(dataset).update(
+        expected = f"expected a multiple of the {shard[1]} workers"
+        raise ValueError(f"batch_size: {expected}, got {batch_size}")
+
+    points = target.keypoints
+    frames = _Frames(
         paths=list(paths),
-        poses=np.array([pose_in_camera(model_view_matrix, m) for m in matrices]),
+        poses=np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices]),
         K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE),
-        permutation=mirror_permutation(KEYPOINTS),
-        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=KEYPOINTS),
-        facing=front_facing(matrices, model_view_matrix),
-        batch_size=batch_size,
+        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
+        facing=front_facing(matrices, model_view_matrix, target=target),
+        target=target,
         size=size,
-        crop=crop,
+        crop=bool(crop),
         augmented=augmented,
         randomise=randomise,
         synthesise=synthesise,
         shares=shares,
-        epoch_size=epoch_size,
         without=without,
-        seed=seed,
-        shard=shard,
-        epoch=0,
-        finished={},
     )
-    return dataset
+    count = epoch_size or len(paths)
+    return _dataset_class()(frames, batch_size, count, seed, shard, workers)
 
 
-class _Batches:
-    """The batches of `make_dataset`: functions of (seed, epoch, index) alone, for workers in any order."""
+def _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares):
+    """Raise ValueError unless there is something to yield samples from."""
+    only_drawn = augmented and shares[1] == 1
+    count = epoch_size or len(paths)
+    if len(paths) != len(matrices) or count < 1 or not (len(paths) or only_drawn):
+        raise ValueError(
+            f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
+            "matrix for each frame (render some: make data), or an epoch_size and all samples drawn"
+        )
 
-    def __len__(self):
-        return -(-self.epoch_size // self.batch_size)
+    without_function = (shares[0] and not randomise) or (shares[1] and not synthesise)
+    if without_function or min(shares) < 0 or sum(shares) > 1 + 1e-9:
+        expected = "expected 0 or more, 1 or less together, and their functions"
+        raise ValueError(f"shares: {expected}; got {shares}")
 
-    def on_epoch_end(self):
-        self.epoch += 1
 
-    def __getitem__(self, index):
-        order, (part, parts) = np.arange(len(self.paths)), self.shard
+@functools.cache
+def _dataset_class():
+    """The class of `make_dataset`, defined when it is first used: importing Keras takes seconds."""
+    import keras
+
+    class FrameDataset(keras.utils.PyDataset):
+        """Batches that are functions of (seed, epoch, index) alone, for workers in any order."""
+
+        def __init__(self, frames, batch_size, epoch_size, seed, shard, workers):
+            super().__init__(workers=workers, max_queue_size=8)
+            self.frames = frames
+            self.batch_size = batch_size
+            self.epoch_size = epoch_size
+            self.seed = seed
+            self.shard = shard
+            self.epoch = 0
+            self.finished = {}  # (epoch, index) -> when the batch was there, for who waits for it
+
+        def __len__(self):
+            return -(-self.epoch_size // self.batch_size)
+
+        def __getitem__(self, index):
+            part, parts = self.shard
+            order = self.frames.order(np.random.default_rng([self.seed, self.epoch]))
+            rng = np.random.default_rng([self.seed, self.epoch, index, part])
+            first = index * self.batch_size
+            batch = np.resize(order, self.epoch_size)[first : first + self.batch_size]
+            samples = self.frames.samples(batch[part::parts], rng)
+            self.finished[self.epoch, index] = time.perf_counter()
+            return samples
+
+        def on_epoch_end(self):
+            self.epoch += 1
+
+    return FrameDataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frames:
+    """The frames of a set, and how samples are made of them; see `make_dataset`."""
+
+    paths: list
+    poses: np.ndarray  # (N, 4, 4)
+    K: np.ndarray  # (3, 3)
+    keypoints: np.ndarray  # (N, K, 2) pixels
+    facing: np.ndarray  # (N, K) bool
+    target: Target
+    size: int
+    crop: bool
+    augmented: bool
+    randomise: Callable | None
+    synthesise: Callable | None
+    shares: tuple
+    without: Sequence[str]
+
+    def order(self, rng):
+        """The numbers of the frames (N,), shuffled if they are augmented."""
+        order = np.arange(len(self.paths))
+        return rng.permutation(order) if self.augmented else order
+
+    def samples(self, chosen, rng):
+        """The samples of chosen frames: images (B, size, size, 3), keypoints (B, K, 3)."""
+        transform = None
         if self.augmented:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        rng = np.random.default_rng([self.seed, self.epoch, index, part])
-        transform = augmentation(int(rng.integers(2**31)), self.without) if self.augmented else None
-        first = index * self.batch_size
-        chosen = np.resize(order, self.epoch_size)[first : first + self.batch_size][part::parts]
-        images, targets = zip(*(self._example(i, rng, transform) for i in chosen))
-        self.finished[self.epoch, index] = time.perf_counter()  # for those who wait for it
-        return np.stack(images), np.stack(targets)
+            transform = augmentation(int(rng.integers(2**31)), self.without)
+        images, keypoints = zip(*(self._sample(i, rng, transform) for i in chosen))
+        return np.stack(images), np.stack(keypoints)
 
-    def _example(self, i, rng, transform):
+    def _sample(self, i, rng, transform):
         """One sample: (size, size, 3) uint8 and (K, 3) float32."""
         lot = rng.random() if self.augmented else 1.0
         if lot < self.shares[1]:
-            image, pose, K = self.synthesise(self.size, rng, FRAME_SIZE if self.crop else self.size)
-            facing = front_facing([pose], OPENCV)[0]
-            return image, self._targets(project_pose(KEYPOINTS, pose, K), facing)
+            return self._drawn(rng)
+
         image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
-        keypoints, facing = self.keypoints[i], self.facing[i]
         if lot < sum(self.shares):
             image = self.randomise(image, self.poses[i], self.K, rng)
-        if self.augmented and rng.random() < 0.5:
-            image, facing = np.ascontiguousarray(image[:, ::-1]), facing[self.permutation]
-            keypoints = mirror_keypoints(keypoints, FRAME_SIZE, self.permutation)
+        keypoints = self.keypoints[i]
+        facing = self.facing[i]
         if self.augmented:
+            image, keypoints, facing = self._mirrored(image, keypoints, facing, rng)
             image, keypoints = augment(image, keypoints, transform)
-        if self.crop:
-            margin = (
-                CROP_MARGIN if rng.random() < 0.5 else 0
-            )  # in the black, where there are points to find
-            middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
-            corner = np.round(middle - self.size / 2).clip(-margin, FRAME_SIZE - self.size + margin)
-            image, keypoints = crop(image, corner, self.size), keypoints - corner
-        elif self.size != FRAME_SIZE:
-            keypoints = keypoints * (self.size / FRAME_SIZE)
-            image = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        return image, self._targets(keypoints, facing)
+        image, keypoints = self._resized(image, keypoints, rng)
+        return image, self._with_visibility(keypoints, facing)
 
-    def _targets(self, keypoints, facing):
-        """(K, 3) float32 of the keypoints (K, 2) of a square and whether they face the camera (K,)."""
+    def _drawn(self, rng):
+        """A sample that is drawn."""
+        frame = FRAME_SIZE if self.crop else self.size
+        image, pose, K = self.synthesise(self.size, rng, frame)
+        facing = front_facing([pose], OPENCV, target=self.target)[0]
+        keypoints = project_pose(self.target.keypoints, pose, K)
+        return image, self._with_visibility(keypoints, facing)
+
+    def _mirrored(self, image, keypoints, facing, rng):
+        """Mirror every second frame of a target that has a mirror."""
+        permutation = self.target.mirror_permutation
+        if rng.random() < 0.5 and permutation is not None:
+            image = np.ascontiguousarray(image[:, ::-1])
+            keypoints = mirror_keypoints(keypoints, FRAME_SIZE, permutation)
+            facing = facing[permutation]
+        return image, keypoints, facing
+
+    def _resized(self, image, keypoints, rng):
+        """A square about the target, or the whole frame scaled."""
+        if self.crop:
+            # The margin beyond the frame is black and still has keypoints to be found.
+            margin = CROP_MARGIN if rng.random() < 0.5 else 0
+            middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
+            corner = np.round(middle - self.size / 2)
+            corner = corner.clip(-margin, FRAME_SIZE - self.size + margin)
+            return crop_image(image, corner, self.size), keypoints - corner
+        if self.size == FRAME_SIZE:
+            return image, keypoints
+        keypoints = keypoints * (self.size / FRAME_SIZE)
+        size = self.size, self.size
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA), keypoints
+
+    def _with_visibility(self, keypoints, facing):
+        """(K, 3) float32 of the keypoints (K, 2) of a square; `facing` (K,) the camera or not."""
         keypoints = np.where(facing[:, None], keypoints, _FAR)
         visible = in_frame(keypoints, self.size, self.size)
         return np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
@@ -788,137 +1511,161 @@ BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_mode
 DECODER_FILTERS = (128, 64, 32, 32, 16)
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _RESTORE = "restore weights/ with git checkout weights"
-
-
-def import_keras():
-    """The Keras module, imported only where it is needed and without what TensorFlow says when it starts."""
-    if "keras" not in sys.modules:
-        console, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 2)
-        try:
-            import keras  # noqa: F401
-        finally:
-            os.dup2(console, 2)
-            os.close(console), os.close(silence)
-    return sys.modules["keras"]
+_MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
 
 
 def _segmentation_models():
-    """The module segmentation_models, for the Keras backend in use."""
-    keras = import_keras()
-    os.environ["SM_FRAMEWORK"] = "tf.keras" if keras.backend.backend() == "tensorflow" else "keras"
-    if (
-        keras.backend.backend() != "tensorflow"
-    ):  # names that Keras 3 moved and the package still asks for
+    """Import segmentation_models for the Keras backend in use."""
+    import keras
+
+    tensorflow = keras.backend.backend() == "tensorflow"
+    os.environ["SM_FRAMEWORK"] = "tf.keras" if tensorflow else "keras"
+    if not tensorflow:  # names that Keras 3 moved and the package still asks for
         keras.utils.generic_utils = keras.utils
         keras.backend.sigmoid = keras.ops.sigmoid
         keras.backend.int_shape = lambda x: tuple(x.shape)
-    with contextlib.redirect_stdout(None):  # it says which framework it uses
+    with contextlib.redirect_stdout(None):  # it prints which framework it uses
         import segmentation_models
 
     return segmentation_models
 
 
 class HeatmapLoss:
-    """A Keras loss that draws the Gaussian heatmaps of a batch from its keypoints, on the device.
+    """A Keras loss that draws a batch's Gaussian heatmaps from its keypoints, on the device.
+
+    It is called with y_true (B, K, 3) keypoints (see `make_dataset`) and y_pred (B, H, W, K), and
+    returns (B,).
 
     Args:
         sigma: standard deviation in pixels of the frames.
-        kind: "softmax", the cross-entropy between the Gaussian as a distribution over the pixels (its part
-            outside the frame is one more class) and the predicted map read as one; "mse", the mean squared
-            error; "weighted", the same with weight 1 + 50 h, so that the few bright pixels count.
+        kind: "softmax", the cross-entropy between the Gaussian as a distribution over the pixels
+            (its part outside the frame is one more class) and the predicted map read as one; "mse",
+            the mean squared error; "weighted", the same with weight 1 + 50 h, so that the few
+            bright pixels count.
         stride: frame pixels for one pixel of the network's maps.
-    Called with y_true (B, K, 3) keypoints (see `make_dataset`) and y_pred (B, H, W, K); returns (B,).
-    Source: Sun et al., ECCV 2018 (softmax); DeTone et al., SuperPoint, CVPRW 2018, 3.2 (absent points).
+
+    Raises:
+        ValueError: another kind.
+
+    Source: Sun et al., Integral Human Pose Regression, ECCV 2018 (softmax); DeTone et al.,
+        SuperPoint, CVPRW 2018, section 3.2 (a class for absent points).
     """
 
-    def __init__(self, sigma=SIGMA, kind="softmax", stride=1):
+    def __init__(self, sigma: float = SIGMA, kind: str = "softmax", stride: int = 1) -> None:
         if kind not in ("softmax", "mse", "weighted"):
             raise ValueError(f"kind: expected 'softmax', 'mse' or 'weighted', got {kind!r}")
-        self.sigma, self.kind, self.stride = float(sigma), kind, stride
+        self.sigma = float(sigma)
+        self.kind = kind
+        self.stride = stride
         self.__name__ = f"heatmap_{kind}"
 
     def __call__(self, y_true, y_pred):
-        ops = import_keras().ops
-        y_true, y_pred = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
-        gx, gy = (
-            self._profile(y_true[..., i], y_pred.shape[2 - i]) for i in (0, 1)
-        )  # (B, W, K), (B, H, K)
+        """Return the loss (B,) of keypoints (B, K, 3) and maps (B, H, W, K)."""
+        from keras import ops
+
+        y_true = ops.cast(y_true, "float32")
+        y_pred = ops.cast(y_pred, "float32")
+        gx = self._profile(y_true[..., 0], y_pred.shape[2])  # (B, W, K)
+        gy = self._profile(y_true[..., 1], y_pred.shape[1])  # (B, H, K)
         if self.kind == "softmax":
             return self._cross_entropy(gx, gy, y_pred)
-        target = gy[:, :, None] * gx[:, None]
-        weight = 1.0 + 50.0 * target if self.kind == "weighted" else 1.0
-        return ops.mean(weight * ops.square(target - y_pred), axis=(1, 2, 3))
+
+        heatmaps = gy[:, :, None] * gx[:, None]
+        weight = 1.0 + 50.0 * heatmaps if self.kind == "weighted" else 1.0
+        return ops.mean(weight * ops.square(heatmaps - y_pred), axis=(1, 2, 3))
 
     def _profile(self, position, length):
-        ops = import_keras().ops
+        from keras import ops
+
         centres = (ops.arange(length, dtype="float32") + 0.5) * self.stride
-        return ops.exp(
-            -ops.square(centres[None, :, None] - position[:, None]) / (2 * self.sigma**2)
-        )
+        squared = ops.square(centres[None, :, None] - position[:, None])
+        return ops.exp(-squared / (2 * self.sigma**2))
 
     def _cross_entropy(self, gx, gy, y_pred):
-        ops, mass = import_keras().ops, 2 * np.pi * (self.sigma / self.stride) ** 2
+        from keras import ops
+
+        mass = 2 * np.pi * (self.sigma / self.stride) ** 2  # of a whole Gaussian
         log_p = ops.log(y_pred + 1e-30) - float(np.log(mass))
         inside = ops.sum(gy * ops.sum(log_p * gx[:, None], axis=2), axis=1) / mass
+
         target_inside = ops.minimum(ops.sum(gx, axis=1) * ops.sum(gy, axis=1) / mass, 1.0)
         absent = 1.0 - ops.sum(y_pred, axis=(1, 2)) / mass
         outside = (1.0 - target_inside) * ops.log(ops.maximum(absent, 0.0) + 1e-6)
         return -ops.mean(inside + outside, axis=-1)
 
 
-def spatial_softmax(logits, sigma):
-    """Logits (B, H, W, K) -> heatmaps: a softmax over a channel's pixels and a class for "not in the frame".
+def spatial_softmax(logits: object, sigma: float) -> object:
+    """Turn logits (B, H, W, K) into heatmaps.
 
-    Scaled by 2 pi sigma^2, so that a softmax that equals a Gaussian of that sigma has a peak of 1.
+    The softmax runs over a channel's pixels and one more class, "not in the frame". It is scaled by
+    2 pi sigma^2, so that a softmax that equals a Gaussian of that sigma has a peak of 1.
+
+    Args:
+        logits: (B, H, W, K) tensor.
+        sigma: standard deviation of the Gaussians, pixels of the maps.
     """
-    ops, (height, width) = import_keras().ops, logits.shape[1:3]
+    from keras import ops
+
+    height, width = logits.shape[1:3]
     logits = ops.cast(logits, "float32")
-    largest = ops.stop_gradient(ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0))
-    weights, absent = ops.exp(logits - largest), height * width * ops.exp(-largest)
-    return weights * (
-        2 * np.pi * sigma**2 / (ops.sum(weights, axis=(1, 2), keepdims=True) + absent)
-    )
+    largest = ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0)
+    largest = ops.stop_gradient(largest)
+    weights = ops.exp(logits - largest)
+    absent = height * width * ops.exp(-largest)
+    total = ops.sum(weights, axis=(1, 2), keepdims=True) + absent
+    return weights * (2 * np.pi * sigma**2 / total)
 
 
 def build_model(
-    backbone=BACKBONE,
-    keypoints=KEYPOINTS.shape[0],
-    sigma=SIGMA,
-    head="softmax",
-    decoder_filters=DECODER_FILTERS,
-    size=FRAME_SIZE,
-    stride=STRIDE,
-):
-    """An untrained U-Net: frames (B, size, size, 3) in [0, 255] -> heatmaps (B, size/stride, ..., keypoints).
+    backbone: str = BACKBONE,
+    keypoints: int | None = None,
+    sigma: float = SIGMA,
+    head: str = "softmax",
+    decoder_filters: Sequence[int] = DECODER_FILTERS,
+    size: int = FRAME_SIZE,
+    stride: int = STRIDE,
+    target: Target = XWING,
+) -> object:
+    """Build an untrained U-Net.
+
+    It takes frames (B, size, size, 3) in [0, 255] to heatmaps (B, size / stride, size / stride,
+    keypoints).
 
     Args:
-        backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18", "mobilenetv2".
-        keypoints: number of output channels, the 8 corners first.
+        backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18",
+            "mobilenetv2".
+        keypoints: number of output channels, the 8 corners first; None for all of the target's.
         sigma: standard deviation of the heatmaps' Gaussians in pixels at this size.
         head: "softmax" for `spatial_softmax`, "linear" for maps trained with a squared error.
+        decoder_filters: of the five stages of the decoder.
         size: width and height in pixels, a multiple of 32; the weights do not depend on it.
-        stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive stage.
+        stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive
+            stage.
+        target: whose keypoints the channels are.
+
     Returns:
-        a keras.Model; its `settings` are these arguments. ValueError for those that do not fit.
+        a keras.Model; `settings` holds these arguments, `target` the target.
+
+    Raises:
+        ValueError: arguments that do not fit.
+
     Source: Ronneberger et al., U-Net, MICCAI 2015.
     """
-    keras, sm = import_keras(), _segmentation_models()
-    known = sm.get_available_backbone_names()
-    if backbone not in known:
-        raise ValueError(f"backbone: expected one of {', '.join(known)}, got {backbone!r}")
-    if head not in ("softmax", "linear"):
-        raise ValueError(f"head: expected 'softmax' or 'linear', got {head!r}")
-    if not (np.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
-    if not all(1 <= count <= 4096 for count in (keypoints, *decoder_filters)):
-        raise ValueError(
-            f"expected 1 to 4096 keypoints and filters, got {keypoints} and {decoder_filters}"
-        )
-    if size < 32 or size % 32 or stride not in (1, 2):
-        raise ValueError(
-            f"expected a multiple of 32 as size and 1 or 2 as stride, got {size} and {stride}"
-        )
+    import keras
+
+    sm = _segmentation_models()
+    keypoints = len(target.keypoints) if keypoints is None else keypoints
+    settings = {
+        "backbone": backbone,
+        "keypoints": keypoints,
+        "sigma": sigma,
+        "head": head,
+        "decoder_filters": list(decoder_filters),
+        "size": size,
+        "stride": stride,
+    }
+    _check_model_settings(settings, sm.get_available_backbone_names())
+
     frames = keras.Input((size, size, 3), name="frames")
     unet = sm.Unet(
         backbone,
@@ -932,118 +1679,192 @@ def build_model(
         features = unet.get_layer("decoder_stage3b_relu").output
         maps = keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features)
         unet = keras.Model(unet.input, maps)
+
     maps = unet(keras.layers.Rescaling(1 / 127.5, -1.0)(frames))
-    maps = (
-        spatial_softmax(maps, sigma / stride)
-        if head == "softmax"
-        else keras.ops.cast(maps, "float32")
-    )
+    if head == "softmax":
+        maps = spatial_softmax(maps, sigma / stride)
+    else:
+        maps = keras.ops.cast(maps, "float32")
     model = keras.Model(frames, maps, name="xwing")
-    model.settings = dict(
-        backbone=backbone,
-        keypoints=keypoints,
-        sigma=sigma,
-        head=head,
-        decoder_filters=list(decoder_filters),
-        size=size,
-        stride=stride,
-    )
+    model.settings = settings
+    model.target = target
     return model
 
 
-def compile_model(model, learning_rate=1e-3, loss=None):
-    """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`; no XLA on CPUs, where it is five times slower."""
-    keras, settings = import_keras(), model.settings
-    kind = "softmax" if settings["head"] == "softmax" else "mse"
-    loss = loss or HeatmapLoss(settings["sigma"], kind, settings["stride"])
-    nmae = functools.update_wrapper(
-        functools.partial(nmae_argmax, stride=settings["stride"]), nmae_argmax
-    )
-    cpu = all("cpu" in device.lower() for device in keras.distribution.list_devices())
-    jit = False if cpu or keras.backend.backend() == "torch" else "auto"
-    model.compile(
-        keras.optimizers.Adam(learning_rate, clipnorm=1.0), loss, metrics=[nmae], jit_compile=jit
-    )
-    return model
+def _check_model_settings(settings, backbones):
+    """Raise ValueError for arguments of `build_model` that do not fit."""
+    backbone, head, sigma = (settings[name] for name in ("backbone", "head", "sigma"))
+    if backbone not in backbones:
+        raise ValueError(f"backbone: expected one of {', '.join(backbones)}, got {backbone!r}")
+    if head not in ("softmax", "linear"):
+        raise ValueError(f"head: expected 'softmax' or 'linear', got {head!r}")
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
+
+    count, filters = settings["keypoints"], settings["decoder_filters"]
+    if not all(1 <= number <= 4096 for number in (count, *filters)):
+        raise ValueError(f"expected 1 to 4096 keypoints and filters, got {count} and {filters}")
+    size, stride = settings["size"], settings["stride"]
+    if size < 32 or size % 32 or stride not in (1, 2):
+        expected = "expected a multiple of 32 as size and 1 or 2 as stride"
+        raise ValueError(f"{expected}, got {size} and {stride}")
 
 
-def nmae_argmax(y_true, y_pred, stride=1):
-    """The original exercise's metric: mean absolute error of the corners' argmax, in units of the frame.
+def compile_model(
+    model: object, learning_rate: float = 1e-3, loss: HeatmapLoss | None = None
+) -> object:
+    """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`.
 
-    Of those in the frame: maps (B, H, W, K) with a peak above 0.5, or keypoints (B, K, 3), see `stride`.
+    XLA is not used on CPUs, where it is five times slower.
+
+    Args:
+        model: from `build_model`.
+        learning_rate: of Adam.
+        loss: None takes the one that suits the model's head.
+
+    Returns:
+        the model.
     """
-    ops = import_keras().ops
-    y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)[..., :8]
+    import keras
+
+    settings = model.settings
+    stride = settings["stride"]
+    if loss is None:
+        kind = "softmax" if settings["head"] == "softmax" else "mse"
+        loss = HeatmapLoss(settings["sigma"], kind, stride)
+    nmae = functools.partial(nmae_argmax, stride=stride)
+    nmae = functools.update_wrapper(nmae, nmae_argmax)
+
+    only_cpu = all("cpu" in device.lower() for device in keras.distribution.list_devices())
+    jit = False if only_cpu or keras.backend.backend() == "torch" else "auto"
+    optimizer = keras.optimizers.Adam(learning_rate, clipnorm=1.0)
+    model.compile(optimizer, loss, metrics=[nmae], jit_compile=jit)
+    return model
+
+
+def nmae_argmax(y_true: object, y_pred: object, stride: int = 1) -> object:
+    """Return the original exercise's metric: the mean absolute error of the corners' argmax.
+
+    It is in units of the frame, over the corners that are in the frame.
+
+    Args:
+        y_true: maps (B, H, W, K), in which a peak above 0.5 is a corner in the frame, or keypoints
+            (B, K, 3), see `make_dataset`.
+        y_pred: maps (B, H, W, K).
+        stride: frame pixels for one pixel of the maps.
+    """
+    from keras import ops
+
+    y_true = ops.convert_to_tensor(y_true)
+    y_pred = ops.convert_to_tensor(y_pred)[..., :8]
     size = ops.convert_to_tensor(np.array(y_pred.shape[2:0:-1], np.float32))
     if len(y_true.shape) == 4:
         y_true = y_true[..., :8]
-        true, present = _argmax(y_true), ops.cast(ops.max(y_true, axis=(1, 2)) > 0.5, "float32")
+        true = _argmax(y_true)
+        present = ops.cast(ops.max(y_true, axis=(1, 2)) > 0.5, "float32")
     else:
         y_true = ops.cast(y_true[:, :8], "float32")
-        true, present = ops.floor(y_true[..., :2] / stride), y_true[..., 2]
+        true = ops.floor(y_true[..., :2] / stride)
+        present = y_true[..., 2]
+
     error = ops.mean(ops.abs(_argmax(y_pred) - true) / size, axis=-1)
     return ops.sum(error * present) / ops.maximum(ops.sum(present), 1.0)
 
 
 def _argmax(maps):
-    """(B, K, 2) float32 pixel indices (x, y) of the largest values; the Keras twin of `heatmap2argmax`."""
-    ops, (height, width, count) = import_keras().ops, maps.shape[1:]
+    """(B, K, 2) float32 pixel indices (x, y); the Keras twin of `heatmap2argmax`."""
+    from keras import ops
+
+    height, width, count = maps.shape[1:]
     flat = ops.argmax(ops.reshape(maps, (-1, height * width, count)), axis=1)
     return ops.cast(ops.stack([flat % width, flat // width], axis=-1), "float32")
 
 
-def weights_files(path):
-    """The two files of weights: NAME.weights.h5, NAME.json."""
+def weights_files(path: str | Path) -> tuple[Path, Path]:
+    """Return the two files of weights: NAME.weights.h5 and NAME.json.
+
+    Raises:
+        ValueError: the name does not end in .weights.h5.
+    """
     path = Path(path)
     if not path.name.endswith(".weights.h5"):
         raise ValueError(f"{path}: expected a file name that ends in .weights.h5")
     return path, path.with_name(path.name.removesuffix(".weights.h5") + ".json")
 
 
-def weights_settings(path):
-    """What `NAME.json` says of `NAME.weights.h5`: a dict, its "model" the arguments of `build_model`."""
+def weights_settings(path: str | Path) -> dict:
+    """Read what `NAME.json` says of `NAME.weights.h5`.
+
+    Returns:
+        a dict; "model" holds the arguments of `build_model`, "target" what `target_from_record`
+        reads.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the files are foreign, damaged, or do not belong together.
+    """
     path, settings_path = weights_files(path)
     for file in (path, settings_path):
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no such file; run notebooks/train.ipynb, or {_RESTORE}"
-            )
+            text = f"no such file; run notebooks/train.ipynb, or {_RESTORE}"
+            raise FileNotFoundError(f"{file}: {text}")
+
     info = read_json(settings_path)
-    known = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
     model = info.get("model") if isinstance(info, dict) else None
-    if not isinstance(model, dict) or set(model) - {"points"} != known:
-        raise ValueError(
-            f"{settings_path}: no model with {', '.join(sorted(known))} in it; {_RESTORE}"
-        )
+    if not isinstance(model, dict) or set(model) - {"points"} != _MODEL_SETTINGS:
+        names = ", ".join(sorted(_MODEL_SETTINGS))
+        raise ValueError(f"{settings_path}: no model with {names} in it; {_RESTORE}")
     if info.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise ValueError(f"{path}: not the weights of {settings_path.name}, or damaged; {_RESTORE}")
-    points = model.pop("points", [])
+        text = f"not the weights of {settings_path.name}, or damaged"
+        raise ValueError(f"{path}: {text}; {_RESTORE}")
+
+    points = model.pop("points", [])  # all that weights older than targets say of theirs
     if not isinstance(points, list) or points != KEYPOINTS[: len(points)].tolist():
-        raise ValueError(
-            f"{path}: trained on other model points than those of KEYPOINTS; train again"
-        )
+        raise ValueError(f"{path}: trained on other model points than the X-wing's; train again")
     return info
 
 
-def load_model(path, size=None):
-    """Rebuild a trained model from `NAME.weights.h5` and `NAME.json`; no pickles, no code in files.
+def weights_target(path: str | Path) -> Target:
+    """Return the target that weights were trained for; Keras is not needed.
 
-    `size` is the width and height in pixels of the frames to build for, by default those of the training.
-    Raises FileNotFoundError, ValueError: files that are missing, foreign, damaged or of two models.
+    Raises:
+        FileNotFoundError, ValueError: as `weights_settings`.
     """
-    import h5py
+    info = weights_settings(path)
+    if "target" not in info:
+        return XWING
+    return target_from_record(info["target"], weights_files(path)[1], ROOT)
 
+
+def load_model(path: str | Path, size: int | None = None, target: Target | None = None) -> object:
+    """Rebuild a trained model from `NAME.weights.h5` and `NAME.json`.
+
+    There are no pickles and no code in these files.
+
+    Args:
+        path: of the weights.
+        size: width and height in pixels of the frames to build for, a multiple of 32; None takes
+            those of the training.
+        target: what the weights must have been trained for; None takes any.
+
+    Returns:
+        a keras.Model; `settings` and `target` say what it was trained for.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the files are foreign, damaged, do not belong together, or are those of another
+            target.
+    """
     settings = weights_settings(path)["model"]
+    own = weights_target(path)
+    if target is not None:
+        check_same_target(own, target, f"{path}: these weights")
     if size and size % 32:
         raise ValueError(f"size: expected a multiple of 32, got {size}")
+
     try:
-        model, shapes = build_model(**{**settings, "size": size or settings["size"]}), []
-        with h5py.File(path) as file:  # shapes before any tensor: a small file can hold a huge one
-            file.visititems(
-                lambda _, item: shapes.append(item.shape) if hasattr(item, "shape") else None
-            )
-        if sorted(shapes) != sorted(tuple(variable.shape) for variable in model.weights):
-            raise ValueError(f"its {len(shapes)} tensors have other shapes than the network's")
+        model = build_model(**{**settings, "size": size or settings["size"], "target": own})
+        _check_shapes(path, model)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", UserWarning
@@ -1051,177 +1872,295 @@ def load_model(path, size=None):
             model.load_weights(path)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise ValueError(
-            f"{path}: not weights of this project's network ({reason}); {_RESTORE}"
-        ) from None
+        text = f"not weights of this project's network ({reason})"
+        raise ValueError(f"{path}: {text}; {_RESTORE}") from None
     model.trained_size = settings["size"]
     return model
 
 
-def predict_heatmaps(model, images, batch_size=16, channels=8):
-    """Heatmaps (N, H/stride, W/stride, channels) float32 of frames (N, H, W, 3) uint8, up to 9 MB a frame."""
-    images, size = np.asarray(images), model.settings["size"]
+def _check_shapes(path, model):
+    """Raise ValueError unless a file holds tensors of the model's shapes.
+
+    No tensor is read for that: a small file can hold a huge one.
+    """
+    import h5py
+
+    shapes = []
+
+    def note_shape(_, item):
+        if hasattr(item, "shape"):
+            shapes.append(item.shape)
+
+    with h5py.File(path) as file:
+        file.visititems(note_shape)
+    if sorted(shapes) != sorted(tuple(variable.shape) for variable in model.weights):
+        raise ValueError(f"its {len(shapes)} tensors have other shapes than the network's")
+
+
+def predict_heatmaps(
+    model: object, images: np.ndarray, batch_size: int = 16, channels: int = 8
+) -> np.ndarray:
+    """Predict heatmaps, averaged with those of the mirrored frames where the target has a mirror.
+
+    Args:
+        model: from `load_model` or `build_model`.
+        images: (N, H, W, 3) uint8 RGB, of the model's size.
+        batch_size: frames that the network sees at a time.
+        channels: how many of its keypoints to return.
+
+    Returns:
+        (N, H / stride, W / stride, channels) float32, up to 9 MB a frame.
+
+    Raises:
+        ValueError: images of another shape or type.
+    """
+    images = np.asarray(images)
+    size = model.settings["size"]
     if images.ndim != 4 or images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-        raise ValueError(
-            f"images: expected (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}"
-        )
-    maps = np.empty(
-        (len(images), *model.output_shape[1:3], min(channels, model.output_shape[3])), np.float32
-    )
+        got = f"{images.shape} {images.dtype}"
+        raise ValueError(f"images: expected (N, {size}, {size}, 3) uint8, got {got}")
+
+    channels = min(channels, model.output_shape[3])
+    permutation = heatmap_permutation(model.target, model.settings["keypoints"])
+    maps = np.empty((len(images), *model.output_shape[1:3], channels), np.float32)
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.resize(part, (batch_size, size, size, 3))  # always the same shape: one graph
-        found = average_mirrored(model.predict_on_batch, batch, model.settings["keypoints"])
+        found = average_mirrored(model.predict_on_batch, batch, permutation)
         maps[start : start + len(part)] = found[: len(part), ..., :channels]
     return maps
 
 
-def average_mirrored(network, images, keypoints):
-    """The geometric mean of the heatmaps that a network sees in images (N, H, W, 3) and in their mirrors."""
-    seen, mirrored = (
-        np.maximum(network(x), 0) for x in (images, np.ascontiguousarray(images[:, :, ::-1]))
-    )
-    return np.sqrt(seen * mirrored[:, :, ::-1][..., mirror_permutation(KEYPOINTS[:keypoints])])
+def heatmap_permutation(target: Target, keypoints: int) -> np.ndarray | None:
+    """Return (keypoints,) what each of a network's maps shows of a mirrored frame.
+
+    Args:
+        target: that the network was trained for.
+        keypoints: number of the network's maps, the first of the target's keypoints.
+
+    Returns:
+        None for a target without a mirror.
+    """
+    if target.mirror is None:
+        return None
+    return mirror_permutation(target.keypoints[:keypoints], target.mirror)
 
 
-def read_keypoints(heatmaps, settings):
-    """Keypoints (N, C, 2) in pixels, confidence and sigma (N, C), see `keypoint_sigma`, of heatmaps."""
-    stride, sigma = settings["stride"], settings["sigma"] / settings["stride"]
+def average_mirrored(
+    network: Callable, images: np.ndarray, permutation: np.ndarray | None
+) -> np.ndarray:
+    """Return the geometric mean of a network's heatmaps in images and in their mirror images.
+
+    Args:
+        network: images (N, H, W, 3) -> maps (N, h, w, K).
+        images: (N, H, W, 3).
+        permutation: (K,), see `heatmap_permutation`; None: only the images themselves count.
+    """
+    seen = np.maximum(network(images), 0)
+    if permutation is None:
+        return seen
+    mirrored = np.maximum(network(np.ascontiguousarray(images[:, :, ::-1])), 0)
+    return np.sqrt(seen * mirrored[:, :, ::-1][..., permutation])
+
+
+def read_keypoints(
+    heatmaps: np.ndarray, settings: dict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read keypoints from a network's heatmaps.
+
+    Args:
+        heatmaps: (N, h, w, C), from `predict_heatmaps`.
+        settings: of the model.
+
+    Returns:
+        keypoints (N, C, 2) in pixels of the frames, confidence (N, C) in [0, 1], and sigma (N, C)
+        in pixels, see `keypoint_sigma`.
+    """
+    stride = settings["stride"]
+    sigma = settings["sigma"] / stride
     keypoints, confidence = decode_heatmaps(heatmaps, sigma)
     spread = keypoint_sigma(heatmaps, keypoints, sigma, 20 / stride) * stride
     return keypoints * stride, confidence, np.maximum(spread, MIN_SIGMA)
 
 
-def predict_keypoints(model, images, batch_size=16, channels=8):
-    """Find the eight corners in frames.
+def predict_keypoints(
+    model: object, images: np.ndarray, batch_size: int = 16, channels: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the corners of the target's box in frames.
 
     Args:
         model: from `load_model` or `build_model`.
-        images: (N, H, W, 3) uint8 RGB, of the model's size; ValueError otherwise.
-        channels: how many of the network's keypoints to return; 36 gives all of `KEYPOINTS`.
+        images: (N, H, W, 3) uint8 RGB, of the model's size.
+        batch_size: frames that the network sees at a time.
+        channels: how many of the network's keypoints to return; the X-wing has 36.
+
     Returns:
         keypoints (N, channels, 2) in pixels and confidence (N, channels) in [0, 1].
+
+    Raises:
+        ValueError: images of another shape or type.
     """
-    starts = range(0, max(len(images), 1), batch_size)
-    maps = (
-        predict_heatmaps(model, images[i : i + batch_size], batch_size, channels) for i in starts
-    )
-    return tuple(
-        map(np.concatenate, zip(*(read_keypoints(part, model.settings)[:2] for part in maps)))
-    )
+    keypoints, confidence = [], []
+    for start in range(0, max(len(images), 1), batch_size):
+        part = images[start : start + batch_size]
+        maps = predict_heatmaps(model, part, batch_size, channels)
+        found, sureness, _ = read_keypoints(maps, model.settings)
+        keypoints.append(found)
+        confidence.append(sureness)
+    return np.concatenate(keypoints), np.concatenate(confidence)
 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE, MIN_SURE_POINTS = (
-    0.2,
-    8,
-)  # where fewer are sure, unsure ones count too, down to a quarter
-MIN_SIGMA = 0.7  # pixels of what the network is shown: it claims no more than that of a keypoint
-INLIER_SIGMAS = (
-    3.0  # a point further than so many standard deviations from its projection is an outlier
-)
-MIN_INLIER_RATIO = 0.7  # share of the points in use that must be inliers
-MAX_REDUCED_CHI = 1.25  # root of chi square per degree of freedom of the inliers
-CAUCHY = 1.5  # standard deviations at which the robust cost begins to forgive
-MIN_MARGIN = 0.15  # a runner-up must fit worse by at least that much, in units of log-likelihood
-PRIOR_WEIGHT = (
-    6.0  # what a turn against the expected pose costs at most, in units of log-likelihood
-)
-HALF_ROLL = np.diag([-1.0, 1.0, -1.0, 1.0])  # (4, 4) half a turn about the ship's long axis
+MIN_CONFIDENCE = 0.2  # from which a keypoint is confident
+MIN_CONFIDENT_POINTS = 8  # where fewer are confident, those down to a quarter of that count too
+MIN_SIGMA = 0.7  # pixels of what the network is shown: floor on the keypoints' sigma
+INLIER_SIGMAS = 3.0  # a point further than that from its projection is an outlier
+MIN_INLIER_RATIO = 0.7  # fraction of the points in use that must be inliers
+MAX_RMS_NORMALISED_ERROR = 1.25  # root of chi square per degree of freedom of the inliers
+CAUCHY = 1.5  # standard deviations, scale of the robust cost
+MIN_MARGIN = 0.15  # log-likelihood by which a runner-up must fit worse
+PRIOR_WEIGHT = 6.0  # log-likelihood that a turn against the expected pose costs at most
+MIN_SURFACE_POINTS = 6  # from which the corners are left out: they are found less precisely
 
 
 @dataclasses.dataclass(frozen=True)
 class PoseEstimate:
     """What is known about the pose in one frame."""
 
-    pose: (
-        np.ndarray | None
-    )  # (4, 4) model -> OpenCV camera; None where not even four points were found
-    covariance: np.ndarray | None = (
-        None  # (6, 6): rotation vector in camera axes (radians), then translation
-    )
+    pose: np.ndarray | None  # (4, 4) model -> OpenCV camera; None: no four points were found
+    covariance: np.ndarray | None = None  # (6, 6) rotation vector in camera axes, then translation
     accepted: bool = False
     reason: str = ""  # why it was not accepted
     reprojection: float = np.nan  # pixels, root mean square over the inliers
-    reduced_chi: float = (
+    rms_normalised_error: float = (
         np.nan
-    )  # root of chi square per degree of freedom: 1 where errors are as expected
+    )  # of the inliers, in sigmas: 1 where errors are as expected
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
-    runner_up: np.ndarray | None = (
-        None  # (4, 4) the best pose that is turned by over 30 degrees against it
-    )
+    runner_up: np.ndarray | None = None  # (4, 4) the best pose turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    explained_contrast: float = (
-        np.nan
-    )  # share of the frame's contrast that the ship explains, once measured
+    explained_contrast: float = np.nan  # fraction of the frame's contrast, once it is measured
     probability: float = np.nan  # of being right, once a single frame is judged on its pixels
 
     @property
-    def rotation_sigma(self):
+    def rotation_sigma(self) -> float:
         """Expected rotation error in degrees: the root of the covariance's rotational trace."""
-        unknown = self.covariance is None
-        return np.inf if unknown else float(np.degrees(np.sqrt(np.trace(self.covariance[:3, :3]))))
+        if self.covariance is None:
+            return np.inf
+        return float(np.degrees(np.sqrt(np.trace(self.covariance[:3, :3]))))
 
 
-def solve_pose(keypoints, K, confidence=None, points=None, sigma=None):
-    """The pose (4, 4), model -> OpenCV camera, of `estimate_pose`, or None where it is not accepted."""
-    estimate = estimate_pose(keypoints, K, confidence, sigma, points)
+def solve_pose(
+    keypoints: np.ndarray,
+    K: np.ndarray,
+    confidence: np.ndarray | None = None,
+    points: np.ndarray | None = None,
+    sigma: np.ndarray | None = None,
+    target: Target = XWING,
+) -> np.ndarray | None:
+    """Return the pose (4, 4) of `estimate_pose`, or None where it is not accepted.
+
+    Args:
+        keypoints: (K, 2) pixels.
+        K: (3, 3) camera matrix, pixels.
+        confidence: (K,) in [0, 1] or None.
+        points: (K, 3) model points or None.
+        sigma: (K,) pixels or None.
+        target: that is seen.
+
+    Raises:
+        ValueError: as `estimate_pose`, which explains the arguments.
+    """
+    estimate = estimate_pose(keypoints, K, confidence, sigma, points, target=target)
     return estimate.pose if estimate.accepted else None
 
 
-def estimate_pose(keypoints, K, confidence=None, sigma=None, points=None, prior=None):
-    """Estimate the ship's pose from its keypoints, and how far to trust it.
+def estimate_pose(
+    keypoints: np.ndarray,
+    K: np.ndarray,
+    confidence: np.ndarray | None = None,
+    sigma: np.ndarray | None = None,
+    points: np.ndarray | None = None,
+    prior: np.ndarray | None = None,
+    target: Target = XWING,
+) -> PoseEstimate:
+    """Estimate a target's pose from its keypoints, and how far to trust it.
 
-    RANSAC with SQPnP proposes a pose; with it compete the ways in which a flat ship is mistaken for it: half
-    a roll, and mirrored in depth. All are refined by a robust cost in which each point has the weight of its
-    precision. Where six points of the hull are found the corners do not count: they are found less precisely.
+    RANSAC with SQPnP proposes a pose. It competes with the poses that it is ambiguous with, see
+    `ambiguous_poses`. All are refined by a robust cost in which each point has the weight of its
+    precision. Where MIN_SURFACE_POINTS of the surface are found, the corners of the box do not
+    count: they are found less precisely.
 
     Args:
-        keypoints: (K, 2) pixels; NaN rows are not used. K: (3, 3) camera matrix, pixels.
-        confidence: (K,) in [0, 1] or None; points below MIN_CONFIDENCE are used where few are above it.
-        sigma: (K,) pixels, each point's standard deviation along x and y; points where it is not finite are
-            not used. None takes what is typical of a corner found with that confidence.
-        points: (K, 3) model points; None takes the first rows of `KEYPOINTS`.
-        prior: (4, 4) or None, the pose expected from the frames before. It does not move poses, but costs
-            those that are turned by 30 degrees or more against it PRIOR_WEIGHT.
+        keypoints: (K, 2) pixels; NaN rows are not used.
+        K: (3, 3) camera matrix, pixels.
+        confidence: (K,) in [0, 1] or None. Points below MIN_CONFIDENCE are used where few are above
+            it.
+        sigma: (K,) pixels, each point's standard deviation along x and y. Points where it is not
+            finite are not used. None takes what is typical of a corner of that confidence.
+        points: (K, 3) model points; None takes the first of the target's keypoints.
+        prior: (4, 4) or None, the pose expected from the frames before. It does not move poses, but
+            costs those that are turned by 30 degrees or more against it PRIOR_WEIGHT.
+        target: that is seen.
+
     Returns:
-        PoseEstimate; not accepted with fewer than 4 sure points (without sigmas all that are used), too few
-        inliers, a fit that is worse than MAX_REDUCED_CHI or a runner-up within MIN_MARGIN.
+        a `PoseEstimate`. It is not accepted with fewer than 4 confident points (without sigmas: of
+        all that are used), with too few inliers, with errors above MAX_RMS_NORMALISED_ERROR or with
+        a runner-up within MIN_MARGIN.
+
     Raises:
         ValueError: a wrong shape, a sigma that is not positive, or a K that is no camera matrix.
-    Source: Terzakis and Lourakis, ECCV 2020 (SQPnP); Schweighofer and Pinz, TPAMI 28(12), 2006 (two poses of
-        a plane); Hartley and Zisserman, Multiple View Geometry, 2004, section 5.2 (covariance).
+
+    Source: Terzakis and Lourakis, A Consistently Fast and Globally Optimal Solution to the
+        Perspective-n-Point Problem, ECCV 2020 (SQPnP); Schweighofer and Pinz, Robust Pose
+        Estimation from a Planar Target, TPAMI 28(12), 2006 (two poses of a plane); Hartley and
+        Zisserman, Multiple View Geometry, 2004, section 5.2 (covariance).
     """
-    keypoints, K = check_array(keypoints, (None, 2), "keypoints"), check_camera_matrix(K)
+    keypoints = check_array(keypoints, (None, 2), "keypoints")
+    K = check_camera_matrix(K)
     count = len(keypoints)
-    points = check_array(KEYPOINTS[:count] if points is None else points, (count, 3), "points")
-    confidence = (
-        np.ones(count) if confidence is None else check_array(confidence, (count,), "confidence")
-    )
-    least = MIN_CONFIDENCE / (4 if sigma is None else 1)  # of a point that is sure
-    if (
-        sigma is None
-    ):  # 1.8 pixels of a 256 px frame for a sure corner, 18 more for one without confidence
-        sigma = (1.8 + 18 * (1 - confidence)) * 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
+    points = target.keypoints[:count] if points is None else points
+    points = check_array(points, (count, 3), "points")
+    confidence = np.ones(count) if confidence is None else confidence
+    confidence = check_array(confidence, (count,), "confidence")
+
+    floor = MIN_CONFIDENCE / 4
+    least = floor if sigma is None else MIN_CONFIDENCE
+    sigma = _typical_sigma(confidence, K) if sigma is None else sigma
     sigma = check_array(sigma, (count,), "sigma")
-    usable = np.isfinite(keypoints).all(1) & np.isfinite(sigma) & (confidence >= MIN_CONFIDENCE / 4)
-    sure = usable & (confidence >= least)
-    usable = sure if sure.sum() >= MIN_SURE_POINTS else usable
+    usable = np.isfinite(keypoints).all(1) & np.isfinite(sigma) & (confidence >= floor)
+    confident = usable & (confidence >= least)
+    if confident.sum() >= MIN_CONFIDENT_POINTS:
+        usable = confident
     if (sigma[usable] <= 0).any():
         raise ValueError(f"sigma: expected positive numbers of pixels, got {sigma[usable].min()}")
-    hull = usable & (np.arange(count) >= 8)
-    for chosen in [hull, usable] if hull.sum() >= 6 else [usable]:
-        found = _Correspondences(
-            points[chosen], keypoints[chosen], sigma[chosen], K, prior
-        ).estimate()
+
+    surface = usable & (np.arange(count) >= 8)
+    choices = [surface, usable] if surface.sum() >= MIN_SURFACE_POINTS else [usable]
+    for chosen in choices:
+        seen = _Correspondences.of(
+            points[chosen], keypoints[chosen], sigma[chosen], K, prior, target
+        )
+        found = seen.estimate()
         if found.accepted:
             break
+
     inliers = np.zeros(count, bool)
     inliers[chosen] = False if found.inliers is None else found.inliers
-    reason = found.reason or f"only {sure.sum()} points are sure"
-    doubt = dict(accepted=False, reason=reason, log_likelihood_margin=0.0) if sure.sum() < 4 else {}
-    return dataclasses.replace(found, inliers=inliers, **doubt)
+    found = dataclasses.replace(found, inliers=inliers)
+    if confident.sum() >= 4:
+        return found
+    reason = found.reason or f"only {confident.sum()} points are confident"
+    return dataclasses.replace(found, accepted=False, reason=reason, log_likelihood_margin=0.0)
+
+
+def _typical_sigma(confidence, K):
+    """Standard deviations (K,) in pixels of corners, measured on frames of 256 pixels.
+
+    It is 1.8 pixels for a confident corner, and 18 more for one without confidence.
+    """
+    scale = 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
+    return (1.8 + 18 * (1 - confidence)) * scale
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -1234,16 +2173,27 @@ class _Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class _Correspondences:
-    """The model points of one frame and where they were found."""
+    """The model points of one frame and where they were found.
 
-    points: np.ndarray  # (K, 3) model
+    Points and poses are in diameters of the target in here, since solvers have absolute tolerances.
+    """
+
+    points: np.ndarray  # (K, 3) model, diameters
     keypoints: np.ndarray  # (K, 2) pixels
     sigma: np.ndarray  # (K,) pixels
     K: np.ndarray
     prior: np.ndarray | None  # (4, 4)
+    target: Target
+
+    @classmethod
+    def of(cls, points, keypoints, sigma, K, prior, target):
+        """Take points and prior in model units."""
+        if prior is not None:
+            prior = scale_pose(prior, 1 / target.diameter)
+        return cls(points / target.diameter, keypoints, sigma, K, prior, target)
 
     def propose(self):
-        """Poses by RANSAC and SQPnP, and what they may be mistaken for; none behind the camera."""
+        """Poses by RANSAC and SQPnP, and what they are ambiguous with; none behind the camera."""
         poses = [] if self.prior is None else [self.prior]
         try:
             found, turn, shift, _ = cv2.solvePnPRansac(
@@ -1259,109 +2209,156 @@ class _Correspondences:
         except cv2.error:  # points that fix no pose
             return poses
         if found and np.isfinite(turn).all() and shift[2] > 0:
-            poses += ambiguous_poses(move_pose(np.eye(4), np.concatenate([turn, shift]).ravel()))
+            pose = move_pose(np.eye(4), np.concatenate([turn, shift]).ravel())
+            poses += ambiguous_poses(pose, self.target, 1 / self.target.diameter)
         return poses
 
     def linearise(self, pose):
-        """Errors (K, 2) and the projection's slopes (2 K, 6) with a step of `move_pose`, in sigmas."""
+        """Errors (K, 2) and the projection's slopes (2 K, 6) with a step, both in sigmas."""
         turned = self.points @ pose[:3, :3].T
         projected, slopes = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], self.K, None)
         errors = (self.keypoints - projected[:, 0]) / self.sigma[:, None]
-        errors[turned[:, 2] + pose[2, 3] < 1e-6] = 1e6  # behind the camera
+        errors[turned[:, 2] + pose[2, 3] < 2e-6] = 1e6  # behind the camera
         return errors, slopes[:, :6] / self.sigma.repeat(2)[:, None]
 
     def refine(self, pose):
-        """The best `_Candidate` of a pose and two Gauss-Newton steps from it, under Cauchy errors."""
+        """The best `_Candidate` of a pose and of two Gauss-Newton steps from it."""
         visited = []
         for remaining in (2, 1, 0):
             errors, slopes = self.linearise(pose)
             squared = np.einsum("ki,ki->k", errors, errors) / CAUCHY**2
-            turn = 0.0 if self.prior is None else min(rotation_error(pose, self.prior) / 30, 1.0)
-            cost = np.log1p(squared).sum() * CAUCHY**2 / 2 + PRIOR_WEIGHT * turn**2
-            visited.append(_Candidate(float(cost), pose))
+            visited.append(_Candidate(self._cost(squared, pose), pose))
             if remaining:
                 weighted = slopes.T / (1 + squared).repeat(2)
-                _, step = cv2.solve(
-                    weighted @ slopes, weighted @ errors.reshape(-1, 1), flags=cv2.DECOMP_SVD
-                )
-                step *= min(
-                    1.0, 0.3 / max(cv2.norm(step[:3]), 1e-12)
-                )  # turns by at most 0.3 radians
+                right = weighted @ errors.reshape(-1, 1)
+                _, step = cv2.solve(weighted @ slopes, right, flags=cv2.DECOMP_SVD)
+                step *= min(1.0, 0.3 / max(cv2.norm(step[:3]), 1e-12))  # at most 0.3 radians
                 pose = move_pose(pose, step.ravel())
         return min(visited)
+
+    def _cost(self, squared, pose):
+        """Negative log-likelihood of squared errors (K,) and of the turn against the prior."""
+        turn = 0.0
+        if self.prior is not None:
+            turn = min(rotation_error(pose, self.prior) / 30, 1.0)
+        return float(np.log1p(squared).sum() * CAUCHY**2 / 2 + PRIOR_WEIGHT * turn**2)
 
     def covariance(self, pose):
         """(6, 6) of a pose from its inliers; None where they do not fix it."""
         errors, slopes = self.linearise(pose)
-        slopes = slopes[((errors**2).sum(1) < INLIER_SIGMAS**2).repeat(2)]
+        inliers = (errors**2).sum(1) < INLIER_SIGMAS**2
+        slopes = slopes[inliers.repeat(2)]
         information = slopes.T @ slopes
         fixed = len(slopes) >= 8 and np.linalg.cond(information) < 1e12
         return np.linalg.inv(information) if fixed else None
 
     def estimate(self):
-        """The `PoseEstimate` from these points; its inliers are theirs."""
-        found = (
-            sorted(self.refine(pose) for pose in self.propose()) if len(self.points) >= 4 else []
-        )
+        """The `PoseEstimate` from these points, in model units; its inliers are theirs."""
+        found = []
+        if len(self.points) >= 4:
+            found = sorted(self.refine(pose) for pose in self.propose())
         if not found:
             return PoseEstimate(None, reason=f"{len(self.points)} points fix no pose; 4 are needed")
-        turned = [other for other in found if rotation_error(other.pose, found[0].pose) > 30]
-        runner_up = next(
-            (other for other in turned if other.pose[2, 3] > 0), _Candidate(np.inf, None)
-        )
-        return self.judge(
-            self.refine(found[0].pose).pose, runner_up.pose, runner_up.cost - found[0].cost
-        )
 
-    def judge(self, pose, runner_up, margin):
+        best = found[0]
+        turned = [other for other in found if rotation_error(other.pose, best.pose) > 30]
+        in_front = [other for other in turned if other.pose[2, 3] > 0]
+        runner_up = in_front[0] if in_front else _Candidate(np.inf, None)
+        margin = runner_up.cost - best.cost
+        return self._judge(self.refine(best.pose).pose, runner_up.pose, margin)
+
+    def _judge(self, pose, runner_up, margin):
         """The `PoseEstimate` that accepts a pose, or says why not."""
-        squared, covariance = (self.linearise(pose)[0] ** 2).sum(1), self.covariance(pose)
+        squared = (self.linearise(pose)[0] ** 2).sum(1)
+        covariance = self.covariance(pose)
         inliers = squared < INLIER_SIGMAS**2
         count = int(inliers.sum())
-        chi = float(np.sqrt(squared[inliers].sum() / max(2 * count - 6, 1)))
-        faults = {
-            f"{count} of {len(squared)} points agree with the pose": covariance is None
-            or count < MIN_INLIER_RATIO * len(squared),
-            "the pose lies behind the camera": (self.points @ pose[2, :3] + pose[2, 3] <= 0).any(),
-            f"the points fit {chi:.1f} times worse than expected": chi > MAX_REDUCED_CHI,
-            "a pose turned by more than 30 degrees fits nearly as well": margin < MIN_MARGIN,
-        }
-        reason = next((fault for fault, found in faults.items() if found), "")
-        reprojection = (
-            float(np.sqrt((squared * self.sigma**2)[inliers].mean())) if count else np.inf
-        )
+        degrees_of_freedom = max(2 * count - 6, 1)
+        error = float(np.sqrt(squared[inliers].sum() / degrees_of_freedom))
+        reprojection = np.inf
+        if count:
+            reprojection = float(np.sqrt((squared * self.sigma**2)[inliers].mean()))
+
+        too_few = count < MIN_INLIER_RATIO * len(squared)
+        behind = (self.points @ pose[2, :3] + pose[2, 3] <= 0).any()
+        reason = ""
+        if covariance is None or too_few:
+            reason = f"{count} of {len(squared)} points agree with the pose"
+        elif behind:
+            reason = "the pose lies behind the camera"
+        elif error > MAX_RMS_NORMALISED_ERROR:
+            reason = f"the points fit {error:.1f} times worse than expected"
+        elif margin < MIN_MARGIN:
+            reason = "a pose turned by more than 30 degrees fits nearly as well"
+
+        diameter = self.target.diameter
+        units = np.repeat([1.0, diameter], 3)
         return PoseEstimate(
-            pose,
-            covariance,
+            scale_pose(pose, diameter),
+            None if covariance is None else covariance * np.outer(units, units),
             accepted=not reason,
             reason=reason,
             reprojection=reprojection,
-            reduced_chi=chi,
+            rms_normalised_error=error,
             inliers=inliers,
-            runner_up=runner_up,
+            runner_up=None if runner_up is None else scale_pose(runner_up, diameter),
             log_likelihood_margin=margin,
         )
 
 
-def move_pose(pose, step):
-    """The pose (4, 4) after a step (6,): a turn in camera axes (rotation vector, radians), and a shift."""
+def move_pose(pose: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Return the pose (4, 4) after a step.
+
+    Args:
+        pose: (4, 4).
+        step: (6,) a turn in camera axes (rotation vector, radians), then a shift.
+    """
     moved = pose.copy()
-    moved[:3, :3], moved[:3, 3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3], pose[:3, 3] + step[3:]
+    moved[:3, :3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3]
+    moved[:3, 3] = pose[:3, 3] + step[3:]
     return moved
 
 
-def pose_step(pose, start):
-    """The step (6,) that leads from `start` to `pose`; the inverse of `move_pose`."""
+def pose_step(pose: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return the step (6,) that leads from `start` to `pose`: inverts `move_pose`."""
     turn = cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0]
     return np.concatenate([turn.ravel(), pose[:3, 3] - start[:3, 3]])
 
 
-def ambiguous_poses(pose):
-    """What a flat ship's pose is taken for from afar: itself, half a roll, mirrored in depth, and both."""
-    view, mirrored = pose[:3, 3] / np.linalg.norm(pose[:3, 3]), pose.copy()
-    mirrored[:3, :3] -= 2 * np.outer(view, view) @ pose[:3, :3]
-    mirrored[:3, 2] *= -1  # a rotation again
-    return [pose, pose @ HALF_ROLL, mirrored, mirrored @ HALF_ROLL]
+def scale_pose(pose: np.ndarray, factor: float) -> np.ndarray:
+    """Return the pose (4, 4) in other units: its translation is multiplied by a factor."""
+    scaled = pose.copy()
+    scaled[:3, 3] *= factor
+    return scaled
+
+
+def ambiguous_poses(
+    pose: np.ndarray, target: Target = XWING, scale: float = 1.0
+) -> list[np.ndarray]:
+    """Return the poses (4, 4) that a pose is ambiguous with, itself first.
+
+    From afar these are the target's lookalikes; a flat target is ambiguous with its mirror image in
+    depth too.
+
+    Args:
+        pose: (4, 4) model -> OpenCV camera.
+        target: whose lookalikes and flat axis count.
+        scale: units of the pose for one model unit.
+    """
+    poses = [pose]
+    if target.flat_axis is not None:
+        axis = target.flat_axis / np.linalg.norm(target.flat_axis)
+        view = pose[:3, 3] / np.linalg.norm(pose[:3, 3])
+        mirrored = pose.copy()
+        mirrored[:3, :3] -= 2 * np.outer(view, view) @ pose[:3, :3]
+        mirrored[:3, :3] @= np.eye(3) - 2 * np.outer(axis, axis)  # a rotation again
+        poses.append(mirrored)
+
+    lookalikes = [scale_pose(motion, scale) for motion in target.lookalikes]
+    variants = []
+    for one in poses:
+        variants += [one, *(one @ motion for motion in lookalikes)]
+    return variants
 
 
 # ============================================================ drawing
@@ -1369,35 +2366,47 @@ def ambiguous_poses(pose):
 CV_SHIFT = 4  # fractional bits of the positions that OpenCV draws at
 
 
-def cv_point(point):
-    """Continuous (x, y) pixels -> OpenCV's fixed-point pixel indices, with CV_SHIFT fractional bits."""
-    return tuple(int(v) for v in np.round((np.clip(point, -(2**20), 2**20) - 0.5) * 2**CV_SHIFT))
+def cv_point(point: np.ndarray) -> tuple[int, int]:
+    """Convert continuous (x, y) pixels to OpenCV's fixed-point indices, with CV_SHIFT bits."""
+    indices = np.clip(point, -(2**20), 2**20) - 0.5
+    return tuple(int(value) for value in np.round(indices * 2**CV_SHIFT))
 
 
-def draw_box(image, keypoints, colour=(90, 255, 90)):
-    """A copy of the frame (H, W, 3) uint8 with the box of (8, 2) corners; no edges with a NaN end."""
+def draw_box(
+    image: np.ndarray, keypoints: np.ndarray, colour: tuple[int, int, int] = (90, 255, 90)
+) -> np.ndarray:
+    """Return a copy of a frame with a bounding box; edges with a NaN end are left out.
+
+    Args:
+        image: (H, W, 3) uint8.
+        keypoints: (8, 2) corners of the box, pixels.
+        colour: RGB.
+    """
     image = np.array(image, order="C")
     for a, b in BOX_EDGES:
         if np.isfinite(keypoints[[a, b]]).all():
-            cv2.line(
-                image,
-                cv_point(keypoints[a]),
-                cv_point(keypoints[b]),
-                colour,
-                1,
-                cv2.LINE_AA,
-                CV_SHIFT,
-            )
+            ends = cv_point(keypoints[a]), cv_point(keypoints[b])
+            cv2.line(image, *ends, colour, 1, cv2.LINE_AA, CV_SHIFT)
     return image
 
 
-def draw_axes(image, pose, K, length=0.15):
-    """A copy of the frame with the model's axes, `length` model units long: x red, y green, z blue."""
+def draw_axes(
+    image: np.ndarray, pose: np.ndarray, K: np.ndarray, length: float = 0.31928 * DIAMETER
+) -> np.ndarray:
+    """Return a copy of a frame with the model's axes: x red, y green, z blue.
+
+    Args:
+        image: (H, W, 3) uint8.
+        pose: (4, 4) model -> OpenCV camera.
+        K: (3, 3) camera matrix, pixels.
+        length: of the axes, model units.
+    """
     image = np.array(image, order="C")
-    origin, *ends = project_pose(np.concatenate([np.zeros((1, 3)), np.eye(3) * length]), pose, K)
-    for end, colour in zip(ends, ((255, 70, 70), (80, 255, 80), (90, 140, 255))):
+    tips = np.concatenate([np.zeros((1, 3)), np.eye(3) * length])
+    origin, *ends = project_pose(tips, pose, K)
+    colours = (255, 70, 70), (80, 255, 80), (90, 140, 255)
+    for end, colour in zip(ends, colours):
         if np.isfinite([origin, end]).all():
-            cv2.arrowedLine(
-                image, cv_point(origin), cv_point(end), colour, 1, cv2.LINE_AA, CV_SHIFT, 0.15
-            )
+            line = cv_point(origin), cv_point(end)
+            cv2.arrowedLine(image, *line, colour, 1, cv2.LINE_AA, CV_SHIFT, 0.15)
     return image

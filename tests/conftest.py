@@ -60,25 +60,27 @@ def poses(camera, matrices):
 
 
 class OracleModel:
-    """Stands in for a network: in the i-th of `oracle_frames` it finds keypoints[i] (K, 2), mirrored in a
-    mirrored one, whose brighter half is on the right."""
+    """Stands in for a network.
+
+    In the i-th of `oracle_frames` it finds keypoints[i] (K, 2). A frame whose right half is the
+    brighter one is mirrored; there it finds the mirrored keypoints.
+    """
 
     def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
-        self.keypoints, self.maps, self.scale = keypoints, size // stride, stride
-        self.settings = {
-            "size": size,
-            "sigma": sigma,
-            "stride": stride,
-            "keypoints": keypoints.shape[1],
-        }
-        self.output_shape = (None, self.maps, self.maps, keypoints.shape[1])
+        count = keypoints.shape[1]
+        self.keypoints = keypoints
+        self.maps = size // stride
+        self.scale = stride
+        self.target = xu.XWING
+        self.settings = {"size": size, "sigma": sigma, "stride": stride, "keypoints": count}
+        self.output_shape = (None, self.maps, self.maps, count)
 
     def predict_on_batch(self, images):
-        numbers = (
-            np.round(images.mean((1, 2, 3)) / 20).astype(int).clip(max=len(self.keypoints) - 1)
-        )
-        sigma, middle = self.settings["sigma"] / self.scale, images.shape[2] // 2
-        permutation = xu.mirror_permutation(xu.KEYPOINTS[: self.keypoints.shape[1]])
+        numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int)
+        numbers = numbers.clip(max=len(self.keypoints) - 1)
+        sigma = self.settings["sigma"] / self.scale
+        middle = images.shape[2] // 2
+        permutation = xu.heatmap_permutation(self.target, self.settings["keypoints"])
         drawn = []
         for i, image in zip(numbers, images):
             points = self.keypoints[i]

@@ -1,5 +1,6 @@
 """Drawing and reading heatmaps, the loss and the metric, against numpy written out and cases done by hand."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ KINDS = ("softmax", "mse", "weighted")
 
 
 def convert(x):
-    return xu.import_keras().ops.convert_to_numpy(x)
+    return keras.ops.convert_to_numpy(x)
 
 
 # ------------------------------------------------------------ drawing

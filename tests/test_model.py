@@ -8,13 +8,13 @@ import resource
 import shutil
 
 import h5py
+import keras
 import numpy as np
 import pytest
 
 import xwing_utils as xu
 from xwing import training
 
-keras = xu.import_keras()
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
 
 
@@ -212,8 +212,10 @@ def test_two_files_tell_all(model, saved):
     assert sorted(contents(saved.parent)) == ["a.json", "a.weights.h5"]
     info = xu.weights_settings(saved)
     assert info["model"] == model.settings and info["epochs"] == 3
-    stored = json.loads((saved.parent / "a.json").read_text())
-    np.testing.assert_array_equal(stored["model"]["points"], xu.KEYPOINTS)
+    target = xu.weights_target(saved)
+    np.testing.assert_array_equal(target.keypoints, xu.KEYPOINTS)
+    np.testing.assert_array_equal(target.mirror, xu.XWING.mirror)
+    assert target.mesh == xu.XWING.mesh
 
 
 def test_kernels_are_stored_as_float16_the_rest_as_float32_the_optimizer_not(saved, tmp_path):
@@ -458,7 +460,8 @@ def test_an_identity_that_the_mirror_image_denies_is_not_believed():
     mirrored[0, ..., xu.MIRROR[3]] = right[:, ::-1, 0]
     looks = [np.full((1, 32, 32, 8), -0.1, np.float32), mirrored]
     looks[0][0, ..., 3] = np.maximum(0.9 * right, wrong)[..., 0]
-    maps = xu.average_mirrored(lambda images: looks.pop(0), np.zeros((1, 32, 32, 3), np.uint8), 8)
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    maps = xu.average_mirrored(lambda images: looks.pop(0), images, xu.MIRROR)
     assert np.abs(xu.heatmap2argmax(maps)[0, 3] - [8.5, 11.5]).max() < 1
     assert maps[0, 20, 20, 3] < 1e-3 and not maps[..., :3].any()
 
