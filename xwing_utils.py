@@ -609,7 +609,12 @@ def _read_mesh(path):
         expected = "expected a solid with finite vertices"
         raise ValueError(f"{path}: {expected}, got {got}; export it again")
     mesh.remove_unreferenced_vertices()
-    return mesh, any(getattr(material, "image", None) is not None for material in materials)
+    pictures = [
+        getattr(material, name, None)
+        for material in materials
+        for name in ("image", "baseColorTexture")  # of OBJ's, of glTF's materials
+    ]
+    return mesh, any(picture is not None for picture in pictures)
 
 
 def _visible_surface(mesh, diameter, count=40_000, views=60, grid=96):
@@ -637,7 +642,7 @@ def _visible_surface(mesh, diameter, count=40_000, views=60, grid=96):
         front += shown & (slant > 0.3)  # a steeper surface spans too much depth in a cell
         back += shown & (slant < -0.3)
 
-    visible = front + back > 0
+    visible = front + back >= 3  # one alone may be a gap between the samples
     side = np.sign(front - back)
     side[np.minimum(front, back) > 0.3 * np.maximum(front, back)] = 0
     return points[visible], (normals * side[:, None])[visible]
