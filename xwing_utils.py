@@ -1381,7 +1381,8 @@ def _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise
         )
 
     without_function = (shares[0] and not randomise) or (shares[1] and not synthesise)
-    if without_function or min(shares) < 0 or sum(shares) > 1 + 1e-9:
+    fractions = min(shares) >= 0 and sum(shares) < 1 + 1e-9  # False for NaN
+    if without_function or not fractions:
         expected = "expected 0 or more, 1 or less together, and their functions"
         raise ValueError(f"shares: {expected}; got {shares}")
 
