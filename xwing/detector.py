@@ -1,13 +1,24 @@
-"""The network on frames of any size (OpenVINO)."""
+"""The network on frames of any size.
 
-import contextlib
+The network takes square frames and finds the target best where it fills a good part of them. The
+`Detector` therefore looks at a frame twice. It first searches the whole frame, scaled down and set
+into a black square (the letterbox). Then it cuts a square around the keypoints that it found out of
+the frame itself, where the target has more pixels and its keypoints are more precise. A caller
+that knows where the target is, such as the tracker, passes a box, and the search is skipped.
+
+OpenVINO runs the network, because it is faster than Keras on a processor. `export_model` converts
+the weights once and keeps the result beside them.
+"""
+
 import hashlib
 import io
 import json
 import tempfile
 import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,166 +26,282 @@ import openvino
 
 import xwing_utils as xu
 
-MIN_RETAINED_SHARE = 0.8  # of the points that the search found: a close look must find as many
+MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
+MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
+CLOSE_MARGIN = 1.1  # side of the close square over that of the keypoints' bounding box
 
 
-def letterbox(image, size):
-    """The frame in the middle of a black square of `size` pixels, with its scale and offset.
+class _Square(NamedTuple):
+    """A square of a frame, and the size to which it is scaled, in pixels.
 
-    Returns (size, size, 3) uint8; scale; (2,) pixels: a position p of the frame lies at p * scale + offset.
+    The square may reach beyond the frame.
     """
-    left, top, side = _whole(image)
-    return _square(image, left, top, side, size), size / side, np.array([-left, -top]) * size / side
+
+    left: int
+    top: int
+    side: int
+    size: int
+
+    def cut_from(self, image):
+        """The pixels of the square, (size, size, 3) uint8, black beyond the frame.
+
+        They are cut out at whole pixels and scaled afterwards, so that the scale is exact.
+        """
+        square = image
+        if (self.left, self.top) != (0, 0) or image.shape[:2] != (self.side, self.side):
+            square = xu.crop_image(image, (self.left, self.top), self.side)
+
+        if self.side == self.size:
+            return square
+        interpolation = cv2.INTER_AREA if self.size < self.side else cv2.INTER_LINEAR
+        return cv2.resize(square, (self.size, self.size), interpolation=interpolation)
+
+    def lengths_in_frame(self, lengths):
+        """Convert lengths in the scaled square to pixels of the frame."""
+        return lengths * self.side / self.size
 
 
-def _whole(image):
-    """The square (left, top, side), whole pixels, that holds a frame in its middle."""
-    side = max(image.shape[:2])
-    return -((side - image.shape[1]) // 2), -((side - image.shape[0]) // 2), side
+def _whole_frame(image, size):
+    """The square that holds a frame in its middle, scaled to `size` pixels."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    return _Square(-((side - width) // 2), -((side - height) // 2), side, size)
 
 
-def _square(image, left, top, side, size):
-    """A square of the frame, black beyond its edge: cut out, and then scaled, so that the scale is exact."""
-    whole = (left, top) == (0, 0) and image.shape[:2] == (side, side)
-    square = image if whole else xu.crop(image, (left, top), side)
-    if side == size:
-        return square
-    return cv2.resize(
-        square, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_LINEAR
-    )
+def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """Set a frame into the middle of a black square.
 
+    A position p of the frame lies at p * scale + offset in the square. The camera matrix of the
+    square is `xu.crop_camera(K, *(-offset / scale), scale)`.
 
-def export_model(path, size=xu.FRAME_SIZE):
-    """The `.xml` and the `.bin` file (bytes) of a network for OpenVINO, made once for each version of it.
+    Args:
+        image: (H, W, 3) uint8.
+        size: side of the square in pixels.
 
-    An archive in `.openvino/` beside the weights keeps them, with checksums; it is replaced as a whole, and
-    those of older versions are removed. OSError where it cannot be written.
+    Returns:
+        square (size, size, 3) uint8; scale, pixels of the square for one pixel of the frame; and
+        offset (2,), the place (x, y) of the frame's top-left corner in the square.
     """
-    path, settings = Path(path), json.dumps(xu.weights_settings(path), sort_keys=True)
+    square = _whole_frame(image, size)
+    scale = size / square.side
+    offset = -np.array([square.left, square.top]) * size / square.side
+    return square.cut_from(image), scale, offset
+
+
+# ------------------------------------------------------------ the network in OpenVINO's format
+
+
+def export_model(path: str | Path, size: int = xu.FRAME_SIZE) -> tuple[bytes, bytes]:
+    """Convert a network to OpenVINO's format, once for each version of its weights and settings.
+
+    An archive in `.openvino/` beside the weights keeps the result, with checksums. The archive is
+    replaced as a whole, and archives of older versions are removed.
+
+    Args:
+        path: the weights, `NAME.weights.h5`.
+        size: width and height in pixels of the frames that the network is built for.
+
+    Returns:
+        The contents of the `.xml` file and of the `.bin` file.
+
+    Raises:
+        OSError: the archive cannot be written.
+    """
+    path = Path(path)
+    settings = json.dumps(xu.weights_settings(path), sort_keys=True)
     digest = hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:12]
-    name = f"{path.name.removesuffix('.weights.h5')}-{size}-"
-    archive = path.parent / ".openvino" / f"{name}{digest}.zip"
-    with (
-        contextlib.suppress(OSError, zipfile.BadZipFile, KeyError),
-        zipfile.ZipFile(archive) as files,
-    ):
-        return files.read("model.xml"), files.read("model.bin")
-    contents, packed = _export(xu.load_model(path, size)), io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as files:
-        files.writestr("model.xml", contents[0])
-        files.writestr("model.bin", contents[1])
-    archive.parent.mkdir(exist_ok=True)
-    xu.write_files({archive: packed.getvalue()})
-    for old in set(archive.parent.glob(f"{name}*.zip")) - {archive}:
-        old.unlink(missing_ok=True)
+    prefix = f"{path.name.removesuffix('.weights.h5')}-{size}-"
+    archive = path.parent / ".openvino" / f"{prefix}{digest}.zip"
+
+    contents = _read_archive(archive)
+    if contents is None:
+        contents = _export(xu.load_model(path, size))
+        _write_archive(archive, *contents)
+        for old in set(archive.parent.glob(f"{prefix}*.zip")) - {archive}:
+            old.unlink(missing_ok=True)
     return contents
 
 
+def _read_archive(archive):
+    """The two files of an exported network; None where the archive is absent or damaged."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            return files.read("model.xml"), files.read("model.bin")
+    except (OSError, zipfile.BadZipFile, KeyError):
+        return None
+
+
+def _write_archive(archive, xml, weights):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as files:
+        files.writestr("model.xml", xml)
+        files.writestr("model.bin", weights)
+
+    archive.parent.mkdir(exist_ok=True)
+    xu.write_files({archive: packed.getvalue()})
+
+
 def _export(model):
+    """The `.xml` and the `.bin` file of a Keras model."""
     with tempfile.TemporaryDirectory() as folder:
+        xml = Path(folder, "model.xml")
         try:
-            model.export(f"{folder}/model.xml", format="openvino", verbose=False)
-            openvino.Core().read_model(f"{folder}/model.xml")  # fails where not all was written
+            model.export(str(xml), format="openvino", verbose=False)
+            openvino.Core().read_model(xml)  # fails where the files are not complete
         except RuntimeError as error:
             raise OSError(
                 f"{folder}: the network cannot be exported ({error}); is the disk full?"
             ) from None
-        return Path(folder, "model.xml").read_bytes(), Path(folder, "model.bin").read_bytes()
+        return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
+
+
+# ------------------------------------------------------------ the detector
 
 
 class Detector:
-    """The network for footage: it finds the ship in a frame of any size, and looks at it closely.
+    """Finds the keypoints of the target in frames of any size.
 
         detector = Detector("weights/xwing.weights.h5")
-        keypoints, confidence, sigma = detector(image)  # or (image, box): at once about a box, twice as fast
+        keypoints, confidence, sigma = detector(image)
+        keypoints, confidence, sigma = detector(image, box)  # around a known box; twice as fast
 
-    It runs in OpenVINO; the first use of new weights takes a quarter of a minute. Threads may share it.
-    Attribute: settings, the dict kept with the weights.
+    The first use of new weights takes a quarter of a minute. Several threads may share a detector.
+
+    Attributes:
+        settings: the dict that is kept with the weights.
+        target: the `xwing_utils.Target` that the weights were trained for.
     """
 
-    def __init__(self, weights, crop_sizes=(96, 128), search_size=192, precision="f32"):
-        """crop_sizes: sides of the squares for the close look in pixels, multiples of 32; () leaves it out.
-        search_size: side in pixels to which the whole frame is scaled.
-        precision: "f32", or "bf16": faster, and keypoints move by some hundredths of a pixel."""
+    def __init__(
+        self,
+        weights: str | Path,
+        crop_sizes: Sequence[int] = (96, 128),
+        search_size: int = 192,
+        precision: str = "f32",
+    ):
+        """Load the network, and export it first where these weights are new.
+
+        Args:
+            weights: `NAME.weights.h5`, with `NAME.json` beside it.
+            crop_sizes: sizes in pixels, multiples of 32, to which the close square may be scaled.
+                Where there are none, keypoints are read from the whole frame.
+            search_size: size in pixels, a multiple of 32, to which the whole frame is scaled.
+            precision: "f32", or "bf16", which is faster and moves keypoints by some hundredths of a
+                pixel.
+        """
         self.settings = xu.weights_settings(weights)
-        self.crop_sizes, self.search_size = sorted(crop_sizes), search_size
-        self._core, self._turn = openvino.Core(), threading.Lock()
+        self.target = xu.weights_target(weights)
+        self.crop_sizes = sorted(crop_sizes)
+        self.search_size = search_size
+
+        keypoints = self.settings["model"]["keypoints"]
+        self._permutation = xu.heatmap_permutation(self.target, keypoints)
+
+        self._lock = threading.Lock()
+        self._core = openvino.Core()
         self._model = self._core.read_model(*export_model(weights))
         self._options = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,
-        }  # two processes would be pinned to the same core
-        self._requests = {side: self._compile(side) for side in {search_size, *self.crop_sizes}}
+            "ENABLE_CPU_PINNING": False,  # else two processes would be pinned to the same core
+        }
+        self._requests = {size: self._compile(size) for size in {search_size, *self.crop_sizes}}
 
-    def _compile(self, side):
-        self._model.reshape([1, side, side, 3])
+    def _compile(self, size):
+        """Build the network for squares of one size; OpenVINO is fastest where it knows it."""
+        self._model.reshape([1, size, size, 3])
         return self._core.compile_model(self._model, "CPU", self._options).create_infer_request()
 
-    def heatmaps(self, squares, averaged=True):
-        """Heatmaps (n, h, w, 36) float32 of n squares (n, S, S, 3) uint8; S is a multiple of 32.
+    def heatmaps(self, squares: np.ndarray, averaged: bool = True) -> np.ndarray:
+        """Compute the network's heatmaps of squares.
 
-        Unless they are `averaged` with those of the mirrored squares they take half the time.
+        Args:
+            squares: (N, S, S, 3) uint8 RGB; S is a multiple of 32.
+            averaged: whether to average them with the heatmaps of the mirrored squares, if the
+                target has a mirror plane. Without it they take half the time and are less accurate.
+
+        Returns:
+            (N, h, w, K) float32, one for each of the K keypoints.
         """
-        side = squares.shape[1]
-        with self._turn:
-            if side not in self._requests:
-                self._requests[side] = self._compile(side)
+        size = squares.shape[1]
+        with self._lock:
+            if size not in self._requests:
+                self._requests[size] = self._compile(size)
             if not averaged:
                 return self._infer(squares)
-            return xu.average_mirrored(self._infer, squares, self.settings["model"]["keypoints"])
+            return xu.average_mirrored(self._infer, squares, self._permutation)
 
     def _infer(self, squares):
-        infer = self._requests[squares.shape[1]].infer
-        return np.concatenate([infer([square[None].astype(np.float32)])[0] for square in squares])
+        request = self._requests[squares.shape[1]]
+        return np.concatenate(
+            [request.infer([square[None].astype(np.float32)])[0] for square in squares]
+        )
 
-    def __call__(self, image, box=None):
-        """Keypoints (36, 2), NaN where none, confidence (36,), sigma (36,) of a frame (H, W, 3), in pixels.
+    def __call__(
+        self, image: np.ndarray, box: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the keypoints in a frame.
 
-        Only a square about a `box` [[left, top], [right, bottom]] is looked at, where that shows more detail.
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            box: [[left, top], [right, bottom]] in pixels, where the target is known to be. Only a
+                square around it is examined, if that shows more detail than the whole frame does.
+
+        Returns:
+            keypoints (K, 2), NaN where there is none; confidence (K,) in [0, 1]; and sigma (K,),
+            the standard deviations to expect of the keypoints. Both lengths are in pixels of the
+            frame.
         """
-        whole, sure, square = (*_whole(image), self.search_size), (), self._close_square(image, box)
+        square = None if box is None else self._close_square(image, box)
         if square is None:
-            found = self._look(image, *whole, averaged=False)  # to know where it is
-            sure = found[0][found[1] >= xu.MIN_CONFIDENCE]
-            if len(sure) < 4:  # unsure ones alone are not worth the time to verify a pose
-                return np.full_like(found[0], np.nan), *found[1:]
-            square = self._close_square(image, sure)
+            return self._search(image)
+        return self._read(image, square)
+
+    def _search(self, image):
+        """Find the target in the whole frame, then read its keypoints where they show best."""
+        whole = _whole_frame(image, self.search_size)
+        keypoints, confidence, sigma = self._read(image, whole, averaged=False)
+        found = keypoints[confidence >= xu.MIN_CONFIDENCE]
+        if len(found) < MIN_FOUND:
+            return np.full_like(keypoints, np.nan), confidence, sigma
+
+        square = self._close_square(image, found)
         if square is not None:
-            close = self._look(image, *square)
-            if (close[1] >= xu.MIN_CONFIDENCE).sum() >= MIN_RETAINED_SHARE * len(sure):
-                return close  # else it cuts the ship off
-        return self._look(image, *whole)
+            close = self._read(image, square)
+            retained = (close[1] >= xu.MIN_CONFIDENCE).sum()
+            if retained >= MIN_RETAINED * len(found):
+                return close
+        return self._read(image, whole)
 
     def _close_square(self, image, points):
-        """A square about some points (n, 2): left, top, side and the size to scale it to; None where the
-        whole frame will do.
-
-        It holds the box about them and a tenth more; a small frame is enlarged no further than as a whole.
-        """
-        frame = np.array(image.shape[1::-1])
-        points = (
-            np.full((1, 2), np.nan)
-            if points is None
-            else np.clip(np.asarray(points, float), 0, frame)
-        )
-        low, high = points.min(0), points.max(0)
+        """The square around some points (N, 2); None where the whole frame shows as much detail."""
+        frame = np.array(image.shape[1::-1])  # width, height
+        points = np.clip(np.asarray(points, float), 0, frame)
+        low = points.min(0)
+        high = points.max(0)
         if not self.crop_sizes or not (high > low).all():
             return None
-        needed, enlarged = 1.1 * (high - low).max(), max(xu.FRAME_SIZE / frame.max(), 1.0)
-        size = next(
-            (size for size in self.crop_sizes if size >= needed * enlarged), self.crop_sizes[-1]
-        )
-        scale = min(size / needed, enlarged)
+
+        # A small frame is enlarged no more than would make the whole of it FRAME_SIZE pixels long.
+        max_scale = max(xu.FRAME_SIZE / frame.max(), 1.0)
+        needed = CLOSE_MARGIN * (high - low).max()
+        large_enough = [size for size in self.crop_sizes if size >= needed * max_scale]
+        size = large_enough[0] if large_enough else self.crop_sizes[-1]
+        scale = min(size / needed, max_scale)
         if scale <= self.search_size / frame.max():
             return None
-        side = max(round(size / scale), int(np.ceil(needed)))
-        room, corner = frame - side, np.round((low + high - side) / 2)
-        left, top = np.clip(corner, np.minimum(room, 0), np.maximum(room, 0)).astype(int)
-        return left, top, side, size
 
-    def _look(self, image, left, top, side, size, averaged=True):
-        """What is seen in a square of the frame, scaled to `size` pixels: see `__call__`."""
-        maps = self.heatmaps(_square(image, left, top, side, size)[None], averaged)[0]
-        keypoints, confidence, spread = xu.read_keypoints(maps, self.settings["model"])
-        return keypoints * side / size + [left, top], confidence, spread * side / size
+        # The square is centred on the points, and then moved into the frame as far as it fits.
+        side = max(round(size / scale), int(np.ceil(needed)))
+        corner = np.round((low + high - side) / 2)
+        room = frame - side
+        left, top = np.clip(corner, np.minimum(room, 0), np.maximum(room, 0)).astype(int)
+        return _Square(left, top, side, size)
+
+    def _read(self, image, square, averaged=True):
+        """Read keypoints, confidence and sigma from one square, see `__call__`."""
+        maps = self.heatmaps(square.cut_from(image)[None], averaged)[0]
+        keypoints, confidence, sigma = xu.read_keypoints(maps, self.settings["model"])
+
+        keypoints = square.lengths_in_frame(keypoints) + [square.left, square.top]
+        return keypoints, confidence, square.lengths_in_frame(sigma)
