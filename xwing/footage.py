@@ -1,9 +1,11 @@
-"""Anyone's footage, and the network that looks at it.
+"""Clips of any kind: folders of numbered pictures, videos and GIFs.
 
-A clip is a folder of numbered pictures, a video or a GIF. Its frames come one at a time, each with its own
-time stamp, and what cannot be read comes as a fault in its place, so that every frame keeps its true number:
-the packets of a video tell, before any is decoded, which frames there should be. The network finds the ship
-in the whole frame, then looks again at a square about it, cut out of the frame itself.
+A `Clip` gives its frames one at a time, so that a long clip needs no more memory than a short one.
+Footage is often damaged, and a track needs to know which frame is which. So every frame keeps its
+true number: a frame that cannot be read comes as a `Frame` without an image, which says what is
+wrong, in its proper place. For a video this takes two passes. The first reads only the compressed
+packets, whose time stamps tell which frames there should be and when each is shown. The second
+decodes them, and puts each frame where its time stamp belongs.
 """
 
 import contextlib
@@ -12,7 +14,9 @@ import itertools
 import re
 import struct
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import cv2
@@ -20,11 +24,11 @@ import numpy as np
 from PIL import Image
 
 import xwing_utils as xu
-from xwing.detector import Detector, letterbox  # noqa: F401  also found here
+from xwing.detector import Detector, letterbox  # noqa: F401  passed on
 
 EXPECTED = "expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF"
-MAX_MISSING = 100_000  # frames beyond those that are there, which a video's header may promise
-READ_ERRORS = av.FFmpegError, OSError
+DISTORTION_COEFFICIENTS = (4, 5, 8, 12, 14)  # how many numbers OpenCV's models of distortion have
+READ_ERRORS = (av.FFmpegError, OSError)
 PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -34,259 +38,505 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 
+DEFAULT_FPS = 25.0  # frames a second of a video that states no rate
+MAX_MISSING = 100_000  # missing frames that we believe; a damaged header may promise any number
+MIN_INTERVAL = 1e-3  # seconds between frames: two time stamps may be equal
+STEADY_TOLERANCE = 0.1  # of the frame interval, by which a steady video's intervals may be off
+STEADY_FRACTION = 0.8  # of the intervals; a video in which fewer are regular has a varying rate
+SAME_TIME = 1e-6  # seconds; rounding of time stamps
+
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One frame of a clip."""
+    """One frame of a clip.
 
-    image: np.ndarray | None  # (H, W, 3) uint8 RGB; None where it cannot be read
-    seconds: float | None = None  # since the clip's first frame; None where the source does not say
-    fault: str = ""  # why it cannot be read
+    Attributes:
+        image: (H, W, 3) uint8 RGB; None where the frame cannot be read.
+        seconds: time since the clip's first frame; None where the source does not say.
+        fault: why the frame cannot be read; empty where it can.
+    """
+
+    image: np.ndarray | None
+    seconds: float | None = None
+    fault: str = ""
 
 
 class Clip:
-    """The frames of a folder of numbered pictures (0.jpg, shot_0017.png), a video or a GIF, one at a time.
+    """The frames of a folder of numbered pictures (0.jpg, shot_0017.png), a video or a GIF.
 
         clip = Clip("flight.mp4")
-        for frame in clip:  # again and again
+        for frame in clip:  # as often as you like
             show(frame.image, frame.seconds)
 
-    Frames come upright and with square pixels. One that is missing, damaged or of another size than the first
-    has a fault and no image. Sources are local files, whatever their names look like. Attributes: width and
-    height (pixels); fps (frames a second, the mean where it varies; None where the source does not say);
-    seconds (a list, see `Frame`); count (with the faults); source; paths (of a folder).
+    Frames come upright and with square pixels. A frame that is missing, damaged or of another size
+    than the first has a fault and no image. Sources are local files, whatever their names look
+    like.
+
+    Attributes:
+        source: path of the folder or file.
+        step: every step-th frame of the source is taken.
+        width, height: size of the frames in pixels.
+        fps: frames a second, the mean where the rate varies; None where the source does not say.
+        seconds: a list with the time of each frame, see `Frame`.
+        count: how many frames there are, faults included.
+        paths: paths of all pictures of a folder, whatever the step; None for a video or a GIF.
     """
 
-    def __init__(self, source, step=1):
-        """`step` takes every nth frame. FileNotFoundError, ValueError: no frame can be read; says why."""
+    def __init__(self, source: str | Path, step: int = 1):
+        """Open a source and find out which frames it has.
+
+        Args:
+            source: path of a folder or file.
+            step: take every step-th frame.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ValueError: no frame can be read, and why; or `step` is less than 1.
+        """
         if step < 1:
             raise ValueError(f"step: expected at least 1, got {step}")
-        self.source, self.step, self.paths, self._maps = Path(source), step, None, None
-        self._frames, seconds, rate = self._open()
-        first = next((frame for frame in self._frames() if frame.image is not None), None)
-        if first is None:
-            fault = next((frame.fault for frame in self._frames()), "there is none")
-            raise ValueError(f"{source}: holds no frame that can be read ({fault}); {EXPECTED}")
-        self.height, self.width = first.image.shape[:2]
-        self.fps, self.seconds = rate and round(rate / step, 6), list(seconds)[::step]
+        self.source = Path(source)
+        self.step = step
+        self._reader = _open_reader(self.source)
+        self._undistortion_maps = None
+
+        self.paths = self._reader.paths if isinstance(self._reader, _Folder) else None
+        self.seconds = self._reader.seconds[::step]
         self.count = len(self.seconds)
+        self.fps = round(self._reader.fps / step, 6) if self._reader.fps else None
+        self.height, self.width = self._first_image().shape[:2]
 
-    def _open(self):
-        """A function that gives every frame in turn, the seconds and the rate of all."""
-        if self.source.is_dir():
-            self.paths = _numbered_pictures(self.source)
-            return lambda: map(_as_frame, self.paths), [None] * len(self.paths), None
-        if not self.source.is_file():  # a pipe could make us wait for ever
-            raise FileNotFoundError(f"{self.source}: no such folder or file; {EXPECTED}")
-        if self.source.suffix.lower() == ".gif":
-            seconds = [frame.seconds for frame in _gif_frames(self.source)]
-            rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else None
-            return (
-                lambda: _gif_frames(self.source),
-                seconds if rate else [None] * len(seconds),
-                rate,
+    def _first_image(self):
+        """The first image that can be read."""
+        first_fault = None
+        for frame in self._reader.frames():
+            if frame.image is not None:
+                return frame.image
+            first_fault = first_fault or frame.fault
+
+        why = first_fault or "there is none"
+        raise ValueError(f"{self.source}: holds no frame that can be read ({why}); {EXPECTED}")
+
+    def __iter__(self) -> Iterator[Frame]:
+        frames = itertools.islice(self._reader.frames(), 0, None, self.step)
+        for frame, seconds in zip(frames, self.seconds):
+            yield self._prepare(frame, seconds)
+
+    def _prepare(self, frame, seconds):
+        """Check the size of a reader's frame, set its time and remove the lens's distortion."""
+        image = frame.image
+        if image is None:
+            return Frame(None, seconds, frame.fault)
+
+        if image.shape != (self.height, self.width, 3):
+            fault = (
+                f"expected {self.width}x{self.height} pixels like the first frame, "
+                f"got {image.shape[1]}x{image.shape[0]}"
             )
-        video = _Video(self.source)
-        return video.frames, video.seconds.tolist(), video.fps
+            return Frame(None, seconds, fault)
 
-    def __iter__(self):
-        for frame, seconds in zip(
-            itertools.islice(self._frames(), 0, None, self.step), self.seconds
-        ):
-            image, fault = frame.image, frame.fault
-            if image is not None and image.shape != (self.height, self.width, 3):
-                size, first = f"{image.shape[1]}x{image.shape[0]}", f"{self.width}x{self.height}"
-                image, fault = None, f"expected {first} pixels like the first frame, got {size}"
-            if image is not None and self._maps is not None:
-                image = cv2.remap(image, *self._maps, cv2.INTER_LINEAR)
-            yield Frame(image, seconds, fault)
+        if self._undistortion_maps is not None:
+            image = cv2.remap(image, *self._undistortion_maps, cv2.INTER_LINEAR)
+        return Frame(image, seconds)
 
-    def undistort(self, K, coefficients):
-        """From now on frames come as a lens without distortion and with the same K would show them.
+    def undistort(self, K: np.ndarray, coefficients: list | np.ndarray) -> None:
+        """Remove a lens's distortion from all frames that are read from now on.
 
-        coefficients: OpenCV's k1 k2 p1 p2 [k3 ...]: 4, 5, 8, 12 or 14 numbers; ValueError otherwise.
+        They come as a lens without distortion and with the same K would show them.
+
+        Args:
+            K: (3, 3) camera matrix in pixels.
+            coefficients: OpenCV's k1 k2 p1 p2 [k3 ...]: 4, 5, 8, 12 or 14 numbers.
+
+        Raises:
+            ValueError: other coefficients, or no camera matrix.
         """
         numbers = np.asarray(coefficients, float)
-        if (
-            numbers.ndim != 1
-            or len(numbers) not in (4, 5, 8, 12, 14)
-            or not np.isfinite(numbers).all()
-        ):
+        right_count = numbers.ndim == 1 and len(numbers) in DISTORTION_COEFFICIENTS
+        if not right_count or not np.isfinite(numbers).all():
             raise ValueError(
                 f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], got {numbers.tolist()}"
             )
-        K = xu.check_camera_matrix(K) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]  # to OpenCV's origin
-        self._maps = cv2.initUndistortRectifyMap(
-            K, numbers, None, K, (self.width, self.height), cv2.CV_16SC2
+
+        # OpenCV's origin is the middle of the first pixel, ours is its corner.
+        K = xu.crop_camera(xu.check_camera_matrix(K), 0.5, 0.5)
+        size = (self.width, self.height)
+        self._undistortion_maps = cv2.initUndistortRectifyMap(
+            K, numbers, None, K, size, cv2.CV_16SC2
         )
+
+
+def _open_reader(source):
+    """The reader for a source.
+
+    A reader has `seconds` (a list, one entry for each frame), `fps` (or None), and `frames()`,
+    which yields that many `Frame`s.
+    """
+    if source.is_dir():
+        return _Folder(source)
+    if not source.is_file():  # a pipe is neither: reading it could take for ever
+        raise FileNotFoundError(f"{source}: no such folder or file; {EXPECTED}")
+    if source.suffix.lower() == ".gif":
+        return _Gif(source)
+    return _Video(source)
+
+
+# ------------------------------------------------------------ folders
+
+
+class _Folder:
+    """A folder of numbered pictures. Nothing says when they were taken."""
+
+    def __init__(self, folder):
+        self.paths = _numbered_pictures(folder)
+        self.seconds = [None] * len(self.paths)
+        self.fps = None
+
+    def frames(self):
+        return map(_as_frame, self.paths)
+
+
+class _Picture(NamedTuple):
+    number: int
+    path: Path
+    series: str  # its name before the number
 
 
 def _numbered_pictures(folder):
-    """The pictures of a folder whose names end in a number, by number; warns where that is no series."""
-    found = []
+    """Paths of the pictures whose names end in a number, in its order.
+
+    Warns where the numbers or names suggest that the pictures are not one clip.
+    """
+    pictures = []
     for path in folder.iterdir():
-        name = re.fullmatch(
-            r"(?!\.)(.*?)(\d+)", path.stem
-        )  # macOS keeps notes of its own in ._0.jpg
-        if name and path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            found.append((int(name[2]), path, name[1]))
-    found.sort()
-    steps = [(b[0] - a[0], f"{a[1].name}, {b[1].name}") for a, b in zip(found, found[1:])]
-    series = sorted({name for _, _, name in found})
-    odd = {
-        "gaps": [pair for step, pair in steps if step > 1],
-        "numbers twice": [pair for step, pair in steps if step == 0],
-        "series": [", ".join(series[:4])] * len(series) if len(series) > 1 else [],
-    }
-    if any(odd.values()):
-        what = "; ".join(
-            f"{len(found)} {kind} ({found[0]})" for kind, found in odd.items() if found
+        name = re.fullmatch(r"(.*?)(\d+)", path.stem)
+        hidden = path.name.startswith(".")  # macOS keeps notes of its own in ._0.jpg
+        if name and not hidden and path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            pictures.append(_Picture(int(name[2]), path, name[1]))
+    pictures.sort()
+
+    oddities = _oddities(pictures)
+    if oddities:
+        warnings.warn(
+            f"{folder}: found {'; '.join(oddities)}; taken as one clip, by number", stacklevel=5
         )
-        warnings.warn(f"{folder}: found {what}; taken as one clip, by number", stacklevel=4)
-    return [path for _, path, _ in found]
+    return [picture.path for picture in pictures]
+
+
+def _oddities(pictures):
+    """Texts that say why pictures, ordered by number, may not be one clip, each with an example."""
+    gaps = []
+    repeated = []
+    for before, after in itertools.pairwise(pictures):
+        pair = f"{before.path.name}, {after.path.name}"
+        if after.number > before.number + 1:
+            gaps.append(pair)
+        if after.number == before.number:
+            repeated.append(pair)
+
+    oddities = []
+    if gaps:
+        oddities.append(f"{len(gaps)} gaps ({gaps[0]})")
+    if repeated:
+        oddities.append(f"{len(repeated)} numbers twice ({repeated[0]})")
+    series = sorted({picture.series for picture in pictures})
+    if len(series) > 1:
+        oddities.append(f"{len(series)} series ({', '.join(series[:4])})")
+    return oddities
 
 
 def _as_frame(item):
-    """A `Frame` from one, from an image or from its path."""
+    """A `Frame` from a `Frame`, an image or the path of one."""
     if isinstance(item, Frame):
         return item
+    if isinstance(item, np.ndarray):
+        return Frame(item)
     try:
-        return Frame(item if isinstance(item, np.ndarray) else xu.read_image(item))
+        return Frame(xu.read_image(item))
     except (ValueError, FileNotFoundError) as error:
         return Frame(None, fault=str(error))
 
 
-def _gif_frames(path):
-    """By Pillow: FFmpeg takes a GIF without durations for one frame, and half a frame for a whole one."""
-    number, seconds, fault = 0, 0.0, "it breaks off"
-    try:
-        with Image.open(path) as gif:
-            for number in itertools.count():
-                gif.seek(number)
-                yield Frame(np.array(gif.convert("RGB")), seconds)
-                seconds += gif.info.get("duration", 0) / 1000
-    except EOFError:
-        if path.read_bytes().rstrip(b"\0\r\n ").endswith(b";"):
-            return
-    except PILLOW_ERRORS as error:
-        fault = error
-    yield Frame(None, seconds, f"{path}: no frame can be read after the first {number} ({fault})")
+# ------------------------------------------------------------ GIFs
+
+
+class _Gif:
+    """A GIF, read by Pillow.
+
+    FFmpeg would take a GIF without durations for one frame, and half a frame for a whole one.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self.seconds = [frame.seconds for frame in self.frames()]
+        self.fps = None
+
+        duration = self.seconds[-1]
+        if duration:
+            self.fps = (len(self.seconds) - 1) / duration
+        else:  # without durations all frames would have the same time
+            self.seconds = [None] * len(self.seconds)
+
+    def frames(self):
+        number = 0
+        seconds = 0.0
+        fault = "it breaks off"
+        try:
+            with Image.open(self._path) as gif:
+                while True:
+                    gif.seek(number)
+                    yield Frame(np.array(gif.convert("RGB")), seconds)
+                    seconds += gif.info.get("duration", 0) / 1000
+                    number += 1
+        except EOFError:
+            if self._is_complete():
+                return
+        except PILLOW_ERRORS as error:
+            fault = error
+
+        why = f"{self._path}: no frame can be read after the first {number} ({fault})"
+        yield Frame(None, seconds, why)
+
+    def _is_complete(self):
+        """Whether the file ends with a GIF's trailer; some programs pad it."""
+        return self._path.read_bytes().rstrip(b"\0\r\n ").endswith(b";")
+
+
+# ------------------------------------------------------------ videos
 
 
 class _Video:
-    """Read by FFmpeg through PyAV, in one thread: with more of them it hides damage."""
+    """A video, read by FFmpeg through PyAV.
+
+    It is decoded in one thread, because FFmpeg hides damage when it uses several. The packets give
+    a `_Timeline`, and frames are numbered by their places on it. A decoded frame is put at the
+    place of its time stamp. A place that stays empty is a fault.
+    """
 
     def __init__(self, path):
         self._path = path
         with _open_video(path) as (container, stream):
-            scan = _scan(container, stream)
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
-            times = (
-                np.array(sorted(scan.times)) if scan.stamped else np.arange(len(scan.times)) / rate
-            )
-            self._stamped, self._start, seconds = scan.stamped, times[0], times - times[0]
-            steady = len(seconds) < 2 or (np.abs(np.diff(seconds) * rate - 1) < 0.1).mean() > 0.8
-            step = 1 / rate if steady else max(np.median(np.diff(seconds)), 1e-3)
-            if scan.damaged and steady and not stream.frames:  # lost frames have left gaps
-                counts = np.clip(np.round(np.diff(seconds) / step), 1, MAX_MISSING)
-                runs = [start + step * np.arange(count) for start, count in zip(seconds, counts)]
-                seconds = np.concatenate([*runs, seconds[-1:]])
-            missing = _missing_at_the_end(container, stream, scan, step)
-        self._readable = len(seconds)
-        self.seconds = np.append(seconds, seconds[-1] + step * np.arange(1, missing + 1))
-        self.fps = rate if steady else (len(seconds) - 1) / max(float(seconds[-1]), 1e-3)
-        if missing:
-            warnings.warn(self._missing(self._readable).fault, stacklevel=4)
+            packets = _read_packets(container, stream)
+            if not packets.times:
+                raise _not_a_video(path, "it has no pictures")
+            self._timeline = _lay_out(container, stream, packets)
 
-    def _missing(self, number):
-        fault = (
-            f"{self._path}: frame {number}, at {self.seconds[number]:.3f} s, is damaged or missing"
-        )
-        if number >= self._readable:
-            fault = f"{self._path}: breaks off, only {self._readable} of {len(self.seconds)} frames are there"
-        return Frame(None, fault=fault)
+        self.seconds = self._timeline.seconds.tolist()
+        self.fps = self._timeline.fps
+        if self._timeline.readable < len(self.seconds):
+            warnings.warn(self._cut_off(), stacklevel=4)
 
     def frames(self):
-        number = 0
+        due = 0  # number of the next frame
         with _open_video(self._path) as (container, stream):
-            for frame in _decoded(container, stream):
-                place = number
-                if self._stamped:
-                    if frame is None or frame.pts is None:
-                        continue
-                    seconds = float(frame.pts * stream.time_base) - self._start
-                    place = int(np.searchsorted(self.seconds, seconds - 1e-6))
-                if not number <= place < self._readable:
-                    continue  # it comes a second time, or no packet had its time
-                yield from map(self._missing, range(number, place))
-                number = place + 1
-                good = frame is not None and not frame.is_corrupt
-                yield Frame(_picture(frame, stream)) if good else self._missing(place)
-        yield from map(self._missing, range(number, len(self.seconds)))
+            for decoded in _decode(container, stream):
+                place = self._place(decoded, stream, due)
+                if place is None:
+                    continue
+                yield from map(self._missing_frame, range(due, place))
+                yield self._frame_at(place, decoded, stream)
+                due = place + 1
 
+        yield from map(self._missing_frame, range(due, len(self.seconds)))
 
-@dataclasses.dataclass(frozen=True)
-class _Scan:
-    times: list  # seconds at which each packet's frame is shown; None where the file does not say
-    stamped: bool  # these can be trusted: every packet has one, and they do not begin anew
-    hidden: int  # packets whose frames are not shown: cut away by an edit list
-    end: float  # seconds at which the last frame ends
-    damaged: bool
+    def _place(self, decoded, stream, due):
+        """Where on the timeline a decoded frame belongs; None where it belongs nowhere.
+
+        Without time stamps that can be trusted, each frame is taken for the one that is due, even
+        if it could not be decoded. With them, a frame that has none is left out, and its place
+        stays empty. A frame that comes a second time is left out too, and so is one whose time is
+        after that of the last packet.
+        """
+        timeline = self._timeline
+        place = due
+        if timeline.stamped:
+            time = None if decoded is None else _seconds(decoded.pts, stream)
+            if time is None:
+                return None
+            since_start = time - timeline.start
+            place = int(np.searchsorted(timeline.seconds, since_start - SAME_TIME))
+        return place if due <= place < timeline.readable else None
+
+    def _frame_at(self, place, decoded, stream):
+        if decoded is None or decoded.is_corrupt:
+            return self._missing_frame(place)
+        return Frame(_picture(decoded, stream))
+
+    def _missing_frame(self, number):
+        if number >= self._timeline.readable:
+            return Frame(None, fault=self._cut_off())
+        seconds = self.seconds[number]
+        why = f"{self._path}: frame {number}, at {seconds:.3f} s, is damaged or missing"
+        return Frame(None, fault=why)
+
+    def _cut_off(self):
+        readable = self._timeline.readable
+        promised = len(self.seconds)
+        return f"{self._path}: breaks off, only {readable} of {promised} frames are there"
 
 
 @contextlib.contextmanager
 def _open_video(path):
-    """(container, stream) of a video. FFmpeg gets an open file and no protocol, so that nothing is a URL."""
+    """Open a video and give its container and its video stream.
+
+    FFmpeg gets an open file and may use no protocol, so that no name and no playlist leads it to a
+    URL.
+    """
     try:
         with (
             path.open("rb") as file,
             av.open(file, options={"protocol_whitelist": "none"}) as container,
         ):
+            if not container.streams.video:
+                raise _not_a_video(path, "it has no pictures")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             yield container, stream
-    except (*READ_ERRORS, IndexError) as error:
-        why = getattr(error, "strerror", "it has no pictures")
-        raise ValueError(f"{path}: cannot be read as a video ({why}); {EXPECTED}") from None
+    except READ_ERRORS as error:
+        raise _not_a_video(path, error.strerror) from None
 
 
-def _scan(container, stream):
-    """What the packets of a video tell; nothing is decoded."""
-    times, order, hidden, end, damaged, level = [], [], 0, 0.0, False, av.logging.get_level()
+def _not_a_video(path, why):
+    return ValueError(f"{path}: cannot be read as a video ({why}); {EXPECTED}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packets:
+    """What the packets of a video tell before any is decoded."""
+
+    times: list  # seconds at which each packet's frame is shown; None where the file does not say
+    stamped: bool  # whether the times can be trusted
+    hidden: int  # packets whose frames are not shown, because an edit list cuts them away
+    end: float  # seconds at which the last frame ends
+    damaged: bool
+
+
+def _read_packets(container, stream):
+    """Read all packets of a video; nothing is decoded."""
+    times = []
+    decoding_times = []
+    hidden = 0
+    end = 0.0
+    corrupt = False
+    with _ffmpeg_errors() as complaints, contextlib.suppress(*READ_ERRORS):
+        for packet in container.demux(stream):
+            if not packet.size:  # the empty packet with which PyAV ends a stream
+                continue
+            time = _seconds(packet.pts, stream)
+            if packet.is_discard:
+                hidden += 1
+            else:
+                times.append(time)
+            decoding_times.append(packet.dts or 0)
+            end = max(end, (time or 0.0) + _seconds(packet.duration or 0, stream))
+            corrupt = corrupt or packet.is_corrupt
+
+    # AVI keeps no time stamps: those that FFmpeg gives follow the order of decoding, not that of
+    # display. Where the times of decoding go back, files have been joined, each with its own times.
+    in_order = decoding_times == sorted(decoding_times)
+    stamped = container.format.name != "avi" and None not in times and in_order
+    return _Packets(times, stamped, hidden, end, damaged=corrupt or bool(complaints))
+
+
+def _seconds(ticks, stream):
+    """A time or a duration in seconds; None where the file does not say."""
+    return None if ticks is None else float(ticks * stream.time_base)
+
+
+@contextlib.contextmanager
+def _ffmpeg_errors():
+    """Collect the errors that FFmpeg logs: damage that it skips is reported only there."""
+    level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
-        with av.logging.Capture() as complaints, contextlib.suppress(*READ_ERRORS):
-            for packet in container.demux(stream):
-                if packet.size:
-                    time = None if packet.pts is None else float(packet.pts * stream.time_base)
-                    times += [] if packet.is_discard else [time]
-                    order.append(packet.dts or 0)
-                    hidden, damaged = hidden + packet.is_discard, damaged or packet.is_corrupt
-                    end = max(end, (time or 0) + float((packet.duration or 0) * stream.time_base))
+        with av.logging.Capture() as complaints:
+            yield complaints
     finally:
         av.logging.set_level(level)
-    stamped = container.format.name != "avi" and None not in times and order == sorted(order)
-    return _Scan(times, stamped, hidden, end, damaged or bool(complaints))
 
 
-def _missing_at_the_end(container, stream, scan, step):
-    """How many frames the container's table, or else its duration, promises after the last one."""
-    missing, clock = 0, re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+@dataclasses.dataclass(frozen=True)
+class _Timeline:
+    """Which frames a video should have, and when each is shown."""
+
+    seconds: np.ndarray  # (N,) since the first frame, of all frames, also of those that are missing
+    readable: int  # how many there are before the file breaks off
+    fps: float
+    start: float  # time stamp of the first frame, seconds
+    stamped: bool  # whether a decoded frame's time stamp tells its place
+
+
+def _lay_out(container, stream, packets):
+    """The timeline of a video: the frames of its packets, and those that damage has taken away."""
+    rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    if packets.stamped:
+        times = np.array(sorted(packets.times))  # packets come in the order of decoding
+    else:
+        times = np.arange(len(packets.times)) / rate
+    seconds = times - times[0]
+
+    steady = _is_steady(seconds, rate)
+    interval = 1 / rate if steady else max(np.median(np.diff(seconds)), MIN_INTERVAL)
+
+    # Damage can swallow packets, which leaves gaps. If the rate varies, a gap may as well be a
+    # pause. If the container has a table of its frames, packets are found by it and leave no gaps.
+    if packets.damaged and steady and not stream.frames:
+        seconds = _fill_gaps(seconds, interval)
+
+    readable = len(seconds)
+    fps = rate if steady else (readable - 1) / max(float(seconds[-1]), MIN_INTERVAL)
+
+    missing = _missing_at_the_end(container, stream, packets, interval)
+    seconds = np.append(seconds, seconds[-1] + interval * np.arange(1, missing + 1))
+
+    return _Timeline(seconds, readable, fps, times[0], packets.stamped)
+
+
+def _is_steady(seconds, rate):
+    """Whether nearly all intervals between frames are what the rate says."""
+    if len(seconds) < 2:
+        return True
+    regular = np.abs(np.diff(seconds) * rate - 1) < STEADY_TOLERANCE
+    return regular.mean() > STEADY_FRACTION
+
+
+def _fill_gaps(seconds, interval):
+    """Add the times of frames that are missing between others."""
+    counts = np.clip(np.round(np.diff(seconds) / interval), 1, MAX_MISSING)
+    runs = [start + interval * np.arange(count) for start, count in zip(seconds, counts)]
+    return np.concatenate([*runs, seconds[-1:]])
+
+
+def _missing_at_the_end(container, stream, packets, interval):
+    """How many frames the file promises after its last packet.
+
+    The container's table of frames gives the exact number. A file without one (Matroska, MPEG-TS)
+    may state the duration of the video stream, or else that of the whole file. The latter counts
+    only in a file with nothing but the video, because the sound may last longer.
+    """
     if stream.frames:
-        missing = stream.frames - scan.hidden - len(scan.times)
-    elif clock:
-        missing = round(
-            (np.dot([3600, 60, 1], [float(part) for part in clock.groups()]) - scan.end) / step
-        )
-    elif (
-        container.duration and len(container.streams) == 1
-    ):  # else the sound may be what lasts longer
-        missing = round((container.duration / av.time_base - scan.end) / step)
-    return int(np.clip(missing, 0, MAX_MISSING))
+        missing = stream.frames - packets.hidden - len(packets.times)
+        return int(np.clip(missing, 0, MAX_MISSING))
+
+    duration = _stated_duration(stream)
+    if duration is None and container.duration and len(container.streams) == 1:
+        duration = container.duration / av.time_base
+    if duration is None:
+        return 0
+    return int(np.clip(round((duration - packets.end) / interval), 0, MAX_MISSING))
 
 
-def _decoded(container, stream):
-    """What the decoder makes of the packets: frames in the order of their times, None where it failed."""
+def _stated_duration(stream):
+    """The seconds in a stream's tag DURATION, "00:01:02.500" (Matroska); None without the tag."""
+    clock = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if not clock:
+        return None
+    hours, minutes, seconds = (float(part) for part in clock.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _decode(container, stream):
+    """Yield the decoded frames in the order of their times, and None for each packet that fails."""
     with contextlib.suppress(*READ_ERRORS):
         for packet in container.demux(stream):
             try:
@@ -295,32 +545,56 @@ def _decoded(container, stream):
                 yield None
 
 
-def _picture(frame, stream):
+def _picture(decoded, stream):
     """A decoded frame as (H, W, 3) uint8 RGB, its pixels square, turned as its file says."""
-    aspect = float(stream.sample_aspect_ratio or 1)
-    width, height = round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
-    image = frame.to_ndarray(format="rgb24", width=width, height=height)
-    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+    aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel over its height
+    width = round(decoded.width * max(aspect, 1))
+    height = round(decoded.height / min(aspect, 1))
+    image = decoded.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(np.rot90(image, decoded.rotation // 90))
 
 
-def frames_at(clip, indices):
-    """Yield the images (H, W, 3) uint8 of a clip by their numbers, which must not fall.
+# ------------------------------------------------------------ frames by number
 
-    `clip` is a `Clip`, or an iterable of `Frame`s, images or paths. What cannot be read is replaced by the
-    image before it, or else the first after it, with a warning; ValueError where there is none.
+
+def frames_at(
+    clip: Clip | Iterable[Frame | np.ndarray | str | Path], indices: Iterable[int]
+) -> Iterator[np.ndarray]:
+    """Yield the images (H, W, 3) uint8 of a clip by their numbers.
+
+    A frame that cannot be read, or has another shape than the first, is replaced by the image
+    before it, or else by the first after it, with a warning.
+
+    Args:
+        clip: a `Clip`, or an iterable of `Frame`s, images or paths of images.
+        indices: numbers of frames from 0, in ascending order; a number may be repeated.
+
+    Raises:
+        ValueError: there is no image that could replace a frame.
     """
     frames, ahead = itertools.tee(map(_as_frame, clip))
-    image, number = next((frame.image for frame in ahead if not frame.fault), None), -1
-    del ahead  # which would hold on to all frames
+    image = next((frame.image for frame in ahead if not frame.fault), None)
+    del ahead  # it would hold on to all frames
+
+    number = -1
+    fault = ""
     for index in indices:
         while number < index:
-            number, frame = number + 1, next(frames, Frame(None, fault="the clip is shorter"))
-            fault = frame.fault
-            if not fault and frame.image.shape != image.shape:
-                fault = f"its shape is {frame.image.shape}, not {image.shape}"
-            image = image if fault else frame.image
+            number += 1
+            frame = next(frames, Frame(None, fault="the clip is shorter"))
+            fault = frame.fault or _wrong_shape(frame.image, image)
+            if not fault:
+                image = frame.image
+
         if image is None:
             raise ValueError(f"frame {index} cannot be read: {fault}")
         if fault:
             warnings.warn(f"frame {index} is replaced by its neighbour: {fault}", stacklevel=2)
         yield image
+
+
+def _wrong_shape(image, example):
+    """Why an image does not have the shape of an example; empty where it has."""
+    if image.shape == example.shape:
+        return ""
+    return f"its shape is {image.shape}, not {example.shape}"
