@@ -1,59 +1,109 @@
 """What footage says about the lens that it was taken through.
 
-A pose is only as right as the camera matrix K. Bars, a crop or a zoom change the focal length, and nothing in
-a file tells. But the shape of the ship is known, so its perspective in the frames does.
+A pose is only as accurate as the camera matrix K. Black bars, a crop or a zoom change the focal
+length, and no file says so. But the shape of the target is known, and its perspective in the frames
+depends on the focal length: seen from near, its front is large compared with its back.
+`compare_focal_lengths` tries several focal lengths and returns the one with which the target
+explains the frames best. `picture_area` finds black bars.
 """
 
 import numpy as np
 
-from xwing.footage import frames_at
+from xwing.footage import Clip, frames_at
+
+BAR_FRAMES = 12  # frames to examine; a scene may be dark in one of them, but hardly in all
+BAR_BRIGHTNESS = 16  # of 255; compression leaves bars not quite black
+BAR_ASYMMETRY = 2  # pixels by which the bars of two opposite sides may differ
+FOCAL_FACTORS = np.geomspace(0.5, 2, 13)  # to try, on the focal length of K; the middle one is 1
 
 
-def picture_area(clip):
-    """Where the picture lies between black bars: (left, top, width, height); the whole frame without.
+def picture_area(clip: Clip) -> tuple[int, int, int, int]:
+    """Find where the picture lies between black bars.
 
-    Bars are equal on both sides, and no frame of a dozen is brighter there than 16. Where they take part
-    of the longer side, `lens_camera` needs the focal length of the lens times the share that is left.
+    Bars are dark in every frame examined, and equally wide on both sides. Where bars take a part of
+    the longer side, the focal length for `lens_camera` is that of the lens times the fraction that
+    remains.
+
+    Args:
+        clip: see `xwing.footage.Clip`.
+
+    Returns:
+        left, top, width, height in pixels; those of the whole frame where there are no bars.
     """
-    numbers = np.linspace(0, clip.count - 1, min(clip.count, 12)).astype(int)
+    numbers = np.linspace(0, clip.count - 1, min(clip.count, BAR_FRAMES)).astype(int)
     brightest = np.max([image.max(-1) for image in frames_at(clip, numbers)], axis=0)
-    spans = []
-    for axis, size in ((0, clip.width), (1, clip.height)):
-        lit = np.flatnonzero(brightest.max(axis) > 16)
-        low, high = (int(lit[0]), int(size - 1 - lit[-1])) if len(lit) else (0, 0)
-        spans.append((low, size - low - high) if abs(low - high) <= 2 else (0, size))
-    (left, width), (top, height) = spans
+    left, width = _lit_span(brightest.max(0))
+    top, height = _lit_span(brightest.max(1))
     return left, top, width, height
 
 
-def compare_focal_lengths(images, poses, K, aligner):
-    """Which focal length would explain some frames best: the factor on that of K, and what it rests on.
+def _lit_span(brightness):
+    """Start and length of the picture along an axis, from the brightest pixel at each place."""
+    size = len(brightness)
+    lit = np.flatnonzero(brightness > BAR_BRIGHTNESS)
+    if len(lit) == 0:
+        return 0, size
 
-    A focal length that is wrong shows in the perspective of the ship: whatever the distance, no pose explains
-    the frames as well. Bars, a crop or a zoom are the usual causes.
+    before = int(lit[0])
+    after = int(size - 1 - lit[-1])
+    if abs(before - after) > BAR_ASYMMETRY:  # a dark part of the scene
+        return 0, size
+    return before, size - before - after
+
+
+def compare_focal_lengths(
+    images: list[np.ndarray], poses: np.ndarray, K: np.ndarray, aligner
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Find the focal length that explains some frames best.
+
+    With a wrong focal length the target's perspective is wrong at any distance, and no pose
+    explains the frames as well.
 
     Args:
-        images: N frames (H, W, 3) uint8 that show the whole ship; a dozen are plenty.
-        poses: N (4, 4), as they were tracked with K (3, 3); aligner: `Aligner`.
+        images: N frames (H, W, 3) uint8 that show the whole target; a dozen are plenty.
+        poses: N (4, 4), as they were tracked with K.
+        K: (3, 3) camera matrix in pixels.
+        aligner: the target's `xwing.alignment.Aligner`.
+
     Returns:
-        best: factor by which to multiply fx and fy of K; factors (F,) that were tried; explained (F,), the
-        mean share of the frames' contrast that the ship explains with each.
+        The factor by which to multiply fx and fy of K; the factors (F,) that were tried; for each
+        of them the fraction (F,) of the frames' contrast that the target explains, the mean over
+        all frames.
     """
-    factors = np.geomspace(0.5, 2, 13)
-    explained, middle = np.zeros(len(factors)), len(factors) // 2
-    for side in (range(middle, len(factors)), range(middle, -1, -1)):  # from that of K outwards
-        moved, before = np.array(poses), 1.0
-        for i in side:
-            scaled = K * [[factors[i], 1, 1], [1, factors[i], 1], [1, 1, 1]]
-            moved[:, 2, 3] *= factors[i] / before  # as large in the picture as before
-            found, before = (
-                [aligner.track(*pair, scaled) for pair in zip(images, moved)],
-                factors[i],
-            )
-            explained[i] = np.nan_to_num([estimate.explained_contrast for estimate in found]).mean()
-            moved = np.array([estimate.pose for estimate in found])
+    middle = len(FOCAL_FACTORS) // 2
+    upwards = range(middle, len(FOCAL_FACTORS))
+    downwards = range(middle, -1, -1)
+    explained = np.zeros(len(FOCAL_FACTORS))
+    for order in (upwards, downwards):
+        explained[order] = _explained_contrasts(images, poses, K, aligner, FOCAL_FACTORS[order])
+    return _peak(FOCAL_FACTORS, explained), FOCAL_FACTORS, explained
+
+
+def _explained_contrasts(images, poses, K, aligner, factors):
+    """The mean explained contrast with each factor on the focal length.
+
+    The poses found with one factor are where the alignment with the next one starts.
+    """
+    poses = np.array(poses)
+    explained = []
+    last = 1.0
+    for factor in factors:
+        scaled_K = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]]
+        poses[:, 2, 3] *= factor / last  # so that the target stays as large in the picture
+        estimates = [aligner.track(image, pose, scaled_K) for image, pose in zip(images, poses)]
+        explained.append(np.nan_to_num([each.explained_contrast for each in estimates]).mean())
+        poses = np.array([estimate.pose for estimate in estimates])
+        last = factor
+    return explained
+
+
+def _peak(factors, explained):
+    """The factor at the peak of a parabola through the best one and its neighbours.
+
+    The parabola is over the logarithm of the factor.
+    """
     best = int(np.clip(explained.argmax(), 1, len(factors) - 2))
-    near = slice(best - 1, best + 2)  # the peak of a parabola through the best and its neighbours
+    near = slice(best - 1, best + 2)
     a, b, _ = np.polyfit(np.log(factors[near]), explained[near], 2)
-    peak = np.clip(-b / (2 * min(a, -1e-9)), *np.log(factors[[0, -1]]))
-    return float(np.exp(peak)), factors, explained
+    peak = -b / (2 * min(a, -1e-9))  # at the end of the range where the parabola opens upwards
+    return float(np.exp(np.clip(peak, *np.log(factors[[0, -1]]))))
