@@ -1,12 +1,13 @@
 """Clips of any kind, whole and damaged, and the exported network."""
 
 import contextlib
+import dataclasses
 import errno
 import http.server
+import json
 import os
 import shutil
 import threading
-import time
 import warnings
 from fractions import Fraction
 
@@ -49,9 +50,17 @@ def folder_of(path, frames, name="{}.jpg"):
 
 
 def video_of(path, frames, fps=30, seconds=None, sound=0.0, rotation=None, aspect=None, **options):
-    """Write frames as a video; `seconds` are their times, `sound` is how long a silence beside them lasts.
+    """Write frames as a video.
 
-    options: muxer, coder: dicts for FFmpeg.
+    Args:
+        path: its suffix says which kind of file.
+        frames: (H, W, 3) uint8.
+        fps: frames a second.
+        seconds: when each frame is shown; None for a steady rate.
+        sound: seconds of silence to add as a sound track.
+        rotation: degrees by which a player shall turn the picture.
+        aspect: width of a pixel over its height.
+        options: muxer, coder: dicts for FFmpeg.
     """
     kind = {"mp4": "mp4", "mkv": "matroska", "ts": "mpegts", "avi": "avi"}[path.suffix[1:]]
     muxer = options.get("muxer", {})
@@ -87,7 +96,7 @@ def same(image, truth, limit=4):
 
 
 def garbage(path, source, start, size, seed=0):
-    """A copy of a file with `size` random bytes from its share `start` on."""
+    """A copy of a file with `size` random bytes from the fraction `start` of its length on."""
     data = bytearray(source.read_bytes())
     at = int(len(data) * start)
     data[at : at + size] = np.random.default_rng(seed).integers(0, 255, size, np.uint8).tobytes()
@@ -95,8 +104,9 @@ def garbage(path, source, start, size, seed=0):
     return path
 
 
-def cut(path, source, share):
-    path.write_bytes(source.read_bytes()[: int(source.stat().st_size * share)])
+def cut(path, source, fraction):
+    """A copy of a file that ends after a fraction of its bytes."""
+    path.write_bytes(source.read_bytes()[: int(source.stat().st_size * fraction)])
     return path
 
 
@@ -109,11 +119,11 @@ def faults(frames):
 
 @pytest.mark.parametrize("kind", ["folder", "pictures", "mp4", "mkv", "avi", "gif"])
 def test_every_kind_of_clip(flight, tmp_path, kind):
-    frames, rate = flight[:10], {"mp4": 24, "mkv": 30, "avi": 30, "gif": 20}.get(kind)
+    frames = flight[:10]
+    rate = {"mp4": 24, "mkv": 30, "avi": 30, "gif": 20}.get(kind)
     if kind in ("folder", "pictures"):
-        source = folder_of(
-            tmp_path / "frames", frames, "{}.jpg" if kind == "folder" else "shot_{:03}.png"
-        )
+        name = "{}.jpg" if kind == "folder" else "shot_{:03}.png"
+        source = folder_of(tmp_path / "frames", frames, name)
         (source / "notes 1.txt").write_text("not a frame")
     elif kind == "gif":
         source = tmp_path / "a.gif"
@@ -128,9 +138,10 @@ def test_every_kind_of_clip(flight, tmp_path, kind):
         assert all(same(frame.image, truth, 8) for frame, truth in zip(read, frames))
     seconds = [frame.seconds for frame in read]
     assert seconds == clip.seconds
-    np.testing.assert_allclose(seconds, np.arange(10) / rate, atol=1e-3) if rate else (
-        seconds == [None] * 10
-    )
+    if rate:
+        np.testing.assert_allclose(seconds, np.arange(10) / rate, atol=1e-3)
+    else:
+        assert seconds == [None] * 10
     thirds = Clip(source, step=3)
     assert [f.seconds for f in thirds] == seconds[::3] and thirds.count == 4
     assert thirds.fps == (rate and pytest.approx(rate / 3, rel=1e-5))
@@ -177,7 +188,7 @@ def test_pictures_of_every_mode_are_frames(tmp_path):
         ("a.txt", b"hello", ValueError, "cannot be read as a video"),
     ],
 )
-def test_what_is_no_clip(tmp_path, name, content, error, said):
+def test_a_source_that_is_no_clip(tmp_path, name, content, error, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=f"{name}: .*{said}.*expected a folder of frames"):
@@ -218,7 +229,8 @@ def test_a_folder_that_is_no_series_gives_one_warning(flight, tmp_path, names, s
         Image.fromarray(frame).save(tmp_path / name)
     with pytest.warns(UserWarning, match=f"found {said}") as caught:
         clip = Clip(tmp_path)
-    assert len(caught) == 1 and [path.name for path in clip.paths] == names
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert [path.name for path in clip.paths] == names
 
 
 # ------------------------------------------------------------ videos
@@ -230,21 +242,15 @@ def test_every_frame_of_a_varying_rate_has_its_own_seconds(flight, tmp_path):
         clip = Clip(video_of(tmp_path / name, flight, seconds=seconds))
         read = list(clip)
         np.testing.assert_allclose([frame.seconds for frame in read], seconds, atol=1e-3)
-        assert (
-            clip.count == 60
-            and not faults(read)
-            and clip.fps == pytest.approx(59 / seconds[-1], rel=0.01)
-        )
+        assert clip.count == 60 and not faults(read)
+        assert clip.fps == pytest.approx(59 / seconds[-1], rel=0.01)
 
 
 def test_a_pause_in_a_whole_video_is_no_fault(flight, tmp_path):
     seconds = [i / 30 if i < 50 else i / 30 + 1 for i in range(60)]
     read = list(Clip(video_of(tmp_path / "a.mkv", flight, seconds=seconds)))
-    assert (
-        len(read) == 60
-        and not faults(read)
-        and read[50].seconds == pytest.approx(80 / 30, abs=1e-3)
-    )
+    assert len(read) == 60 and not faults(read)
+    assert read[50].seconds == pytest.approx(80 / 30, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,7 @@ def test_a_pause_in_a_whole_video_is_no_fault(flight, tmp_path):
 )
 @pytest.mark.parametrize("size", [200, 2000, 8000])
 def test_frames_about_damage_keep_their_numbers(flight, tmp_path, kind, muxer, size):
-    """Garbage in the middle: what is lost is a fault, and what comes after it is where it belongs."""
+    """After garbage in the middle lost frames are faults, and later frames keep their numbers."""
     whole = video_of(tmp_path / f"whole.{kind}", flight, muxer=muxer, coder={"g": "10"})
     clip = Clip(garbage(tmp_path / f"hurt.{kind}", whole, 0.5, size))
     read = list(clip)
@@ -269,15 +275,15 @@ def test_frames_about_damage_keep_their_numbers(flight, tmp_path, kind, muxer, s
 def test_a_video_that_is_cut_off_says_how_much_is_missing(flight, tmp_path, kind):
     muxer = {"movflags": "faststart"} if kind == "mp4" else {}
     whole = video_of(tmp_path / f"whole.{kind}", flight, muxer=muxer)
-    for share in (0.97, 0.5):
-        with pytest.warns(
-            UserWarning, match=rf"{kind}: breaks off, only \d+ of 60 frames"
-        ) as caught:
-            clip = Clip(cut(tmp_path / f"cut.{kind}", whole, share))
+    for fraction in (0.97, 0.5):
+        said = rf"{kind}: breaks off, only \d+ of 60 frames"
+        with pytest.warns(UserWarning, match=said) as caught:
+            clip = Clip(cut(tmp_path / f"cut.{kind}", whole, fraction))
         read = list(clip)
         lost = faults(read)
-        assert len(caught) == 1 and len(read) == clip.count == 60
-        assert lost[-1] == 59 and len(lost) < 60 - 50 * share and "breaks off" in read[59].fault
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert len(read) == clip.count == 60
+        assert lost[-1] == 59 and len(lost) < 60 - 50 * fraction and "breaks off" in read[59].fault
         assert all(same(read[i].image, flight[i]) for i in range(lost[0]))
         with pytest.warns(UserWarning, match="breaks off"):
             assert Clip(tmp_path / f"cut.{kind}", step=7).count == 9
@@ -290,7 +296,7 @@ def test_a_video_with_a_longer_sound_is_whole(flight, tmp_path):
 
 
 def test_frames_that_an_edit_list_hides_do_not_count(flight, tmp_path):
-    """A clip trimmed on a telephone: the frames before its beginning are in the file, but not shown."""
+    """A clip trimmed on a telephone still contains the frames before its start, but hides them."""
     seconds = [(i - 5) / 30 for i in range(20)]
     clip = Clip(video_of(tmp_path / "a.mp4", flight[:20], seconds=seconds))
     read = list(clip)
@@ -299,13 +305,8 @@ def test_frames_that_an_edit_list_hides_do_not_count(flight, tmp_path):
 
 
 def test_a_video_that_changes_its_size_says_so_for_each_frame(flight, tmp_path):
-    first, second = (
-        video_of(tmp_path / name, frames)
-        for name, frames in (
-            ("a.ts", flight[:9]),
-            ("b.ts", [frame[:128] for frame in flight[9:14]]),
-        )
-    )
+    first = video_of(tmp_path / "a.ts", flight[:9])
+    second = video_of(tmp_path / "b.ts", [frame[:128] for frame in flight[9:14]])
     (tmp_path / "c.ts").write_bytes(first.read_bytes() + second.read_bytes())
     read = list(Clip(tmp_path / "c.ts"))
     other = "expected 256x256 pixels like the first frame, got 256x128"
@@ -325,10 +326,8 @@ def test_a_video_comes_upright(flight, tmp_path, angle):
 def test_pixels_become_square(flight, tmp_path, aspect, width, height):
     clip = Clip(video_of(tmp_path / "a.mp4", flight[:3], aspect=aspect))
     assert (clip.width, clip.height) == (width, height)
-    assert same(
-        next(iter(clip)).image,
-        cv2.resize(flight[0], (width, height), interpolation=cv2.INTER_CUBIC),
-    )
+    expected = cv2.resize(flight[0], (width, height), interpolation=cv2.INTER_CUBIC)
+    assert same(next(iter(clip)).image, expected)
 
 
 def test_no_name_and_no_playlist_is_a_url(flight, tmp_path, monkeypatch):
@@ -372,17 +371,15 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 
 def test_a_distorted_clip_is_straightened(tmp_path, K):
     """A grid seen through a barrel lens comes out straight."""
-    coefficients, centres = (
-        [-0.3, 0.1, 0, 0],
-        np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1) + 0.5,
-    )
-    rays = cv2.undistortPoints(centres.reshape(-1, 1, 2), K, np.array(coefficients)).reshape(
-        256, 256, 2
-    )
+    coefficients = [-0.3, 0.1, 0, 0]
+    centres = np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1) + 0.5
+    rays = cv2.undistortPoints(centres.reshape(-1, 1, 2), K, np.array(coefficients))
+    rays = rays.reshape(256, 256, 2)
     seen = (127 + 120 * np.sin(40 * rays)).astype(np.uint8)
     clip = Clip(folder_of(tmp_path, [np.dstack([seen, seen[..., :1]])]))
     clip.undistort(K, coefficients)
-    straight, inner = next(iter(clip)).image[..., :2].astype(float), np.s_[40:216, 40:216]
+    straight = next(iter(clip)).image[..., :2].astype(float)
+    inner = np.s_[40:216, 40:216]
     truth = 127 + 120 * np.sin(40 * (centres - 128) / K[0, 0])
     assert np.abs(straight - truth)[inner].mean() < 8 < np.abs(seen - truth)[inner].mean()
     for wrong in ([0.1], [0, 0, 0, np.nan]):
@@ -415,13 +412,12 @@ def test_a_gif_without_durations_has_all_its_frames(flight, tmp_path):
 
 def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp_path):
     iio.imwrite(tmp_path / "whole.gif", flight[:6], duration=50)
-    for share in np.linspace(0.3, 0.9999, 12):
-        clip = Clip(cut(tmp_path / "cut.gif", tmp_path / "whole.gif", share))
+    for fraction in np.linspace(0.3, 0.9999, 12):
+        clip = Clip(cut(tmp_path / "cut.gif", tmp_path / "whole.gif", fraction))
         *good, last = list(clip)
         assert good and not faults(good) and "cut.gif: no frame can be read after" in last.fault
-        assert clip.count == len(good) + 1 and all(
-            same(f.image, t, 8) for f, t in zip(good, flight)
-        )
+        assert clip.count == len(good) + 1
+        assert all(same(f.image, t, 8) for f, t in zip(good, flight))
 
 
 # ------------------------------------------------------------ fuzz: one clear error, never another
@@ -432,7 +428,7 @@ def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp
 )
 @given(data=st.data(), kind=st.sampled_from(["mp4", "mkv", "ts", "gif"]))
 def test_fuzzed_clips(flight, tmp_path, data, kind):
-    """A real file with bytes changed and cut off: a clear error, or as many frames as are promised."""
+    """A real file with changed bytes, cut off, gives a clear error or the frames it promises."""
     whole = tmp_path / f"whole.{kind}"
     if not whole.exists():
         small = [np.ascontiguousarray(frame[::4, ::4]) for frame in flight[:8]]
@@ -496,12 +492,15 @@ def test_a_black_sky_is_no_bar(tmp_path):
 )
 def test_a_letterbox_keeps_proportions_and_positions(width, height):
     image = np.zeros((height, width, 3), np.uint8)
-    row, column, reach = height * 2 // 3, width // 3, max(height, width) // 20
+    row = height * 2 // 3
+    column = width // 3
+    reach = max(height, width) // 20
     image[max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1] = 255
 
     def middle(light):
         light = light[..., 0].astype(float)
-        x, y = np.arange(light.shape[1]) + 0.5, np.arange(light.shape[0]) + 0.5
+        x = np.arange(light.shape[1]) + 0.5
+        y = np.arange(light.shape[0]) + 0.5
         return np.array([light.sum(0) @ x, light.sum(1) @ y]) / light.sum()
 
     square, scale, offset = letterbox(image, 256)
@@ -509,133 +508,166 @@ def test_a_letterbox_keeps_proportions_and_positions(width, height):
     np.testing.assert_allclose((middle(square) - offset) / scale, middle(image), atol=0.1 / scale)
 
 
+def test_the_camera_matrix_of_a_letterbox(K):
+    """Its docstring's camera matrix projects to where the letterbox puts the frame's positions."""
+    point = np.array([0.1, -0.2, 1.0])
+    _, scale, offset = letterbox(np.zeros((180, 320, 3), np.uint8), 256)
+    moved = xu.crop_camera(K, *(-offset / scale), scale)
+    np.testing.assert_allclose((moved @ point)[:2], (K @ point)[:2] * scale + offset)
+
+
 # ------------------------------------------------------------ the exported network
+
+
+def test_a_detector_knows_the_target_of_its_weights(detector):
+    xu.check_same_target(detector.target, xu.XWING, "the weights")
+
+
+def test_only_a_target_with_a_mirror_plane_is_averaged(weights, flight, monkeypatch):
+    lopsided = dataclasses.replace(xu.XWING, mirror=None)
+    monkeypatch.setattr(xu, "weights_target", lambda path: lopsided)
+    detector = Detector(weights, crop_sizes=(), search_size=128)
+    squares = flight[0][None, 64:192, 64:192]
+    assert detector.target is lopsided
+    once = detector.heatmaps(squares, averaged=False)
+    np.testing.assert_array_equal(detector.heatmaps(squares), np.maximum(once, 0))
+    monkeypatch.undo()
+    averaged = Detector(weights, crop_sizes=(), search_size=128).heatmaps(squares)
+    assert np.abs(averaged - once).max() > 0.01
 
 
 def test_the_exported_network_sees_what_the_keras_model_sees(weights, detector, flight):
     middles = [np.nanmedian(detector(frame)[0], axis=0) for frame in flight[:40:8]]
-    squares = np.stack(
-        [
-            xu.crop(frame, np.round(middle).astype(int) - 64, 128)
-            for frame, middle in zip(flight[:40:8], middles)
-        ]
-    )
-    keras, sure = xu.predict_keypoints(xu.load_model(weights, 128), squares, channels=36)
+    corners = [np.round(middle).astype(int) - 64 for middle in middles]
+    squares = np.stack([xu.crop_image(frame, at, 128) for frame, at in zip(flight[:40:8], corners)])
+    keras, confidences = xu.predict_keypoints(xu.load_model(weights, 128), squares, channels=36)
     stride, sigma = (detector.settings["model"][name] for name in ("stride", "sigma"))
-    for keypoints, confidence, maps in zip(keras, sure, detector.heatmaps(squares)):
+    for keypoints, confidence, maps in zip(keras, confidences, detector.heatmaps(squares)):
         found, _ = xu.decode_heatmaps(maps, sigma / stride)
         good = confidence >= xu.MIN_CONFIDENCE
         off = np.linalg.norm(found * stride - keypoints, axis=1)[good]
         assert len(off) > 8 and off.max() < 0.1  # pixels
 
 
-def test_a_close_look_finds_what_the_whole_frame_shows(weights, detector, flight):
-    whole, off = Detector(weights, crop_sizes=(), search_size=256), []
+def test_a_close_square_finds_what_the_whole_frame_shows(weights, detector, flight):
+    whole = Detector(weights, crop_sizes=(), search_size=256)
+    off = []
     for frame in flight[:30:5]:
         keypoints, confidence, sigma = whole(frame)
         good = (confidence > 0.5) & (np.arange(36) >= 8)
-        close, again, spread = detector(
-            frame, [keypoints[good].min(0) - 8, keypoints[good].max(0) + 8]
-        )
+        box = [keypoints[good].min(0) - 8, keypoints[good].max(0) + 8]
+        close, again, spread = detector(frame, box)
         good &= again > 0.5
         off.append(np.linalg.norm(close - keypoints, axis=1)[good])
         assert np.isfinite(spread[good]).all() and (spread[good] > 0.3).all()
     assert np.median(np.concatenate(off)) < 0.5 and len(np.concatenate(off)) > 40
 
 
+BOXES = [  # left, top and width; each is half as high as it is wide
+    (10, 20, 30),
+    (80, 60, 87),
+    (0, 100, 90),
+    (20, 0, 230),
+    (-40, -30, 100),
+    (-1e6, -1e6, 3e6),
+    (2000, 0, 50),
+    (5, 5, 0),
+]
+
+
 @pytest.mark.parametrize("crop_sizes", [(), (96,), (96, 128)])
 @pytest.mark.parametrize("width,height", [(256, 256), (1024, 512), (120, 250), (60, 40)])
-def test_a_close_look_holds_the_ship_and_shows_more(
+def test_the_close_square_holds_the_box_and_shows_more(
     weights, crop_sizes, width, height, monkeypatch
 ):
-    """Boxes of all sizes, also far beyond the frame: squares hold what is in sight of them, and larger."""
-    looks, nothing = [], (np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))
-    monkeypatch.setattr(Detector, "_compile", lambda self, side: None)
+    """The square holds what the frame shows of a box and enlarges it, whatever the box's size."""
+    squares = []
+
+    def nothing_found(image, square, averaged=True):
+        squares.append(square)
+        return np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)
+
+    monkeypatch.setattr(Detector, "_compile", lambda self, size: None)
     detector = Detector(weights, crop_sizes, search_size=64)
-    monkeypatch.setattr(
-        detector, "_look", lambda image, *square, **_: looks.append(square) or nothing
-    )
-    whole, image, close = max(width, height), np.zeros((height, width, 3), np.uint8), 0
-    for left, top, extent in (
-        (10, 20, 30),
-        (80, 60, 87),
-        (0, 100, 90),
-        (20, 0, 230),
-        (-40, -30, 100),
-        (-1e6, -1e6, 3e6),
-        (2000, 0, 50),
-        (5, 5, 0),
-    ):
-        looks.clear()
+    monkeypatch.setattr(detector, "_read", nothing_found)
+    longest = max(width, height)
+    image = np.zeros((height, width, 3), np.uint8)
+    close = 0
+    for left, top, extent in BOXES:
+        squares.clear()
         box = [[left, top], [left + extent, top + extent / 2]]  # a list will do
         detector(image, box)
-        ((x, y, side, size),) = looks  # nothing was found, so that nothing else is looked at
+        ((x, y, side, size),) = squares  # nothing is found, so nothing else is examined
         inside = np.clip(box, 0, [width, height])
         if size == 64:
-            needed, unseen = (
-                1.1 * np.ptp(inside, axis=0).max(),
-                extent == 0 or left == 2000 or top >= height,
-            )
-            assert side == whole and (
-                not crop_sizes or unseen or needed >= crop_sizes[-1] * whole / 64
-            )
+            needed = 1.1 * np.ptp(inside, axis=0).max()
+            unseen = extent == 0 or left == 2000 or top >= height
+            assert side == longest
+            assert not crop_sizes or unseen or needed >= crop_sizes[-1] * longest / 64
             continue
+
         close += 1
-        assert (
-            size in crop_sizes and size / side > 64 / whole and side <= max(whole, 1.1 * extent + 1)
-        )
+        assert size in crop_sizes
+        assert size / side > 64 / longest and side <= max(longest, 1.1 * extent + 1)
         assert (inside >= [x, y]).all() and (inside <= [x + side, y + side]).all()
         inside_frame = x >= 0 and y >= 0 and x + side <= width and y + side <= height
         assert inside_frame or side > min(width, height)
-        assert size / side <= max(256 / whole, 1) + 0.02
+        assert size / side <= max(256 / longest, 1) + 0.02
     assert close >= 2 if crop_sizes else close == 0
 
 
-def test_a_close_look_that_cuts_the_ship_off_does_not_count(detector, flight, monkeypatch):
-    """The search finds 10 points; a close look that finds 7 is thrown away, one that finds 8 is taken.
-
-    What is searched for is looked at once, what counts also in the mirror."""
-
-    def found(image, left, top, side, size, averaged=True):
-        looks.append((size, averaged))
-        keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
-        return keypoints, np.where(np.arange(36) < counts[size], 0.9, 0.0), np.full(36, float(size))
-
-    monkeypatch.setattr(detector, "_look", found)
-    for close, whole, expected in (
+@pytest.mark.parametrize(
+    "close,whole,then",
+    [
         (3, 10, [96, 192]),
         (7, 10, [96, 192]),
         (8, 10, [96]),
         (20, 10, [96]),
         (20, 3, []),
-    ):
-        counts, looks = {96: close, 192: whole}, []
-        assert detector(flight[0])[2][0] == ([192] + expected)[-1]
-        assert looks == [(192, False)] + [(size, True) for size in expected]
+    ],
+)
+def test_a_close_square_that_cuts_the_ship_off_is_not_used(
+    detector, flight, monkeypatch, close, whole, then
+):
+    """The search finds 10 points; a close square with 7 is thrown away, one with 8 is used.
+
+    The search alone does without the mirrored square.
+    """
+    counts = {96: close, 192: whole}
+    examined = []
+
+    def found(image, square, averaged=True):
+        examined.append((square.size, averaged))
+        keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
+        confidence = np.where(np.arange(36) < counts[square.size], 0.9, 0.0)
+        return keypoints, confidence, np.full(36, float(square.size))
+
+    monkeypatch.setattr(detector, "_read", found)
+    assert detector(flight[0])[2][0] == ([192] + then)[-1]
+    assert examined == [(192, False)] + [(size, True) for size in then]
 
 
 @pytest.mark.parametrize(
     "width,height,side", [(1024, 1024, 1024), (3840, 2160, 2160), (360, 640, 360), (768, 600, 240)]
 )
 def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, height, side):
-    """The frame is enlarged or shrunk and set into a larger one; with its K the pose is what it was."""
+    """A frame is scaled and set into a larger one; with the K of that one its pose is the same."""
 
     def pose_of(image, K):
         keypoints, confidence, sigma = detector(image)
         return xu.solve_pose(keypoints, K, confidence, sigma=sigma)
 
-    image, left, top = (
-        np.zeros((height, width, 3), np.uint8),
-        (width - side) // 2,
-        (height - side) // 2,
-    )
-    enlarge = cv2.INTER_CUBIC if side > 256 else cv2.INTER_AREA
-    image[top : top + side, left : left + side] = cv2.resize(
-        flight[0], (side, side), interpolation=enlarge
-    )
-    focal = K[0, 0] * side / 256
-    moved = np.array([[focal, 0, left + side / 2], [0, focal, top + side / 2], [0, 0, 1]])
-    pose, truth = pose_of(image, moved), pose_of(flight[0], K)
+    image = np.zeros((height, width, 3), np.uint8)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    interpolation = cv2.INTER_CUBIC if side > 256 else cv2.INTER_AREA
+    resized = cv2.resize(flight[0], (side, side), interpolation=interpolation)
+    image[top : top + side, left : left + side] = resized
+
+    scale = side / 256
+    moved = xu.crop_camera(K, -left / scale, -top / scale, scale)
+    pose = pose_of(image, moved)
+    truth = pose_of(flight[0], K)
     assert xu.rotation_error(pose, truth) < 5 and np.linalg.norm(pose[:3, 3] - truth[:3, 3]) < 0.1
 
 
@@ -657,13 +689,11 @@ def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
     assert network.export_model(path) == network.export_model(path) == (b"<xml>", b"weights" * 1000)
     (first,) = (path.parent / ".openvino").iterdir()
     assert len(made) == 1
-    path.with_name("xwing.json").write_text(
-        path.with_name("xwing.json").read_text().replace("\n", "\n ", 1)
-    )
+    settings = path.with_name("xwing.json")
+    settings.write_text(settings.read_text().replace("\n", "\n ", 1))
     network.export_model(path)
     assert len(made) == 1  # the settings say the same
-    info = xu.read_json(path.with_name("xwing.json"))
-    path.with_name("xwing.json").write_text(xu.json.dumps({**info, "more": 1}))
+    settings.write_text(json.dumps({**xu.read_json(settings), "more": 1}))
     network.export_model(path)
     (second,) = (path.parent / ".openvino").iterdir()
     assert len(made) == 2 and second != first
@@ -685,25 +715,27 @@ def test_a_damaged_export_is_made_again(copied, at):
 def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
     path, made = copied
 
+    all_at_once = threading.Barrier(3, timeout=60)
+
     def slow(model):
         made.append(model)
-        time.sleep(0.3)
+        all_at_once.wait()
         return b"<xml>", b"weights"
 
     monkeypatch.setattr(network, "_export", slow)
     found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(network.export_model(path))) for _ in range(3)
-    ]
+
+    def export():
+        found.append(network.export_model(path))
+
+    threads = [threading.Thread(target=export) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [(b"<xml>", b"weights")] * 3 and len(made) > 1
-    assert (
-        len(list((path.parent / ".openvino").iterdir())) == 1
-        and network.export_model(path) == found[0]
-    )
+    assert len(list((path.parent / ".openvino").iterdir())) == 1
+    assert network.export_model(path) == found[0]
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(copied, monkeypatch):
