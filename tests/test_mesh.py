@@ -1,9 +1,17 @@
-"""The mesh: what the reader accepts and refuses; what the rasteriser shows, against casting rays."""
+"""Reading: what is accepted and refused. Drawing: what the rasteriser shows, against cast rays."""
+
+import dataclasses
+import hashlib
+import json
+import warnings
 
 import cv2
 import numpy as np
 import pytest
+import trimesh
+from PIL import Image
 from scipy.spatial import KDTree
+from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import mesh
@@ -28,7 +36,7 @@ def write(folder, text, name="a.obj"):
 
 
 def hits(triangles, start, direction):
-    """How far along a ray each triangle is that it hits, in multiples of its direction, and which those are.
+    """How far along a ray, in multiples of its direction, it hits triangles, and which it hits.
 
     Cramer's rule: first + u (second - first) + v (third - first) = start + t direction.
     """
@@ -48,12 +56,13 @@ def areas(triangles):
 
 
 def cast(triangles, pose, K, pixels):
-    """The triangle (or -1) and the depth (or inf) that rays through the centres of pixels (N, 2) meet."""
+    """The triangle (or -1) and depth (or inf) that rays through pixels' centres (N, 2) meet."""
     seen = triangles @ pose[:3, :3].T + pose[:3, 3]
+    near = mesh.NEAR * np.linalg.norm(np.ptp(triangles.reshape(-1, 3), axis=0))
     ids, depths = [], []
     for pixel in pixels:
         z, which = hits(seen, np.zeros(3), np.linalg.solve(K, [*(pixel + 0.5), 1]))
-        z, which = z[z >= mesh.NEAR], which[z >= mesh.NEAR]
+        z, which = z[z >= near], which[z >= near]
         ids.append(which[z.argmin()] if len(z) else -1)
         depths.append(z.min(initial=np.inf))
     return np.array(ids), np.array(depths)
@@ -72,11 +81,28 @@ def test_the_supplied_mesh_keeps_the_order_and_the_colours_of_its_file(root, shi
     assert np.array_equal(
         ship.faces, np.array([[int(v.split("/")[0]) - 1 for v in face] for face in faces])
     )
-    assert (np.diff(ship.face_materials) >= 0).all() and ship.triangles.shape == (
-        len(ship.faces),
-        3,
-        3,
-    )
+    vertices = [line.split()[1:] for line in lines if line.startswith("v ")]
+    assert np.array_equal(ship.vertices, np.array(vertices, float))
+    assert (np.diff(ship.face_materials) >= 0).all()
+    assert ship.triangles.shape == (len(ship.faces), 3, 3)
+
+
+def test_the_supplied_mesh_is_the_one_that_the_committed_sets_were_rendered_from(root, ship):
+    parts = [
+        ship.triangles.astype("<f8"),
+        ship.face_materials.astype("<i8"),
+        ship.colours.astype("<f8"),
+    ]
+    text = json.dumps(ship.names).encode() + b"".join(part.tobytes() for part in parts)
+    info = json.loads((root / "data" / "test" / "render_info.json").read_text())
+    assert hashlib.sha256(text).hexdigest()[:16] == info["mesh_digest"]
+
+
+def test_the_supplied_mesh_loads_without_a_warning_and_without_a_texture(root):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ship = mesh.load_mesh(root / "data" / "xwing.obj")
+    assert ship.textures is None and ship.texture_coordinates is None
 
 
 def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_material(ship):
@@ -87,61 +113,388 @@ def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_m
         assert KDTree(corners).query(corners * [-1, 1, 1])[0].max() < 1e-5, name
 
 
+def test_the_diameter_is_the_diagonal_of_the_box_of_what_is_drawn(ship):
+    low, high = xu.BOUNDING_BOX[0], xu.BOUNDING_BOX[7]
+    assert abs(ship.diameter - np.linalg.norm(high - low)) < 1e-3
+    assert abs(ship.near - 0.01) < 1e-6  # model units, as before lengths were in diameters
+    stray = dataclasses.replace(ship, vertices=np.concatenate([ship.vertices, [[9, 9, 9]]]))
+    assert stray.diameter == ship.diameter
+    assert mesh.diagonal(np.zeros((0, 3, 3))) == 0
+
+
 def test_what_an_obj_may_hold(tmp_path):
-    write(tmp_path, "newmtl red paint\nKd 0.9 0.123456 0\n", "a.mtl")
+    write(tmp_path, "newmtl red paint\nNs 1 2\nKa nan\nKd 0.9 0.123456 0 # warm\n", "a.mtl")
+    write(tmp_path, "newmtl last\nKd 0.1 0.2 0.3\n", "b.mtl")
     path = write(
         tmp_path,
         b"\xef\xbb\xbf"
         + SQUARE.encode()  # with a byte order mark
         + b"# caf\xe9 in Latin-1\nmtllib a.mtl\nf 1/1/1 2//2 \\\n3 4\n"
-        b"usemtl red paint\nvn 0 0 1\nf -4 -3 -2 # behind\nusemtl none\nf 1 3 4\n"
-        b"usemtl red paint\nf 2 3 4\n",
+        b"  usemtl  red paint\nvn 0 0 1\nf -4 -3 -2 # behind\nusemtl none\nf 1 3 4\n"
+        b"usemtl red paint\nf 2\t3 4\r\nmtllib b.mtl\nusemtl last\nf 1 2 4\n",
     )
     found = mesh.load_mesh(path)
-    assert found.names == ["default", "red paint", "none"]
-    assert np.array_equal(found.colours, [mesh.GREY, [0.9, 0.123456, 0], mesh.GREY])
-    assert found.faces.tolist() == [
-        [0, 1, 2],
-        [0, 2, 3],
-        [0, 1, 2],
-        [1, 2, 3],
-        [0, 2, 3],
-    ]  # by material
-    assert found.face_materials.tolist() == [0, 0, 1, 1, 2]
+    assert found.names == ["default", "red paint", "none", "last"]
+    colours = [mesh.GREY, [0.9, 0.123456, 0], mesh.GREY, [0.1, 0.2, 0.3]]
+    assert np.array_equal(found.colours, colours)
+    assert found.face_materials.tolist() == [0, 0, 1, 1, 2, 3]
+    square = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], float)
+    corners = [[0, 1, 2], [0, 2, 3], [0, 1, 2], [1, 2, 3], [0, 2, 3], [0, 1, 3]]
+    assert np.array_equal(found.triangles, square[corners])
+
+
+def test_faces_of_every_kind_are_read_side_by_side(tmp_path):
+    text = SQUARE + "f -4 -3 -2 -1\nv 0 0 1\nv 1 0 1\nv 1 1 1\nvt 0 0\nvt 1 1\nvn 0 0 1\n"
+    text += "f -3 -2 -1\nf 1/1 2/2 3/-1\nf 1//1 2//1 3//1\nf 1/1/1 2/2/1 3\nf 1 2 3 5 6 7\n"
+    found = mesh.load_mesh(write(tmp_path, text)).triangles
+    points = np.array([line.split()[1:] for line in text.splitlines() if line[:2] == "v "], float)
+    wanted = [[0, 1, 2], [0, 2, 3], [4, 5, 6]] + 3 * [[0, 1, 2]]
+    wanted += [[0, 1, 2], [0, 2, 4], [0, 4, 5], [0, 5, 6]]
+    assert np.array_equal(found, points[wanted])
+
+
+def test_polygons_become_triangles_that_cover_them(tmp_path):
+    angle = np.arange(5) * 2 * np.pi / 5
+    corners = "".join(f"v {x} {y} 0\n" for x, y in np.column_stack([np.cos(angle), np.sin(angle)]))
+    pentagon = mesh.load_mesh(write(tmp_path, corners + "f 1 2 3 4 5"))
+    assert len(pentagon.faces) == 3
+    assert abs(areas(pentagon.triangles).sum() - 2.5 * np.sin(2 * np.pi / 5)) < 1e-12
 
 
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("f 1 2 5", "line 5: .*one of the 4 vertices"),
-        ("f 1 2 -9", "line 5: .*one of the 4 vertices"),
-        ("f 1 2 0", "line 5"),
-        ("f 1 2 x", "line 5"),
-        ("f 1 2", "line 5: .*three corners"),
-        ("usemtl", "line 5: .*a name"),
-        ("mtllib", "line 5: .*a name"),
-        ("v 0 nan 0", "line 5: .*three finite"),
-        ("v 1 2", "line 5"),
-        ("v a b c", "line 5"),
-        ("v 0 inf 0\nf 1 2 3", "line 5"),
-        ("mtllib ../a.mtl", "line 5: .*in the mesh's folder"),
-        ("mtllib /etc/passwd", "in the mesh's folder"),
-        ("mtllib b.mtl", "b.mtl, line 2: .*three finite numbers"),
+        ("f 1 2 5", "index 4 is out of bounds"),
+        ("f 1 2 -9", "index -9 in 'f 1 2 -9', where the first is 1 and 4 are above"),
+        ("f 1/1 2/1 7/1\nvt 0 0", "out of bounds"),
+        ("f 1 2 0", "index 0 in 'f 1 2 0'"),
+        ("f 0/1/1 2 3", "index 0"),
+        ("f 1 2 x", "may be damaged"),
+        ("f 1 2 3\nf x 2 3", "may be damaged"),
+        ("f 1 2", "fewer than three corners in 'f 1 2'"),
+        ("f 1 2 3\nf 1 2 4\nf 1", "fewer than three corners"),
+        ("v 0 nan 0\nf 1 2 5\nf 1 2 3", "1 of 4 vertices are not finite"),
+        ("v 0 inf 0\nf 1 2 3\nf 1 2 5", "not finite"),
+        ("v a b c\nf 1 2 3", "may be damaged"),
+        ("mtllib ../a.mtl\nf 1 2 3 4", "'../a.mtl' is not in the mesh's folder"),
+        ("mtllib /etc/passwd\nf 1 2 3 4", "in the mesh's folder"),
+        ("mtllib b.mtl\nusemtl b\nf 1 2 3 4", "three finite numbers, got 'Kd 0.1 nan 0'"),
+        ("mtllib c.mtl\nusemtl b\nf 1 2 3 4", "three finite numbers, got 'Kd 0.1 x 0'"),
+        ("mtllib d.mtl\nusemtl b\nf 1 2 3 4", "three finite numbers, got 'Kd 0.1 0.2'"),
         ("# nothing", "no faces"),
+        ("f 1 2 3", "1 of 1 faces have an area"),
+        ("f 1 2 3\nf 1 1 2", "1 of 2 faces have an area"),
+        ("f 1 1 2\nf 3 3 3", "0 of 2 faces have an area"),
     ],
 )
-def test_what_an_obj_may_not_hold_is_named_with_its_file_and_line(tmp_path, text, message):
-    write(tmp_path, "newmtl a\nKd 0.1 x 0\n", "b.mtl")
+def test_what_a_mesh_may_not_hold_is_named_with_its_file(tmp_path, text, message):
+    for name, colour in (("b", "0.1 nan 0"), ("c", "0.1 x 0"), ("d", "0.1 0.2")):
+        write(tmp_path, f"newmtl b\nKd {colour}\n", f"{name}.mtl")
     with pytest.raises(ValueError, match=message) as error:
         mesh.load_mesh(write(tmp_path, SQUARE + text))
-    assert str(tmp_path) in str(error.value)
+    assert str(tmp_path / "a.obj") in str(error.value)
 
 
-def test_a_missing_mesh_and_a_missing_material_library(tmp_path):
+def test_a_missing_mesh_and_a_file_of_another_kind(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.obj"):
         mesh.load_mesh(tmp_path / "nothing.obj")
-    found = mesh.load_mesh(write(tmp_path, SQUARE + "mtllib gone.mtl\nusemtl a\nf 1 2 3"))
-    assert np.array_equal(found.colours, [mesh.GREY])
+    with pytest.raises(FileNotFoundError, match="no such mesh"):
+        mesh.load_mesh(tmp_path)
+    with pytest.raises(ValueError, match=r"a.fbx: '.fbx' files are not read; export.*\.glb"):
+        mesh.load_mesh(write(tmp_path, "x", "a.fbx"))
+
+
+def test_a_missing_material_library_leaves_names_and_grey(tmp_path):
+    text = SQUARE + "mtllib gone.mtl\nusemtl a\nf 1 2 3 4"
+    with pytest.warns(UserWarning, match="a.obj: there is no 'gone.mtl'"):
+        found = mesh.load_mesh(write(tmp_path, text))
+    assert found.names == ["a"] and np.array_equal(found.colours, [mesh.GREY])
+
+
+def test_nothing_outside_the_folder_of_a_mesh_is_read(tmp_path):
+    folder = tmp_path / "mesh"
+    folder.mkdir()
+    write(tmp_path, "newmtl a\nKd 0.1 0.2 0.3\n", "secret.mtl")
+    Image.fromarray(PICTURE).save(tmp_path / "secret.png")
+    (folder / "link.mtl").symlink_to(tmp_path / "secret.mtl")
+    write(folder, "newmtl a\nmap_Kd ../secret.png\n", "a.mtl")
+    for name in ("../secret.mtl", str(tmp_path / "secret.mtl"), "link.mtl", "a.mtl"):
+        path = write(folder, f"{SQUARE}mtllib {name}\nusemtl a\nf 1 2 3 4")
+        with pytest.raises(ValueError, match="is not in the mesh's folder"):
+            mesh.load_mesh(path)
+
+
+def test_a_path_of_another_computer_leads_to_the_file_beside_the_mesh(tmp_path):
+    write(tmp_path, "newmtl a\nKd 0.1 0.2 0.3\n", "a.mtl")
+    for name in ("/home/somebody/a.mtl", r"C:\export\a.mtl"):
+        found = mesh.load_mesh(write(tmp_path, f"{SQUARE}mtllib {name}\nusemtl a\nf 1 2 3 4"))
+        assert found.colours.tolist() == [[0.1, 0.2, 0.3]]
+
+
+@pytest.mark.parametrize("suffix", ["obj", "ply", "stl", "off", "glb"])
+def test_every_format_gives_the_same_triangles(tmp_path, suffix):
+    shape = trimesh.creation.icosphere(subdivisions=1)
+    shape.apply_transform(np.diag([3, 2, 1, 1]))
+    shape.export(tmp_path / f"a.{suffix}")
+    found = mesh.load_mesh(
+        write(tmp_path, (tmp_path / f"a.{suffix}").read_bytes(), "B." + suffix.upper())
+    )
+    np.testing.assert_allclose(found.triangles, shape.triangles, atol=1e-6)
+    assert found.colours.shape == (1, 3) and (found.face_materials == 0).all()
+    np.testing.assert_allclose(found.diameter, np.sqrt(36 + 16 + 4), rtol=0.05)
+
+
+@pytest.mark.parametrize("suffix", ["ply", "stl", "off", "glb"])
+@pytest.mark.parametrize("kept", [0, 0.02, 0.3, 0.6, 0.9, 0.99])
+def test_a_file_that_was_cut_short_is_refused(tmp_path, suffix, kept):
+    whole = tmp_path / f"whole.{suffix}"
+    trimesh.creation.icosphere(subdivisions=2).export(whole)
+    content = whole.read_bytes()
+    with pytest.raises(ValueError, match=rf"cut.{suffix}: (not a readable|no faces)"):
+        mesh.load_mesh(write(tmp_path, content[: int(kept * len(content))], f"cut.{suffix}"))
+
+
+def test_an_index_out_of_range_and_points_without_faces_in_a_ply(tmp_path):
+    head = "ply\nformat ascii 1.0\nelement vertex 4\n"
+    head += "".join(f"property float {axis}\n" for axis in "xyz")
+    points = "0 0 0\n1 0 0\n1 1 0\n0 1 0\n"
+    faces = "element face 2\nproperty list uchar int vertex_indices\nend_header\n"
+    with pytest.raises(ValueError, match="a.ply: .*a face names vertex 4, counted from 0, of 4"):
+        mesh.load_mesh(write(tmp_path, head + faces + points + "3 0 1 2\n3 0 2 4\n", "a.ply"))
+    with pytest.raises(ValueError, match="a.ply: .*a face names vertex -1"):
+        mesh.load_mesh(write(tmp_path, head + faces + points + "3 0 1 2\n3 0 2 -1\n", "a.ply"))
+    with pytest.raises(ValueError, match="a.ply: no faces found"):
+        mesh.load_mesh(write(tmp_path, head + "end_header\n" + points, "a.ply"))
+
+
+def test_many_faces_without_area_are_counted_in_a_warning(tmp_path):
+    text = SQUARE + "v 2 2 0\n" + "f 1 2 3 4\nf 1 1 2\nf 1 3 5\n"  # a repeated corner; a line
+    with pytest.warns(UserWarning, match="a.obj: 2 of 4 faces have no area and are ignored"):
+        found = mesh.load_mesh(write(tmp_path, text))
+    area, openness = mesh.visibility(found.triangles)
+    assert area.any(1).tolist() == openness.any(1).tolist() == [True, True, False, False]
+
+
+# ------------------------------------------------------------ colours, textures and scenes
+
+PICTURE = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 51]]], np.uint8)
+TEXTURED = SQUARE + "vt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nmtllib a.mtl\nusemtl plain\nf 1 2 3\n"
+TEXTURED += "usemtl picture\nf 1/1 2/2 3/3\nf 1/1 3/3 4/4\n"
+
+
+def test_a_texture_is_kept_with_the_coordinates_of_each_corner(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    library = "newmtl picture\nKd 0.8 0.8 0.8\nmap_Kd a.png\nnewmtl plain\nKd 0.1 0.2 0.3\n"
+    write(tmp_path, library, "a.mtl")
+    found = mesh.load_mesh(write(tmp_path, TEXTURED))
+    assert found.names == ["plain", "picture"]
+    assert found.textures[0] is None and np.array_equal(found.textures[1], PICTURE)
+    np.testing.assert_allclose(found.colours, [[0.1, 0.2, 0.3], PICTURE.mean((0, 1)) / 255])
+    assert found.texture_coordinates.shape == (3, 3, 2)
+    drawn = found.face_materials == 1  # here a corner's coordinates are its place in the square
+    assert np.array_equal(found.texture_coordinates[drawn], found.triangles[drawn, :, :2])
+
+
+def test_a_scene_keeps_its_texture_the_same_way_up(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    write(tmp_path, "newmtl picture\nmap_Kd a.png\n", "a.mtl")
+    path = write(tmp_path, TEXTURED)
+    trimesh.load_scene(path).export(tmp_path / "a.glb")
+    found = mesh.load_mesh(tmp_path / "a.glb")
+    row = [texture is not None for texture in found.textures].index(True)
+    assert np.array_equal(found.textures[row], PICTURE)
+    drawn = found.face_materials == row
+    assert np.array_equal(found.texture_coordinates[drawn], found.triangles[drawn, :, :2])
+
+
+def test_a_missing_texture_is_said_and_a_damaged_one_refused(tmp_path):
+    write(tmp_path, "newmtl picture\nKd 0.1 0.2 0.3\nmap_Kd gone.png\n", "a.mtl")
+    with pytest.warns(UserWarning, match="there is no 'gone.png'"):
+        found = mesh.load_mesh(write(tmp_path, TEXTURED))
+    assert found.textures is None and found.colours[1].tolist() == [0.1, 0.2, 0.3]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "gone.png")
+    for kept in (0, 10, 2000):
+        write(tmp_path, (tmp_path / "gone.png").read_bytes()[:kept], "gone.png")
+        with pytest.raises(ValueError, match="a.obj: its texture 'gone.png' is damaged"):
+            mesh.load_mesh(tmp_path / "a.obj")
+
+
+def test_the_parts_of_a_scene_stand_in_their_places_and_share_materials_by_name(tmp_path):
+    red = trimesh.visual.material.PBRMaterial(name="red", baseColorFactor=[255, 0, 55, 255])
+    bare = trimesh.visual.material.PBRMaterial(name="bare")
+    box = trimesh.creation.box()
+    box.visual = trimesh.visual.TextureVisuals(material=red)
+    ball = trimesh.creation.icosphere(subdivisions=1)
+    ball.visual = trimesh.visual.TextureVisuals(material=bare)
+    moved = np.array([[0, -2, 0, 5], [2, 0, 0, 6], [0, 0, 2, 7], [0, 0, 0, 1.0]])
+    mirrored = np.diag([-1.0, 1, 1, 1])
+    scene = trimesh.Scene()
+    scene.add_geometry(box, node_name="first", transform=moved)
+    scene.add_geometry(ball, node_name="second", transform=mirrored)
+    scene.add_geometry(box, node_name="third")
+    scene.export(tmp_path / "a.glb")
+
+    found = mesh.load_mesh(tmp_path / "a.glb")
+    assert found.names == ["red", "bare"]
+    light = 55 / 255  # of a GLB is linear: IEC 61966-2-1
+    np.testing.assert_allclose(
+        found.colours[0], [1, 0, 1.055 * light ** (1 / 2.4) - 0.055], atol=1e-6
+    )
+    assert np.array_equal(found.colours[1], mesh.GREY)
+    boxes = found.triangles[found.face_materials == 0]
+    wanted = np.concatenate([box.triangles @ moved[:3, :3].T + moved[:3, 3], box.triangles])
+    order, wanted_order = (np.argsort(t.mean((1, 2)), kind="stable") for t in (boxes, wanted))
+    np.testing.assert_allclose(boxes[order], wanted[wanted_order], atol=1e-6)
+    balls = found.triangles[found.face_materials == 1]
+    assert (mesh.triangle_normals(balls) * balls.mean(1)).sum(1).min() > 0  # still wound outwards
+
+
+def test_materials_of_the_same_name_but_other_colours_stay_apart(tmp_path):
+    scene = trimesh.Scene()
+    for x, level in enumerate((0, 255, 0)):
+        part = trimesh.creation.box()
+        paint = trimesh.visual.material.PBRMaterial(name="p", baseColorFactor=[level] * 3 + [255])
+        part.visual = trimesh.visual.TextureVisuals(material=paint)
+        part.apply_translation([2 * x, 0, 0])
+        scene.add_geometry(part)
+    scene.export(tmp_path / "a.glb")
+    found = mesh.load_mesh(tmp_path / "a.glb")
+    assert len(set(found.names)) == 2 and found.names[0] == "p"
+    np.testing.assert_allclose(found.colours, [[0, 0, 0], [1, 1, 1]], atol=1e-12)
+    places = found.triangles.mean(1)[:, 0].round()
+    assert set(places[found.face_materials == 1]) == {2}
+    assert (np.diff(found.face_materials) >= 0).all()
+
+
+def test_a_mesh_with_colours_of_vertices_has_their_mean(tmp_path):
+    box = trimesh.creation.box()
+    box.visual.vertex_colors = np.tile([[255, 0, 51, 255], [0, 0, 51, 255]], (4, 1))
+    box.export(tmp_path / "a.ply")
+    found = mesh.load_mesh(tmp_path / "a.ply")
+    np.testing.assert_allclose(found.colours, [[0.5, 0, 0.2]], atol=0.05)
+
+
+# ------------------------------------------------------------ simplifying
+
+
+def torus(steps):
+    """Vertices and faces of a torus about z with radii 1 and 0.3, in 2 * steps**2 triangles."""
+    turn = np.arange(steps) * 2 * np.pi / steps
+    u, v = np.meshgrid(turn, turn, indexing="ij")
+    from_axis = 1 + 0.3 * np.cos(v)
+    vertices = np.stack([from_axis * np.cos(u), from_axis * np.sin(u), 0.3 * np.sin(v)], -1)
+    rows = np.arange(steps**2).reshape(steps, steps)
+    a, b = rows, np.roll(rows, -1, 0)
+    c, d = np.roll(b, -1, 1), np.roll(a, -1, 1)
+    faces = np.concatenate([np.stack([a, b, c], -1), np.stack([a, c, d], -1)])
+    return vertices.reshape(-1, 3), faces.reshape(-1, 3)
+
+
+def from_torus(points):
+    """Distance of points (N, 3) from the surface of `torus`."""
+    from_circle = np.hypot(np.hypot(points[:, 0], points[:, 1]) - 1, points[:, 2])
+    return np.abs(from_circle - 0.3)
+
+
+def test_a_million_triangles_load_with_a_warning_and_are_simplified(tmp_path):
+    vertices, faces = torus(708)
+    assert len(faces) > 1_000_000
+    trimesh.Trimesh(vertices, faces, process=False).export(tmp_path / "a.ply")
+    with pytest.warns(UserWarning, match="a.ply: 1,002,528 triangles, simplified to 2") as said:
+        found = mesh.load_mesh(tmp_path / "a.ply")
+    assert len(said) == 1
+    assert 0.99 * mesh.MAX_TRIANGLES < len(found.faces) <= mesh.MAX_TRIANGLES
+    assert from_torus(found.vertices).max() < 1e-3
+    assert abs(areas(found.triangles).sum() / (4 * np.pi**2 * 0.3) - 1) < 1e-3
+    assert abs(found.diameter / np.linalg.norm([2.6, 2.6, 0.6]) - 1) < 1e-4
+
+
+def test_materials_keep_their_colours_and_outlines_when_a_mesh_is_simplified(tmp_path):
+    vertices, faces = torus(100)
+    stripe = (vertices[faces].mean(1) @ [3.0, 2, 0] % 1 > 0.3).astype(int)
+    lines = ["v {} {} {}".format(*vertex) for vertex in vertices]
+    for number, name in enumerate(("dark", "light")):
+        lines += [f"usemtl {name}"]
+        lines += ["f {} {} {}".format(*face) for face in faces[stripe == number] + 1]
+    path = write(tmp_path, "mtllib a.mtl\n" + "\n".join(lines))
+    write(tmp_path, "newmtl light\nKd 0.9 0.8 0.7\nnewmtl dark\nKd 0.1 0.2 0.3\n", "a.mtl")
+
+    whole = mesh.load_mesh(path, max_triangles=None)
+    with pytest.warns(UserWarning, match="20,000 triangles, simplified"):
+        simple = mesh.load_mesh(path, max_triangles=10_000)
+    assert len(whole.faces) == 20_000 and len(simple.faces) <= 10_000
+    assert simple.names == whole.names == ["dark", "light"]
+    assert np.array_equal(simple.colours, whole.colours)
+    for material in range(2):
+        before = areas(whole.triangles[whole.face_materials == material]).sum()
+        after = areas(simple.triangles[simple.face_materials == material]).sum()
+        assert abs(after / before - 1) < 0.01
+
+    pose, K = np.eye(4), np.array([[300.0, 0, 150], [0, 300, 150], [0, 0, 1]])
+    pose[:3, :3] = Rotation.from_euler("x", 40, degrees=True).as_matrix()
+    pose[2, 3] = 4
+    pictures = []
+    for drawn in (whole, simple):
+        ids, _ = mesh.rasterise(drawn.triangles, pose, K, 300, 300)
+        pictures.append(np.where(ids < 0, -1, drawn.face_materials[ids]))
+    assert {*np.unique(pictures[0])} == {-1, 0, 1}
+    assert (pictures[0] == pictures[1]).mean() > 0.995  # no cracks, no colour that has spread
+
+
+def test_a_soup_of_triangles_is_welded_before_it_is_simplified(tmp_path):
+    vertices, faces = torus(100)
+    trimesh.Trimesh(vertices, faces, process=False).export(tmp_path / "a.stl")
+    with pytest.warns(UserWarning, match="simplified to 5,000"):
+        found = mesh.load_mesh(tmp_path / "a.stl", max_triangles=5000)
+    assert from_torus(found.vertices).max() < 0.01
+    closed = trimesh.Trimesh(found.vertices, found.faces, process=False)
+    assert closed.is_watertight
+
+
+def test_loose_triangles_and_many_materials_stay_within_the_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    corners = rng.random((3000, 1, 3)) + 0.01 * rng.random((3000, 3, 3))
+    soup = trimesh.Trimesh(corners.reshape(-1, 3), np.arange(9000).reshape(-1, 3), process=False)
+    soup.export(tmp_path / "a.stl")
+    with pytest.warns(UserWarning, match="simplified"):
+        found = mesh.load_mesh(tmp_path / "a.stl", max_triangles=1000)
+    assert 500 < len(found.faces) <= 1000
+
+
+def test_small_materials_stay_whole_while_large_ones_are_simplified(tmp_path):
+    vertices, faces = torus(60)
+    ball = trimesh.Trimesh(vertices, faces, process=False)
+    box = trimesh.creation.box()
+    for part, name in ((ball, "large"), (box, "small")):
+        paint = trimesh.visual.material.PBRMaterial(name=name)
+        part.visual = trimesh.visual.TextureVisuals(material=paint)
+    trimesh.Scene([ball, box]).export(tmp_path / "a.glb")
+    with pytest.warns(UserWarning, match="simplified"):
+        found = mesh.load_mesh(tmp_path / "a.glb", max_triangles=1000)
+    counts = dict(zip(found.names, np.bincount(found.face_materials)))
+    assert counts["small"] == 12 and 900 < counts["large"] <= 988
+
+
+def test_the_simplified_mesh_does_not_depend_on_the_unit(tmp_path):
+    vertices, faces = torus(60)
+    found = []
+    for unit in (1, 1024):
+        path = tmp_path / f"{unit}.ply"
+        trimesh.Trimesh(unit * vertices, faces, process=False).export(path)
+        with pytest.warns(UserWarning, match="simplified"):
+            found.append(mesh.load_mesh(path, max_triangles=1000))
+    assert np.array_equal(found[0].faces, found[1].faces)
+    assert np.array_equal(1024 * found[0].vertices, found[1].vertices)
+
+
+def test_a_textured_mesh_keeps_its_triangles(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    write(tmp_path, "newmtl picture\nmap_Kd a.png\n", "a.mtl")
+    path = write(tmp_path, TEXTURED)
+    with pytest.warns(UserWarning, match="3 triangles; a textured mesh is not simplified"):
+        found = mesh.load_mesh(path, max_triangles=2)
+    assert len(found.faces) == 3 and found.textures is not None
 
 
 # ------------------------------------------------------------ drawing
@@ -186,11 +539,53 @@ def test_triangles_that_cross_the_plane_of_the_camera_are_cut_there():
     np.testing.assert_allclose(depth[row, column][seen], true_depth[seen], rtol=1e-3)
 
 
+def test_nothing_is_drawn_nearer_than_the_near_plane(ship):
+    K, pose = np.array([[260, 0, 120], [0, 250, 101], [0, 0, 1.0]]), np.eye(4)
+    pose[2, 3] = 0.1  # the ship's parts are from -0.08 to 0.26 units ahead
+    pose[:3, :3] = Rotation.from_euler("x", 90, degrees=True).as_matrix()
+    nearest = {}
+    for near in (None, ship.near, 0.05, 0.2):
+        depth = mesh.rasterise(ship.triangles, pose, K, 240, 200, near)[1]
+        nearest[near] = depth.min()
+    assert nearest[None] == nearest[ship.near]
+    assert ship.near <= nearest[ship.near] < 0.03 and 0.05 <= nearest[0.05] < 0.06
+    assert 0.2 <= nearest[0.2] < 0.23
+
+
+@pytest.mark.parametrize("unit", [1024, 1000])
+def test_nothing_depends_on_the_unit_of_length(ship, poses, K, unit):
+    triangles, pose = ship.triangles, poses[0].copy()
+    pose[:3, 3] = 0, 0, 0.15  # some parts are cut at the near plane
+    scaled = pose.copy()
+    scaled[:3, 3] *= unit
+    ids, depth = mesh.rasterise(triangles, pose, K, 256, 256)
+    large_ids, large_depth = mesh.rasterise(unit * triangles, scaled, K, 256, 256)
+    points, sun = triangles.mean(1)[::20], np.array([0.6, 0, 0.8])
+    lit = mesh.sunlit(triangles, points, sun)
+    large_lit = mesh.sunlit(unit * triangles, unit * points, sun)
+    area, openness = mesh.visibility(triangles, views=10)
+    large_area, large_openness = mesh.visibility(unit * triangles, views=10)
+    assert 0.2 < lit.mean() < 0.8 and (ids >= 0).mean() > 0.2
+    if unit == 1024:  # a power of two only changes exponents
+        assert np.array_equal(ids, large_ids) and np.array_equal(unit * depth, large_depth)
+        assert np.array_equal(lit, large_lit) and np.array_equal(openness, large_openness)
+        assert np.array_equal(unit**2 * area, large_area)
+    else:
+        assert (ids == large_ids).mean() > 0.999 and (lit == large_lit).mean() > 0.99
+        assert abs(openness - large_openness).mean() < 1e-3
+        np.testing.assert_allclose(large_area.sum(), unit**2 * area.sum(), rtol=1e-3)
+
+
 def test_nothing_is_drawn_of_what_lies_behind_the_camera(ship, K):
     behind = np.eye(4)
     behind[2, 3] = -1
     ids, depth = mesh.rasterise(ship.triangles, behind, K, 64, 48)
     assert (ids == -1).all() and np.isinf(depth).all()
+
+
+def test_normals_are_right_handed_and_as_long_as_twice_the_area():
+    triangle = np.array([[[0, 0, 5], [4, 0, 5], [0, 3, 5]]], float)
+    assert mesh.triangle_normals(triangle).tolist() == [[0, 0, 12]]
 
 
 def test_front_facing_is_counter_clockwise_as_seen(K):
