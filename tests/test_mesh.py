@@ -307,6 +307,15 @@ def test_a_scene_keeps_its_texture_the_same_way_up(tmp_path):
     assert np.array_equal(found.texture_coordinates[drawn], found.triangles[drawn, :, :2])
 
 
+def test_a_texture_without_coordinates_gives_its_colour_only(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    write(tmp_path, "newmtl picture\nmap_Kd a.png\n", "a.mtl")
+    text = SQUARE + "mtllib a.mtl\nusemtl picture\nf 1 2 3 4"
+    found = mesh.load_mesh(write(tmp_path, text))
+    assert found.textures is None and found.texture_coordinates is None
+    np.testing.assert_allclose(found.colours, [PICTURE.mean((0, 1)) / 255])
+
+
 def test_a_missing_texture_is_said_and_a_damaged_one_refused(tmp_path):
     write(tmp_path, "newmtl picture\nKd 0.1 0.2 0.3\nmap_Kd gone.png\n", "a.mtl")
     with pytest.warns(UserWarning, match="there is no 'gone.png'"):
@@ -460,6 +469,20 @@ def test_loose_triangles_and_many_materials_stay_within_the_limit(tmp_path):
     with pytest.warns(UserWarning, match="simplified"):
         found = mesh.load_mesh(tmp_path / "a.stl", max_triangles=1000)
     assert 500 < len(found.faces) <= 1000
+
+
+def test_faces_without_area_are_left_out_when_a_mesh_is_simplified(tmp_path):
+    vertices, faces = torus(60)
+    lines = np.random.default_rng(0).integers(0, len(vertices), (3000, 3))
+    lines[:, 2] = lines[:, 0]
+    whole = trimesh.Trimesh(vertices, np.concatenate([faces, lines]), process=False)
+    whole.export(tmp_path / "a.ply")
+    with pytest.warns(UserWarning) as said:
+        found = mesh.load_mesh(tmp_path / "a.ply", max_triangles=1000)
+    messages = [str(warning.message) for warning in said]
+    assert len(messages) == 2
+    assert "3,000 of 10,200 faces have no area" in messages[0] and "to 1,000" in messages[1]
+    assert areas(found.triangles).min() > 1e-6 and from_torus(found.vertices).max() < 0.02
 
 
 def test_small_materials_stay_whole_while_large_ones_are_simplified(tmp_path):
@@ -624,6 +647,13 @@ def test_what_never_shows_can_be_left_out_and_what_is_inside_is_dark(ship, poses
     assert openness.min() > 0.95 and (area > 0).all()
     roof = np.concatenate([box, 5 * box + [0, 0, 0.3]])
     assert mesh.visibility(roof)[1][0].min() < 0.4 < 0.9 < mesh.visibility(roof)[1][0].max()
+
+
+def test_a_triangle_without_area_never_shows():
+    sheet = [[-1, 1, -0.5], [1, 1, -0.5], [1, -1, -0.5]]
+    line = [[-1, -1, -1], [1, 1, 1], [0, 0, 0]]  # through the centre of the middle pixel
+    area, openness = mesh.visibility(np.array([sheet, line], float), size=33)
+    assert area.any(1).tolist() == openness.any(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("sun", [(0.6, 0, 0.8), (-0.48, 0.6, -0.64), (-0.36, -0.48, 0.8)])
