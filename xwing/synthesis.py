@@ -1,4 +1,4 @@
-"""Training frames drawn while batches are made: a target in any paint and light, among other things.
+"""Training frames drawn while batches are made: a target in any paint and light, among others.
 
 A network that has seen one paint in soft light learns the paint, and it should learn the shape. The
 `Synthesiser` draws squares with their true poses, endlessly and in a few milliseconds each: it
@@ -209,7 +209,7 @@ def _stripes(points, rng):
 class _Exterior:
     """What can be seen of a mesh from outside, and how light falls on it.
 
-    A triangle of a thin sheet is seen from both sides and has two `sides` here; one inside has none.
+    A triangle of a thin sheet is seen from both sides and has two `sides`; inner ones have none.
 
     Args:
         mesh: `xwing.mesh.Mesh`, about its own origin.
@@ -368,7 +368,7 @@ class Synthesiser:
         return pose, K, outline @ scenery.rotation_2d(turn) + K[:2, 2]
 
     def _draw(self, pose, K, size, light, rng, tame):
-        """The target and other things: linear light times coverage, and coverage, (size, size, 4)."""
+        """The target and other things: (size, size, 4), light times coverage, and coverage."""
         corners, colours, openness, count = self._scene(pose, K, size, rng, tame)
         side = SUPERSAMPLING * size
         large = xu.crop_camera(K, scale=SUPERSAMPLING)
@@ -403,7 +403,7 @@ class Synthesiser:
         """A solid or a part of the target, before or behind it, as triangles.
 
         Returns:
-            corners (F, 3, 3) float32 in camera axes, colours (F, 3) float32 in linear light, openness (F,).
+            corners (F, 3, 3) in camera axes, colours (F, 3) in linear light, openness (F,).
         """
         distance = pose[2, 3]
         radius = self.exterior.diameter / 2
@@ -441,7 +441,7 @@ class Synthesiser:
 
 
 def _random_distance(rng):
-    """Draw the distance to the target in diameters; that of the rendered frames is the likeliest."""
+    """Draw the distance to the target in diameters, often that of the rendered frames."""
     distance = DISTANCE if rng.random() < 0.3 else rng.uniform(*DISTANCES)
     return distance * (rng.uniform(1.3, 3) if rng.random() < 0.12 else 1.0)
 
@@ -535,8 +535,8 @@ class Randomiser:
             paint: (M, 3) factors on the colours of the materials.
             light: see `Light`.
         Returns:
-            factors on red, green and blue times coverage (h, w, 3), the target's coverage (h, w, 1),
-            and highlights to add (h, w, 1) in grey levels; float32.
+            factors on red, green and blue times coverage (h, w, 3), coverage by the target
+            (h, w, 1), and highlights to add (h, w, 1) in grey levels; float32.
         """
         width, height = size
         shape = SUPERSAMPLING * height, SUPERSAMPLING * width
