@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pandas as pd
 
@@ -90,7 +91,6 @@ def build(
     **arguments,
 ):
     """An untrained network, compiled with one of the losses."""
-    keras = xu.import_keras()
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
@@ -235,8 +235,9 @@ def augmentations(frames, steps):
 
 def _train_on(weights, sigma, frames, steps, without, seed):
     """The weights of a network after more training, without some augmentations."""
-    schedules = xu.import_keras().optimizers.schedules
-    rate = schedules.CosineDecay(2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50)
+    rate = keras.optimizers.schedules.CosineDecay(
+        2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50
+    )
     model = build(sigma=sigma, rate=rate)
     model.set_weights(weights)
     batches = xu.make_dataset(

@@ -47,6 +47,7 @@ def random_background(
         height: pixels.
         rng: its state decides everything that is random.
         tame: draw a night sky as in the rendered sets.
+
     Returns:
         (height, width, 3) uint8.
     """
@@ -75,6 +76,7 @@ def noise(
         channels: number of independent channels.
         slope: each octave has 2**-slope times the amplitude of the one before.
         rng: numpy Generator.
+
     Returns:
         (height, width, channels) float32.
     """
@@ -267,6 +269,7 @@ def expose(light: np.ndarray, rng: np.random.Generator, tame: bool = False) -> n
         light: (H, W, 3) float32 linear light, 1 is white.
         rng: its state decides everything that is random.
         tame: have rarer and smaller faults, like the camera of the rendered sets.
+
     Returns:
         (H, W, 3) uint8.
     """

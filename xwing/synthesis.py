@@ -86,9 +86,11 @@ def illuminate(
         light: see `Light`.
         openness: (F,) in [0, 1], the fraction of the light from all round that no other part keeps
             away.
+
     Returns:
         factors on the triangles' colours, (F, 3) of all light but the sun's and (F, 3) of the
         sun's, and the sun's highlights (F,) in grey levels.
+
     Source: Blinn, Models of Light Reflection for Computer Synthesized Pictures, SIGGRAPH 1977.
     """
     a, b, c = np.moveaxis(triangles, 1, 0)
@@ -134,6 +136,7 @@ def random_colours(true: np.ndarray, rng: np.random.Generator, tame: bool = Fals
         true: (M, 3) sRGB colours, 0 to 1.
         rng: its state decides everything.
         tame: stay near the true colours.
+
     Returns:
         (M, 3) in linear light, 0 to 1.
     """
@@ -213,6 +216,7 @@ class _Exterior:
 
     Args:
         mesh: `xwing.mesh.Mesh`, about its own origin.
+
     Raises:
         ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
     """
@@ -264,6 +268,7 @@ class _Exterior:
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) of the picture.
             shape: (height, width) of the picture in samples.
+
         Returns:
             _Hits.
         """
@@ -310,6 +315,7 @@ class Synthesiser:
 
     Args:
         mesh: `xwing.mesh.Mesh`, about its own origin.
+
     Raises:
         ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
     """
@@ -327,6 +333,7 @@ class Synthesiser:
             size: pixels, width and height.
             rng: its state decides everything.
             frame: pixels, width of the frame that the square is cut from; it may be black beyond.
+
         Returns:
             image (size, size, 3) uint8, pose (4, 4) model -> OpenCV camera, K (3, 3).
         """
@@ -476,6 +483,7 @@ class Randomiser:
 
     Args:
         mesh: `xwing.mesh.Mesh`, about its own origin.
+
     Raises:
         ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
     """
@@ -493,6 +501,7 @@ class Randomiser:
             pose: (4, 4) model -> OpenCV camera, the frame's truth.
             K: (3, 3) of the frame.
             rng: its state decides everything that is random.
+
         Returns:
             (H, W, 3) uint8.
         """
@@ -534,6 +543,7 @@ class Randomiser:
             size: (width, height) of the window in pixels.
             paint: (M, 3) factors on the colours of the materials.
             light: see `Light`.
+
         Returns:
             factors on red, green and blue times coverage (h, w, 3), coverage by the target
             (h, w, 1), and highlights to add (h, w, 1) in grey levels; float32.

@@ -22,13 +22,14 @@ import time
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pandas as pd
+from tqdm.keras import TqdmCallback
 
 import xwing_utils as xu
 from xwing.metrics import corner_report
 
-keras = xu.import_keras()
 _PROCESSES = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1)
 if keras.backend.backend() == "jax" and _PROCESSES > 1:
     keras.distribution.initialize()  # as one of several workers, before JAX computes anything
@@ -62,6 +63,7 @@ class TrainingRun(keras.callbacks.Callback):
         facts: dict for JSON, how the model is trained; kept with the weights, as it was at the
             first start. Its "init" names the weights that the model begins with, relative to the
             repository.
+
     Raises:
         ValueError: "init" names weights of this very run, or damaged ones.
         FileNotFoundError: "init" names weights that do not exist.
@@ -104,15 +106,15 @@ class TrainingRun(keras.callbacks.Callback):
             model: from `build_model` or `load_model`, compiled.
             dataset: from `make_dataset`.
             epochs: how many epochs the run has when it is finished.
+
         Returns:
             the log, a dict for each epoch.
+
         Raises:
             BlockingIOError: another process trains in this folder.
-            ValueError: the folder holds a run of another network, or one without a backup.
+            ValueError: the folder holds a run of another network or target, or no backup of it.
             Interrupted: stopped by hand; start again to go on.
         """
-        from tqdm.keras import TqdmCallback  # imports Keras, which `import_keras` does silently
-
         with self._lock():
             self._read_backup()
             done = len(self.record["rows"])
@@ -173,7 +175,12 @@ class TrainingRun(keras.callbacks.Callback):
             self.plateau.on_epoch_end(epoch, dict(row))
 
         rows = [*self.record["rows"], row]
-        record = {**self.record, "rows": rows, "model": self.model.settings}
+        record = {
+            **self.record,
+            "rows": rows,
+            "model": self.model.settings,
+            "target": xu.target_record(self.model.target),
+        }
         self._write_backup(record)
         self.record = record  # only now: an interruption while writing must not change it
         self._write_results()
@@ -248,7 +255,8 @@ class TrainingRun(keras.callbacks.Callback):
         multihost_utils.assert_equal(done, f"{self.folder}: {advice}")
 
     def _load_backup(self):
-        """Read the weights and the optimizer's state; ValueError if they are of another network."""
+        """Read the weights and the optimizer's state; ValueError if they do not fit the model."""
+        path = self.folder / BACKUP
         settings = self.record.get("model", self.model.settings)
         if settings != self.model.settings:
             raise self._other_network(f"its settings are {settings}")
@@ -256,7 +264,10 @@ class TrainingRun(keras.callbacks.Callback):
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         try:
-            self.model.load_weights(self.folder / BACKUP)
+            if "target" in self.record:  # else the backup is older than targets
+                target = xu.target_from_record(self.record["target"], path, xu.ROOT)
+                xu.check_same_target(target, self.model.target, "its weights")
+            self.model.load_weights(path)
         except (KeyError, OSError, ValueError) as error:
             raise self._other_network(error) from None
 
@@ -355,12 +366,11 @@ def save_model(model, path: str | Path, **facts) -> None:
     Args:
         model: from `build_model` or `load_model`.
         path: ends in .weights.h5.
-        **facts: more entries for the JSON file, beside the settings and the digest of the weights.
+        **facts: more entries for the JSON file, beside the settings, the target and the digest of
+            the weights.
     """
     path, settings_path = xu.weights_files(path)
     settings = {**model.settings, "size": getattr(model, "trained_size", model.settings["size"])}
-    if settings["keypoints"] <= len(xu.KEYPOINTS):
-        settings["points"] = xu.KEYPOINTS[: settings["keypoints"]].tolist()
 
     full = WeightsInMemory()
     model.save_weights(full)
@@ -368,7 +378,12 @@ def save_model(model, path: str | Path, **facts) -> None:
     with h5py.File(full) as source, h5py.File(slim, "w") as destination:
         source.visititems(functools.partial(_copy_slim, destination))
 
-    info = {"model": settings, "sha256": hashlib.sha256(slim.getvalue()).hexdigest(), **facts}
+    info = {
+        "model": settings,
+        "target": xu.target_record(model.target),
+        "sha256": hashlib.sha256(slim.getvalue()).hexdigest(),
+        **facts,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     xu.write_files({path: slim.getvalue(), settings_path: json.dumps(info, indent=1) + "\n"})
 
@@ -391,6 +406,7 @@ def publish_weights(run: str | Path, folder: str | Path) -> None:
     Args:
         run: folder of a `TrainingRun`.
         folder: where the files go.
+
     Raises:
         FileNotFoundError: the run has not finished an epoch.
         ValueError: its weights are damaged.
@@ -439,8 +455,10 @@ def distribute(devices: list | None = None):
 
     Args:
         devices: names such as "GPU:0"; None is every accelerator.
+
     Returns:
         a context manager.
+
     Raises:
         NotImplementedError: several machines with TensorFlow.
     """
@@ -488,6 +506,7 @@ def single_device_copy(model):
         copy = keras.Model.from_config(model.get_config())
         copy.set_weights(model.get_weights())
         copy.settings = model.settings
+        copy.target = model.target
         yield copy
     finally:
         keras.distribution.set_distribution(shared)
