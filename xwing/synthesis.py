@@ -26,9 +26,8 @@ MIN_DETAIL = 0.1  # samples: triangles that show less than that from everywhere 
 SHADOW_SIZE = 160  # pixels, width of the shadow map
 SHADOW_BIAS = 0.012771  # diameters: see `mesh.sunlit`
 MAX_TRIANGLES = 200_000  # a larger mesh takes too long for training
-TAME_FRACTION = (
-    0.3  # of the squares have true paint, soft light and a night sky, as rendered frames do
-)
+# Tame squares are like the rendered frames: true paint, soft light and a night sky.
+TAME_FRACTION = 0.3
 DISTANCE = 2.1285  # diameters from the camera to the target in the rendered frames
 DISTANCES = 1.4900, 2.9799  # diameters, range in most of the squares
 FOCAL = 35.0  # mm on a sensor of 36 mm: the lens of the rendered frames
@@ -39,7 +38,10 @@ FOCAL = 35.0  # mm on a sensor of 36 mm: the lens of the rendered frames
 
 @dataclasses.dataclass(frozen=True)
 class Light:
-    """Ambient light, a sun with highlights, a second lamp and a bright rim; axes of the camera."""
+    """Ambient light, a sun with highlights, a second lamp and a bright rim.
+
+    Directions are in the axes of the OpenCV camera.
+    """
 
     sun: np.ndarray  # (3,) unit vector towards it
     ambient: float
@@ -47,13 +49,11 @@ class Light:
     shadows: bool
     shine: float  # grey levels of the brightest highlight
     exponent: float  # the larger it is, the smaller are the highlights
-    lamp: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.zeros(3)
-    )  # direction * brightness
+    # (3,) direction of the second lamp times its brightness
+    lamp: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
     rim: float = 0.0  # brightness of surfaces that are seen edge-on
-    tints: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.ones((2, 3))
-    )  # sun, other light
+    # (2, 3) colours of the sun and of all other light
+    tints: np.ndarray = dataclasses.field(default_factory=lambda: np.ones((2, 3)))
 
 
 def random_light(rng: np.random.Generator, tame: bool = False) -> Light:
@@ -125,8 +125,8 @@ def _unit(vectors):
 def random_paint(materials: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a factor on the red, green and blue of each of so many materials: (materials, 3)."""
     brightness = rng.normal(0, 0.3, (materials, 1))
-    hue = rng.normal(0, rng.uniform(0, 0.3), (materials, 3))
-    return np.exp(brightness + hue)
+    tint = rng.normal(0, rng.uniform(0, 0.3), (materials, 3))
+    return np.exp(brightness + tint)
 
 
 def random_colours(true: np.ndarray, rng: np.random.Generator, tame: bool = False) -> np.ndarray:
@@ -144,8 +144,8 @@ def random_colours(true: np.ndarray, rng: np.random.Generator, tame: bool = Fals
     linear = appearance.to_light(255 * true)
     if tame:
         brightness = rng.normal(0, 0.12, (count, 1))
-        hue = rng.normal(0, 0.05, (count, 3))
-        return linear * np.exp(brightness + hue)
+        tint = rng.normal(0, 0.05, (count, 3))
+        return linear * np.exp(brightness + tint)
 
     kind = rng.random()
     if kind < 0.35:  # the true colours, varied
@@ -234,11 +234,10 @@ class _Exterior:
         area, openness = meshes.visibility(mesh.triangles)
         front = np.flatnonzero(area[:, 0])
         back = np.flatnonzero(area[:, 1])
-        self.area = np.concatenate(
-            [area[front, 0], area[back, 1]]
-        )  # (S,) that shows, model units^2
-        self.openness = np.concatenate([openness[front, 0], openness[back, 1]])  # (S,)
-        self.materials = mesh.face_materials[np.concatenate([front, back])]  # (S,)
+        # Of each side (S,): the area that shows in square model units, the openness, the material.
+        self.area = np.concatenate([area[front, 0], area[back, 1]])
+        self.openness = np.concatenate([openness[front, 0], openness[back, 1]])
+        self.materials = mesh.face_materials[np.concatenate([front, back])]
 
         # (S, 3, 3) float32 model units: the sides, counter-clockwise from outside.
         turned = mesh.triangles[back][:, ::-1]
@@ -456,8 +455,8 @@ def _random_distance(rng):
 def _random_solids(rng):
     """Convex solids in the unit ball: the triangles (F, 3, 3) of each, and their groups (F,).
 
-    Triangles of a group have the same colour.
-    Two of them are cubes, two are cylinders, one is nearly a ball and eight are irregular.
+    Two solids are cubes, two are cylinders, one is nearly a ball and eight are irregular. Triangles
+    of a group have the same colour.
     """
     cube = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
     angles = np.arange(12) * np.pi / 6
@@ -514,10 +513,12 @@ class Randomiser:
         left, top, right, bottom = self._window(pose, K, width, height)
         if left >= right or top >= bottom:
             return result
+
         window = slice(top, bottom), slice(left, right)
         K = xu.crop_camera(K, left, top, SUPERSAMPLING)
         size = right - left, bottom - top
         factors, coverage, highlight = self._factors(pose, K, size, paint, light)
+
         target = (image[window] * factors + highlight) / np.maximum(coverage, 1e-3)
         # Pixels at the edge hold some of the old background: little coverage counts as none.
         coverage = np.clip((coverage - edge) / (1 - edge), 0, 1)
