@@ -230,6 +230,27 @@ def test_the_state_of_the_generator_decides_the_square(synthesiser):
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
 
 
+def test_a_mesh_in_other_units_gives_the_same_squares(ship, synthesiser):
+    """All lengths are in diameters. A factor of 1,024 is exact in floating point."""
+    scaled = dataclasses.replace(ship, vertices=1024 * ship.vertices)
+    other = synthesis.Synthesiser(scaled)
+    for seed in range(16):
+        image, pose, K = draw(synthesiser, seed)
+        other_image, other_pose, other_K = draw(other, seed)
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(xu.scale_pose(pose, 1024), other_pose)
+        np.testing.assert_array_equal(K, other_K)
+
+
+def test_a_mesh_in_other_units_is_repainted_alike(ship, randomiser, frames, K):
+    other = synthesis.Randomiser(dataclasses.replace(ship, vertices=1024 * ship.vertices))
+    for seed, (image, pose) in enumerate(frames):
+        changed = randomiser(image, pose, K, np.random.default_rng(seed))
+        scaled = xu.scale_pose(pose, 1024)
+        again = other(image, scaled, K, np.random.default_rng(seed))
+        np.testing.assert_array_equal(changed, again)
+
+
 @pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
 def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame):
     """A white ship in the dark fills what the mesh covers at the square's pose, and no more."""

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -99,7 +100,7 @@ class TrainingRun(keras.callbacks.Callback):
         self.record = {**_ancestry(init), "rows": []}  # what the backup holds beside the weights
         self.record["stages"].append(facts)
 
-    def fit(self, model, dataset, epochs: int) -> list:
+    def fit(self, model: keras.Model, dataset: keras.utils.PyDataset, epochs: int) -> list[dict]:
         """Train up to a number of epochs, those of earlier starts included.
 
         Args:
@@ -264,9 +265,10 @@ class TrainingRun(keras.callbacks.Callback):
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         try:
-            if "target" in self.record:  # else the backup is older than targets
+            target = xu.XWING  # of old backups, which do not say so
+            if "target" in self.record:
                 target = xu.target_from_record(self.record["target"], path, xu.ROOT)
-                xu.check_same_target(target, self.model.target, "its weights")
+            xu.check_same_target(target, self.model.target, "its weights")
             self.model.load_weights(path)
         except (KeyError, OSError, ValueError) as error:
             raise self._other_network(error) from None
@@ -360,7 +362,7 @@ class WeightsInMemory(io.BytesIO):
         return "memory.weights.h5"
 
 
-def save_model(model, path: str | Path, **facts) -> None:
+def save_model(model: keras.Model, path: str | Path, **facts) -> None:
     """Write `NAME.weights.h5`, kernels as float16, and `NAME.json`.
 
     Args:
@@ -446,7 +448,7 @@ def run_folder(folder: str | Path) -> Path:
     return Path(folder) / (f"worker{index}" if index else "")
 
 
-def distribute(devices: list | None = None):
+def distribute(devices: list[str] | None = None) -> contextlib.AbstractContextManager:
     """The scope in which a model must be built and compiled to train on all devices.
 
     With JAX these may be of several machines, started with Keras' environment variables
@@ -491,7 +493,7 @@ def _distribute_tensorflow(devices):
 
 
 @contextlib.contextmanager
-def single_device_copy(model):
+def single_device_copy(model: keras.Model) -> Iterator[keras.Model]:
     """The model itself or, if workers share it, a copy that is only on this worker's devices.
 
     Keras cannot fetch what a shared model computes on other machines.
