@@ -326,11 +326,12 @@ def test_pictures_come_with_scikit_image_and_are_not_those_of_the_shifted_set():
     assert not {"hubble_deep_field.jpg", "moon.png", "gravel.png"} & set(scenery.PICTURES)
 
 
-@pytest.mark.parametrize(
-    "text", ["v 0 0 0\nv .1 0 0\nv 0 .1 0\nf 1 2 3\n", None], ids=["triangle", "grey"]
-)
+SHEET = "v 0 0 0\nv .1 0 0\nv 0 .1 0\nv .1 .1 .05\nf 1 2 3\nf 2 4 3\n"
+
+
+@pytest.mark.parametrize("text", [SHEET, None], ids=["sheet", "grey"])
 def test_any_mesh_is_drawn(tmp_path, root, text):
-    """A single triangle, and the ship without its materials."""
+    """Two triangles, and the ship without its materials."""
     path = tmp_path / "a.obj"
     lines = (root / "data" / "xwing.obj").read_text().splitlines()
     path.write_text(text or "\n".join(line for line in lines if line[:2] in ("v ", "f ")))

@@ -269,7 +269,7 @@ def recipes():
         if run.exists():
             rows[name] = _recipe(run)
     if not rows:
-        raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/README.md")
+        raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/EXPERIMENTS.md")
 
     columns = [
         "samples",
@@ -315,7 +315,7 @@ def main():
     parser.add_argument(
         "--only",
         choices=["profile", "encoders", "losses", "augmentations", "recipes"],
-        help="one table; recipes needs two runs of train.ipynb, see weights/README.md",
+        help="one table; recipes needs two runs of train.ipynb, see weights/EXPERIMENTS.md",
     )
     arguments = parser.parse_args()
     if arguments.only == "recipes":

@@ -229,8 +229,6 @@ class _Exterior:
                 "simplify it, or export it again"
             )
         self.mesh = mesh
-        self.diameter = _diameter(mesh)  # model units
-
         area, openness = meshes.visibility(mesh.triangles)
         front = np.flatnonzero(area[:, 0])
         back = np.flatnonzero(area[:, 1])
@@ -272,7 +270,8 @@ class _Exterior:
             _Hits.
         """
         height, width = shape
-        ids, depth = meshes.rasterise(corners, np.eye(4, dtype=corners.dtype), K, width, height)
+        camera = np.eye(4, dtype=corners.dtype)
+        ids, depth = meshes.rasterise(corners, camera, K, width, height, self.mesh.near)
         samples = np.flatnonzero(ids.ravel() >= 0)
         triangles = ids.ravel()[samples]
 
@@ -286,8 +285,9 @@ class _Exterior:
         if light.shadows:
             own = triangles < count
             sun = light.sun @ pose[:3, :3]
-            bias = SHADOW_BIAS * self.diameter
-            lit[own, 0] = meshes.sunlit(self.occluders, points[own], sun, SHADOW_SIZE, bias)
+            lit[own, 0] = meshes.sunlit(
+                self.occluders, points[own], sun, SHADOW_SIZE, SHADOW_BIAS, self.mesh.diameter
+            )
         return _Hits(samples, triangles, points, lit)
 
 
@@ -299,11 +299,6 @@ class _Hits:
     triangles: np.ndarray  # (P,) which triangle each of them meets
     points: np.ndarray  # (P, 3) where, in model units
     lit: np.ndarray  # (P, 1) bool: whether the sun reaches that point
-
-
-def _diameter(mesh):
-    """The diagonal of a mesh's bounding box in model units."""
-    return float(np.linalg.norm(np.ptp(mesh.vertices, axis=0)))
 
 
 # ============================================================ frames that are drawn
@@ -357,7 +352,7 @@ class Synthesiser:
         K = xu.lens_camera(frame, frame, focal=zoom * FOCAL)
         width = frame * zoom  # pixels, of the zoomed frame
 
-        distance = self.exterior.diameter * _random_distance(rng)
+        distance = self.exterior.mesh.diameter * _random_distance(rng)
         furthest = 0.6 if rng.random() < 0.2 else 0.4375  # some targets enter or leave the frame
         offset = rng.uniform(-furthest, furthest, 2) * width  # pixels from the frame's middle
         pose = np.eye(4)
@@ -381,7 +376,7 @@ class Synthesiser:
         hits = self.exterior.cast(corners, count, light, pose, large, (side, side))
         colours = colours[hits.triangles]
         if not tame and rng.random() < 0.4:
-            decorate(colours, hits.points / np.float32(self.exterior.diameter), rng)
+            decorate(colours, hits.points / np.float32(self.exterior.mesh.diameter), rng)
 
         kinds_of_light = illuminate(corners, light, openness)
         soft, sun, highlight = (np.float32(kind)[hits.triangles] for kind in kinds_of_light)
@@ -412,7 +407,7 @@ class Synthesiser:
             corners (F, 3, 3) in camera axes, colours (F, 3) in linear light, openness (F,).
         """
         distance = pose[2, 3]
-        radius = self.exterior.diameter / 2
+        radius = self.exterior.mesh.diameter / 2
         behind = rng.random() < 0.65
         scale = radius * np.exp(rng.uniform(-1.8, 0.6 if behind else -0.7))
         depth = distance + radius + scale * rng.uniform(1, 6)
@@ -443,7 +438,7 @@ class Synthesiser:
 
         part = sides[near] - first_corners[near].mean(0)
         radius = np.linalg.norm(part, axis=-1).max()
-        return part / max(radius, 1e-9 * self.exterior.diameter), self.exterior.materials[near]
+        return part / max(radius, 1e-9 * self.exterior.mesh.diameter), self.exterior.materials[near]
 
 
 def _random_distance(rng):
