@@ -269,7 +269,9 @@ def recipes():
         if run.exists():
             rows[name] = _recipe(run)
     if not rows:
-        raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/EXPERIMENTS.md")
+        raise FileNotFoundError(
+            "neither runs/classic/ nor runs/shipped/; see weights/EXPERIMENTS.md"
+        )
 
     columns = [
         "samples",
