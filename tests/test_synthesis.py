@@ -1,4 +1,4 @@
-"""Frames drawn and frames changed while batches are made: what they show, and what decides it."""
+"""Frames that are drawn or changed while batches are made: what they show, and what decides it."""
 
 import dataclasses
 import time
@@ -43,7 +43,7 @@ def frames(sample, camera):
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """A function: light, paint (9, 3) -> nothing is random any more but the background."""
+    """A function that fixes the light and the paint (9, 3): only the background stays random."""
 
     def fix(light=PLAIN, paint=1.0):
         monkeypatch.setattr(synthesis, "random_light", lambda rng: light)
@@ -54,14 +54,16 @@ def fixed(monkeypatch):
 
 def samples(ship, pose, K, width=256, height=256):
     """(H, W, 4) the triangles that show in the four quarters of each pixel, -1 where none does."""
-    ids, _ = meshes.rasterise(ship.triangles, pose, K * [[2], [2], [1]], 2 * width, 2 * height)
+    large = xu.crop_camera(K, scale=2)
+    ids, _ = meshes.rasterise(ship.triangles, pose, large, 2 * width, 2 * height)
     return ids.reshape(height, 2, width, 2).swapaxes(1, 2).reshape(height, width, 4)
 
 
 def test_the_state_of_the_generator_decides_the_frame(randomiser, frames, K):
     for k, (image, pose) in enumerate(frames):
+        seeds = k, k, k + 100
         first, again, other = (
-            randomiser(image, pose, K, np.random.default_rng(s)) for s in (k, k, k + 100)
+            randomiser(image, pose, K, np.random.default_rng(seed)) for seed in seeds
         )
         assert first.shape == image.shape and first.dtype == np.uint8
         np.testing.assert_array_equal(first, again)
@@ -71,44 +73,44 @@ def test_the_state_of_the_generator_decides_the_frame(randomiser, frames, K):
 def test_plain_light_and_true_paint_leave_the_ship_as_it_is(randomiser, frames, ship, K, fixed):
     fixed()
     for image, pose in frames[:4]:
-        changed, ids = randomiser(image, pose, K, np.random.default_rng(1)), samples(ship, pose, K)
-        kept, gone = (ids >= 0).all(-1), (ids < 0).all(-1)
+        changed = randomiser(image, pose, K, np.random.default_rng(1))
+        ids = samples(ship, pose, K)
+        kept = (ids >= 0).all(-1)
+        gone = (ids < 0).all(-1)
         same = np.abs(changed[kept].astype(int) - image[kept]).max(1) <= 1
-        assert (
-            kept.sum() > 200 and same.mean() > 0.998
-        )  # slivers that hardly ever show are left out
+        assert kept.sum() > 200
+        assert same.mean() > 0.998  # triangles that hardly ever show are not drawn
         assert np.abs(changed[gone].astype(int) - image[gone]).mean() > 10
 
 
 def test_paint_multiplies_the_pixels_of_its_material(randomiser, frames, ship, K, fixed):
-    hull, paint = ship.names.index("hull"), np.ones((len(ship.names), 3))
+    hull = ship.names.index("hull")
+    paint = np.ones((len(ship.names), 3))
     paint[hull] = (0.5, 0.25, 0.0)
     fixed(paint=paint)
     for _, pose in frames[:4]:
-        changed = randomiser(
-            np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1)
-        )
+        image = np.full((256, 256, 3), 200, np.uint8)
+        changed = randomiser(image, pose, K, np.random.default_rng(1))
         ids = samples(ship, pose, K)
         painted = (ship.face_materials[ids] == hull) & (ids >= 0)
-        whole, none = painted.all(-1), (~painted & (ids >= 0)).all(-1)
+        whole = painted.all(-1)
+        none = (~painted & (ids >= 0)).all(-1)
         assert whole.sum() > 10 and none.sum() > 10
         assert np.abs(changed[whole] - [100.0, 50, 0]).max() <= 1
         assert np.abs(changed[none] - 200.0).max() <= 1
 
 
 def test_light_falls_by_the_cosine(randomiser, frames, ship, K, fixed):
-    """Every pixel's brightness is that of its triangle's angle to the sun."""
+    """The angle of a triangle to the sun gives the brightness of its pixels."""
     sun = np.array([0.36, -0.48, -0.8])  # from behind the camera
     fixed(synthesis.Light(sun, 0.2, 0.6, shadows=False, shine=0.0, exponent=1.0))
     for _, pose in frames[:4]:
-        changed = randomiser(
-            np.full((256, 256, 3), 200, np.uint8), pose, K, np.random.default_rng(1)
-        )
+        image = np.full((256, 256, 3), 200, np.uint8)
+        changed = randomiser(image, pose, K, np.random.default_rng(1))
         ids = samples(ship, pose, K)
         whole = (ids >= 0).all(-1) & (ids == ids[..., :1]).all(-1)
-        a, b, c = np.moveaxis(
-            (ship.triangles @ pose[:3, :3].T + pose[:3, 3])[ids[whole][:, 0]], 1, 0
-        )
+        triangles = ship.triangles @ pose[:3, :3].T + pose[:3, 3]
+        a, b, c = np.moveaxis(triangles[ids[whole][:, 0]], 1, 0)
         normals = np.cross(b - a, c - a)
         normals *= -np.sign((normals * a).sum(1, keepdims=True))  # towards the camera
         normals /= np.linalg.norm(normals, axis=1, keepdims=True)
@@ -119,7 +121,8 @@ def test_light_falls_by_the_cosine(randomiser, frames, ship, K, fixed):
 def test_a_sun_s_shadows_only_darken(randomiser, frames, K, fixed):
     shaded = 0
     for _, pose in frames:
-        image, pictures = np.full((256, 256, 3), 100, np.uint8), []
+        image = np.full((256, 256, 3), 100, np.uint8)
+        pictures = []
         for shadows in (False, True):
             fixed(synthesis.Light(np.array([0.6, 0, -0.8]), 0.3, 1.0, shadows, 0.0, 1.0))
             pictures.append(randomiser(image, pose, K, np.random.default_rng(1)).astype(int))
@@ -131,7 +134,8 @@ def test_a_sun_s_shadows_only_darken(randomiser, frames, K, fixed):
 def test_highlights_only_brighten(randomiser, frames, K, fixed):
     shining = 0
     for _, pose in frames:
-        image, pictures = np.full((256, 256, 3), 50, np.uint8), []
+        image = np.full((256, 256, 3), 50, np.uint8)
+        pictures = []
         for shine in (0.0, 150.0):
             fixed(synthesis.Light(np.array([0.0, 0, -1]), 1.0, 0.0, False, shine, 4.0))
             pictures.append(randomiser(image, pose, K, np.random.default_rng(1)).astype(int))
@@ -148,8 +152,8 @@ def test_a_ship_out_of_sight_leaves_a_background(randomiser, K):
 
 
 def test_a_ship_round_the_camera_is_drawn(randomiser, K):
-    image, pose = np.full((256, 256, 3), 128, np.uint8), np.eye(4)
-    changed = randomiser(image, pose, K, np.random.default_rng(0))
+    image = np.full((256, 256, 3), 128, np.uint8)
+    changed = randomiser(image, np.eye(4), K, np.random.default_rng(0))
     assert changed.shape == image.shape and changed.std() > 0
 
 
@@ -169,18 +173,16 @@ def test_backgrounds_are_many(width, height):
     drawn = [
         scenery.random_background(width, height, np.random.default_rng(seed)) for seed in range(40)
     ]
-    assert all(
-        picture.shape == (height, width, 3) and picture.dtype == np.uint8 for picture in drawn
-    )
+    assert {picture.shape for picture in drawn} == {(height, width, 3)}
+    assert {picture.dtype for picture in drawn} == {np.dtype(np.uint8)}
     means = np.array([picture.mean((0, 1)) for picture in drawn])
+    saturation = np.ptp(means, axis=1)
     assert means.min() < 40 and means.max() > 215  # dark ones and bright ones
-    assert (
-        np.ptp(means, axis=1).max() > 60 and min(np.ptp(means, axis=1)) < 20
-    )  # coloured ones and grey ones
+    assert saturation.max() > 60 and saturation.min() < 20  # coloured ones and grey ones
 
 
 def test_batches_keep_their_labels(sample, camera, ship, monkeypatch):
-    """Randomised frames come with the keypoints of the frames that they were."""
+    """Randomised frames keep the keypoints of the original frames."""
     paths, matrices = sample[0][:8], sample[1][:8]
     arguments = {"batch_size": 8, "randomise": synthesis.Randomiser(ship), "shares": (1, 0)}
     monkeypatch.setattr(xu, "augmentation", lambda seed, without: None)
@@ -218,21 +220,41 @@ def draw(synthesiser, seed, size=128, frame=256):
 
 def test_the_state_of_the_generator_decides_the_square(synthesiser):
     for seed in range(8):
-        (image, pose, K), again, other = (draw(synthesiser, s) for s in (seed, seed, seed + 100))
+        image, pose, K = draw(synthesiser, seed)
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
-        np.testing.assert_array_equal(image, again[0])
-        np.testing.assert_array_equal(
-            np.stack([pose[:3, :3], K]), np.stack([again[1][:3, :3], again[2]])
-        )
-        assert (image != other[0]).mean() > 0.1 and np.abs(pose - other[1]).max() > 0.01
+        for first, again in zip((image, pose, K), draw(synthesiser, seed)):
+            np.testing.assert_array_equal(first, again)
+        other_image, other_pose, _ = draw(synthesiser, seed + 100)
+        assert (image != other_image).mean() > 0.1 and np.abs(pose - other_pose).max() > 0.01
         xu.check_camera_matrix(K)
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
 
 
+def test_a_mesh_in_other_units_gives_the_same_squares(ship, synthesiser):
+    """All lengths are in diameters. A factor of 1,024 is exact in floating point."""
+    scaled = dataclasses.replace(ship, vertices=1024 * ship.vertices)
+    other = synthesis.Synthesiser(scaled)
+    for seed in range(16):
+        image, pose, K = draw(synthesiser, seed)
+        other_image, other_pose, other_K = draw(other, seed)
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(xu.scale_pose(pose, 1024), other_pose)
+        np.testing.assert_array_equal(K, other_K)
+
+
+def test_a_mesh_in_other_units_is_repainted_alike(ship, randomiser, frames, K):
+    other = synthesis.Randomiser(dataclasses.replace(ship, vertices=1024 * ship.vertices))
+    for seed, (image, pose) in enumerate(frames):
+        changed = randomiser(image, pose, K, np.random.default_rng(seed))
+        scaled = xu.scale_pose(pose, 1024)
+        again = other(image, scaled, K, np.random.default_rng(seed))
+        np.testing.assert_array_equal(changed, again)
+
+
 @pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
 def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame):
-    """A white ship in the dark fills what the mesh covers at the square's pose and camera, and no more."""
-    monkeypatch.setattr(synthesis, "TAME_SHARE", 1.0)
+    """A white ship in the dark fills what the mesh covers at the square's pose, and no more."""
+    monkeypatch.setattr(synthesis, "TAME_FRACTION", 1.0)
     monkeypatch.setattr(synthesis, "random_light", lambda rng, tame: PLAIN)
     monkeypatch.setattr(
         synthesis, "random_colours", lambda true, rng, tame: np.full(true.shape, 100.0)
@@ -247,21 +269,19 @@ def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame)
     for seed in range(30):
         image, pose, K = draw(synthesiser, seed, size, frame)
         expected = (samples(ship, pose, K, size, size) >= 0).any(-1)
+        near = cv2.dilate(expected.astype(np.uint8), np.ones((3, 3))).astype(bool)
         drawn = image[..., 0] > 0
-        assert not (
-            drawn & ~cv2.dilate(expected.astype(np.uint8), np.ones((3, 3))).astype(bool)
-        ).any()
-        whole += (
-            (drawn & expected).sum() > 0.93 * expected.sum() > 0
-        )  # else the frame ends, or it is outside
+        assert not (drawn & ~near).any()
+        # The others are cut by the border of the frame, or outside it.
+        whole += (drawn & expected).sum() > 0.93 * expected.sum() > 0
     assert whole > 15
 
 
 def test_squares_show_the_ship_whole_or_cut_near_and_far(synthesiser):
-    corners = [
-        xu.project_pose(xu.BOUNDING_BOX, *draw(synthesiser, seed)[1:]) for seed in range(100)
-    ]
-    inside, span = xu.in_frame(corners, 128, 128).sum(1), np.ptp(corners, axis=1).max(1)
+    squares = [draw(synthesiser, seed) for seed in range(100)]
+    corners = [xu.project_pose(xu.BOUNDING_BOX, pose, K) for _, pose, K in squares]
+    inside = xu.in_frame(corners, 128, 128).sum(1)
+    span = np.ptp(corners, axis=1).max(1)
     assert 20 < (inside == 8).sum() < 90 and (inside < 4).sum() >= 1 and (inside > 0).mean() > 0.9
     assert span.min() < 40 and span.max() > 120
 
@@ -275,16 +295,16 @@ def test_squares_come_fast(synthesiser):
     assert np.median(spent) < 0.04
 
 
-def test_looks_are_many(synthesiser):
+def test_squares_are_dark_bright_and_coloured(synthesiser):
     images = np.stack([draw(synthesiser, seed)[0] for seed in range(60)]).astype(float)
     means = images.mean((1, 2))
-    assert (
-        means.mean(1).min() < 15 and means.mean(1).max() > 120 and np.ptp(means, axis=1).max() > 40
-    )
+    assert means.mean(1).min() < 15 and means.mean(1).max() > 120
+    assert np.ptp(means, axis=1).max() > 40
 
 
 def test_other_things_stand_before_and_behind_the_ship(synthesiser):
-    rng, depths = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    depths = []
     _, pose, K = draw(synthesiser, 0)
     for _ in range(40):
         corners, colours, openness = synthesiser._thing(pose, K, 128, rng)
@@ -300,17 +320,18 @@ def test_solids_turn_their_outer_sides_outwards(synthesiser):
         assert len(groups) == len(triangles)
 
 
-def test_every_picture_comes_with_scikit_image_and_none_is_behind_shifted_ships():
+def test_pictures_come_with_scikit_image_and_are_not_those_of_the_shifted_set():
     there = {path.name for path in (Path(skimage.__file__).parent / "data").iterdir()}
     assert set(scenery.PICTURES) <= there
     assert not {"hubble_deep_field.jpg", "moon.png", "gravel.png"} & set(scenery.PICTURES)
 
 
-@pytest.mark.parametrize(
-    "text", ["v 0 0 0\nv .1 0 0\nv 0 .1 0\nf 1 2 3\n", None], ids=["triangle", "grey"]
-)
+SHEET = "v 0 0 0\nv .1 0 0\nv 0 .1 0\nv .1 .1 .05\nf 1 2 3\nf 2 4 3\n"
+
+
+@pytest.mark.parametrize("text", [SHEET, None], ids=["sheet", "grey"])
 def test_any_mesh_is_drawn(tmp_path, root, text):
-    """One triangle; the ship without its materials."""
+    """Two triangles, and the ship without its materials."""
     path = tmp_path / "a.obj"
     lines = (root / "data" / "xwing.obj").read_text().splitlines()
     path.write_text(text or "\n".join(line for line in lines if line[:2] in ("v ", "f ")))
@@ -332,24 +353,19 @@ def test_meshes_that_cannot_be_drawn(ship, monkeypatch):
 
 
 def mixed(sample, camera, shares, count=64, **arguments):
-    """Frames of which some turn into 1 and some are 2 throughout, unless they are as they were."""
+    """A dataset in which all pixels of randomised frames are 1 and all of drawn squares are 2."""
     pose = xu.pose_in_camera(camera[0], sample[1][0])
-    functions = {
-        "randomise": lambda image, pose, K, rng: np.full_like(image, 1),
-        "synthesise": lambda size, rng, frame: (
-            np.full((size, size, 3), 2, np.uint8),
-            pose,
-            xu.lens_camera(size, size),
-        ),
-    }
-    return xu.make_dataset(
-        sample[0][:count],
-        sample[1][:count],
-        *camera,
-        batch_size=16,
-        shares=shares,
-        **{**functions, **arguments},
-    )
+
+    def randomise(image, pose, K, rng):
+        return np.full_like(image, 1)
+
+    def synthesise(size, rng, frame):
+        return np.full((size, size, 3), 2, np.uint8), pose, xu.lens_camera(size, size)
+
+    functions = {"randomise": randomise, "synthesise": synthesise}
+    arguments = {**functions, **arguments}
+    paths, matrices = sample[0][:count], sample[1][:count]
+    return xu.make_dataset(paths, matrices, *camera, batch_size=16, shares=shares, **arguments)
 
 
 @pytest.mark.parametrize("shares", [(0, 0), (0.25, 0.25), (0, 1), (1, 0), (0.5, 0.5)])
@@ -360,9 +376,8 @@ def test_batches_have_their_shares(sample, camera, monkeypatch, shares):
     assert len(dataset) == 10
     images = np.concatenate([dataset[i][0] for i in range(10)])
     found = [(images == value).all((1, 2, 3)).mean() for value in (1, 2)]
-    assert np.abs(np.subtract(found, shares)).max() < (
-        0.1 if 0 < sum(shares) and max(shares) < 1 else 1e-9
-    )
+    random = 0 < sum(shares) and max(shares) < 1
+    assert np.abs(np.subtract(found, shares)).max() < (0.1 if random else 1e-9)
 
 
 def test_drawn_squares_have_the_targets_of_their_pose(sample, camera):

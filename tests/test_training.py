@@ -1,6 +1,7 @@
-"""Training runs: what they write, and that they survive what stops them; a network of one convolution."""
+"""Training runs: what they write, and that they survive being stopped. The network is one layer."""
 
 import csv
+import dataclasses
 import fcntl
 import importlib.util
 import json
@@ -15,16 +16,15 @@ import time
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 
 import xwing_utils as xu
 from xwing import training
 
-keras = xu.import_keras()
 
-
-def build(seed=0, channels=36, graph=False, sigma=4.0):
+def build(seed=0, channels=36, graph=False, sigma=4.0, target=xu.XWING):
     """A network of one convolution, compiled."""
     keras.utils.set_random_seed(seed)
     frames = keras.Input((64, 64, 3))
@@ -40,8 +40,9 @@ def build(seed=0, channels=36, graph=False, sigma=4.0):
         "size": 64,
         "stride": 2,
     }
+    small.target = target
     xu.compile_model(small)
-    small.run_eagerly = not graph  # one convolution is trained sooner than its graph is traced
+    small.run_eagerly = not graph  # training one convolution is faster than tracing its graph
     return small
 
 
@@ -54,13 +55,20 @@ def make_batches(count=8, **arguments):
     )
 
 
-def start(folder, epochs, seed=0, channels=36, sigma=4.0, epoch_size=None, **arguments):
-    """Train up to an epoch with a fresh network, as a new process would; the network and its run."""
+def start(folder, epochs, seed=0, epoch_size=None, network=None, **arguments):
+    """Train up to an epoch with a fresh network, as a new process would; network and run."""
     keras.utils.clear_session()
-    model = build(seed, channels, sigma=sigma)
+    model = build(seed, **(network or {}))
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0], **arguments)
     run.fit(model, make_batches(epoch_size=epoch_size), epochs)
     return model, run
+
+
+def another_target():
+    """The X-wing with other points on its hull."""
+    keypoints = xu.XWING.keypoints.copy()
+    keypoints[8:] *= 0.5
+    return dataclasses.replace(xu.XWING, name="probe", keypoints=keypoints)
 
 
 def rows_of(path):
@@ -101,21 +109,24 @@ def test_a_run_writes_its_log_and_its_best_weights(folder):
     _, run = start(folder, 2, facts={"data": "sample"})
     rows = rows_of(folder / "log.csv")
     assert columns(rows, "stage", "epoch", "samples_seen") == [("1", "0", "8"), ("1", "1", "16")]
-    assert {
-        "loss",
-        "nmae_argmax",
-        "learning_rate",
-        "val_corner_px",
-        "val_permutation_identity",
-    } <= {*rows[0]}
+    names = {"loss", "nmae_argmax", "learning_rate", "val_corner_px", "val_permutation_identity"}
+    assert names <= {*rows[0]}
     errors = [row["val_corner_px"] for row in run.record["rows"]]
     assert errors == pytest.approx([float(row["val_corner_px"]) for row in rows])
     best = facts_of(folder)
     assert best["validation"]["corner_px"] == min(errors)
-    assert best["training"]["stages"] == [
-        {"data": "sample", "best_epoch": int(np.argmin(errors)) + 1}
-    ]
+    stage = {"data": "sample", "best_epoch": int(np.argmin(errors)) + 1}
+    assert best["training"]["stages"] == [stage]
     assert xu.weights_settings(folder / "best.weights.h5")["model"]["size"] == 64
+
+
+def test_the_best_weights_remember_their_target(folder):
+    target = another_target()
+    start(folder, 1, network={"target": target})
+    found = xu.weights_target(folder / "best.weights.h5")
+    xu.check_same_target(found, target, "the weights")
+    assert found.name == "probe"
+    start(folder, 2, network={"target": target})  # and can go on with it
 
 
 def test_the_error_is_given_in_pixels_of_the_original_frames(folder, tmp_path):
@@ -129,15 +140,12 @@ def test_the_error_is_given_in_pixels_of_the_original_frames(folder, tmp_path):
 def test_the_log_tells_the_speed_and_the_time_spent_waiting(
     folder, monkeypatch, capsys, pause, least, most
 ):
+    def slow_example(*_):
+        time.sleep(pause / 4)
+        return np.zeros((64, 64, 3), np.uint8), np.zeros((36, 3), np.float32)
+
     batches = make_batches(16)
-    monkeypatch.setattr(
-        type(batches),
-        "_example",
-        lambda *arguments: (
-            time.sleep(pause / 4),
-            (np.zeros((64, 64, 3), np.uint8), np.zeros((36, 3), np.float32)),
-        )[1],
-    )
+    monkeypatch.setattr(type(batches.frames), "_sample", slow_example)
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
     begun = time.perf_counter()
     run.fit(build(0, 36), batches, 1)
@@ -209,16 +217,16 @@ class Stop(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("step,done", [(1, 0), (2, 0), (3, 1)])
 def test_an_interruption_says_one_line_and_the_run_goes_on(folder, monkeypatch, capsys, step, done):
-    """Defect 13 of the first kind: after an interruption in the first epoch nothing could be started."""
+    """Defect 13: after an interruption in the first epoch the run could not be started again."""
     model, data = build(), make_batches()
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
-    monkeypatch.setattr("tqdm.keras.TqdmCallback", lambda: Stop(step))
+    monkeypatch.setattr(training, "TqdmCallback", lambda: Stop(step))
     with pytest.raises(KeyboardInterrupt) as stopped:
         run.fit(model, data, 2)
     line = f"interrupted after epoch {done} of 2; run this again to go on"
     assert stopped.value._render_traceback_() == [line]
     monkeypatch.undo()
-    run.fit(model, data, 2)  # the very same objects, as the cell of a notebook that is run again
+    run.fit(model, data, 2)  # the same objects, as when a notebook's cell is run again
     assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1"]
     assert ("resuming" in capsys.readouterr().out) == (done > 0)
     assert model.optimizer.iterations >= 4
@@ -237,7 +245,7 @@ def test_a_second_training_in_the_same_folder_is_refused(folder):
 
 @pytest.mark.parametrize("rest", ["1,0.001,8", "9,0.001,8,1,1.0,1.0,0.0000000001"])
 def test_a_half_written_row_of_the_log_changes_nothing(folder, rest):
-    """Defect 4: it broke resuming, or its cut number became an error that no epoch could beat."""
+    """Defect 4: it broke resuming, or its truncated number became the least error for ever."""
     start(folder, 1)
     whole = (folder / "log.csv").read_text()
     (folder / "log.csv").write_text(whole + rest)
@@ -260,18 +268,21 @@ def test_an_empty_log_is_no_obstacle(folder):
     assert len(start(folder, 1)[1].record["rows"]) == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Skipping nested container"
-)  # Keras, before it refuses the other network
+@pytest.mark.filterwarnings("ignore:Skipping nested container")  # by Keras
 def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
     start(folder, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="run: holds a run of another network"):
-        start(folder, 2, channels=8)
+        start(folder, 2, network={"channels": 8})
     with pytest.raises(ValueError, match="run: holds a run of another network .its settings are"):
-        start(folder, 2, sigma=2.0)
+        start(folder, 2, network={"sigma": 2.0})
     with pytest.raises(ValueError, match="run: holds a run of another network .its settings are"):
-        start(folder, 1, sigma=2.0)  # nothing is left to do
+        start(folder, 1, network={"sigma": 2.0})  # also when the run is finished
+    with pytest.raises(
+        ValueError,
+        match="run: holds a run of another network .*to the target 'X-wing', not to 'probe'",
+    ):
+        start(folder, 2, network={"target": another_target()})
     (folder / training.BACKUP).write_bytes(before[training.BACKUP][:3000])
     with pytest.raises(ValueError, match="backup.weights.h5: no run's backup"):
         start(folder, 2)
@@ -300,7 +311,7 @@ def test_a_full_disk_ends_training_with_an_error_and_loses_one_epoch(folder):
 
 
 def train_and_die(folder, moment, count):
-    """Train three epochs in a process that kills itself the `count`-th time that a moment comes."""
+    """Train three epochs in a process that kills itself at the `count`-th time of a moment."""
     left = [count]
 
     def die_in_time(*_, **__):
@@ -330,20 +341,15 @@ def train_and_die(folder, moment, count):
     start(folder, 3)
 
 
-MOMENTS = [  # when the process kills itself: at which time of what, and the whole epochs that must be left
+# When a process kills itself, after how many such moments, and how many whole epochs must be left.
+MOMENTS = [
     ("batch", 1, 0),  # in the first epoch
     ("write", 1, 0),  # in the middle of the first backup
     ("replace", 1, 1),  # between the first backup and its log
-    (
-        "replace",
-        2,
-        1,
-    ),  # the next start writes what is missing: between the new weights and their facts
-    (
-        "write",
-        4,
-        1,
-    ),  # log, weights and facts once more, then in the middle of the second epoch's backup
+    # The next start writes what is missing, and is killed between the weights and their facts.
+    ("replace", 2, 1),
+    # It writes log, weights and facts once more, and is killed in the second epoch's backup.
+    ("write", 4, 1),
     ("replace", 5, 2),  # between the second epoch's log and its weights
 ]
 
@@ -356,7 +362,7 @@ def epochs_in(backup):
 
 
 def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
-    """Defect 13: killed in the first epoch nothing went on, in a later one log and facts disagreed."""
+    """Defect 13: after a kill the run could not go on, or its log and facts disagreed."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["xwing.training"])
     for moment, count, epochs in MOMENTS:
@@ -367,42 +373,34 @@ def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
         assert epochs_in(folder / training.BACKUP) == epochs, (moment, count)
     model, run = start(folder, 3)  # the validation error of this process is a true one
     assert [row["epoch"] for row in rows_of(folder / "log.csv")] == ["0", "1", "2"]
-    assert (
-        model.optimizer.iterations == 6
-    )  # two steps each, those of the killed processes among them
+    assert model.optimizer.iterations == 6  # two an epoch, those of killed processes included
     errors = [float(row["val_corner_px"]) for row in run.record["rows"]]
     assert facts_of(folder)["training"]["stages"][0]["best_epoch"] == np.argmin(errors) + 1
     xu.weights_settings(folder / "best.weights.h5")  # the digest fits
     assert not [path for path in folder.iterdir() if path.suffix == ".part"]
 
 
-# ------------------------------------------------------------ publishing, and going on from published weights
+# ------------------------------------------------------------ publishing
 
 
 def test_publishing_a_run_again_changes_nothing(folder, tmp_path):
-    """Defect 2: a run published over the weights that it began from gained a stage each time, and samples."""
+    """Defect 2: a run published over its own first weights gained a stage and samples each time."""
     weights = tmp_path / "weights"
     start(folder, 1, facts={"seed": 1})
     training.publish_weights(folder, weights)
-    assert {path.name for path in weights.iterdir()} == {
-        "xwing.json",
-        "xwing.weights.h5",
-        "xwing_log.csv",
-    }
+    names = {"xwing.json", "xwing.weights.h5", "xwing_log.csv"}
+    assert {path.name for path in weights.iterdir()} == names
     assert (weights / "xwing.weights.h5").read_bytes() == (folder / "best.weights.h5").read_bytes()
     second = {"seed": 2, "init": str(weights / "xwing.weights.h5")}
     start(tmp_path / "second", 1, facts=second)
     training.publish_weights(tmp_path / "second", weights)
     once = {path.name: path.read_bytes() for path in weights.iterdir()}
-    assert columns(rows_of(weights / "xwing_log.csv"), "stage", "samples_seen") == [
-        ("1", "8"),
-        ("2", "16"),
-    ]
+    rows = columns(rows_of(weights / "xwing_log.csv"), "stage", "samples_seen")
+    assert rows == [("1", "8"), ("2", "16")]
     stages = [{"seed": 1, "best_epoch": 1}, {**second, "best_epoch": 1}]
     assert facts_of(weights, "xwing")["training"] == {"samples_seen": 16, "stages": stages}
-    start(
-        tmp_path / "second", 1, facts=second
-    )  # finished; the weights it began from are its own by now
+    # The run is finished, and by now the weights that it began from are its own.
+    start(tmp_path / "second", 1, facts=second)
     training.publish_weights(tmp_path / "second", weights)
     assert {path.name: path.read_bytes() for path in weights.iterdir()} == once
 
@@ -411,13 +409,10 @@ def test_a_run_counts_the_samples_that_its_first_weights_have_seen(folder, tmp_p
     fixed_error(5.0, 6.0, 4.0)
     start(folder, 2)
     start(tmp_path / "second", 1, facts={"init": str(folder / "best.weights.h5")})
-    rows = columns(
-        rows_of(tmp_path / "second" / "log.csv"), "stage", "samples_seen", "val_corner_px"
-    )
-    assert rows == [
-        ("1", "8", "5.0"),
-        ("2", "16", "4.0"),
-    ]  # the first run was best in its first epoch
+    log = rows_of(tmp_path / "second" / "log.csv")
+    rows = columns(log, "stage", "samples_seen", "val_corner_px")
+    # The first run was best in its first epoch.
+    assert rows == [("1", "8", "5.0"), ("2", "16", "4.0")]
 
 
 @pytest.mark.parametrize("crop,size", [(0, 64), (1, 256)])
@@ -435,7 +430,7 @@ def test_an_unfinished_run_cannot_be_published(tmp_path):
 
 
 def test_a_run_that_names_its_own_weights_as_its_start_is_refused(folder):
-    """Defect 3: it recursed without end."""
+    """Defect 3: it recursed for ever."""
     start(folder, 1)
     with pytest.raises(ValueError, match="init: .*best.weights.h5 are weights of this run itself"):
         start(folder, 2, facts={"init": str(folder / "best.weights.h5")})
@@ -470,12 +465,10 @@ for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
 
 
 def test_two_devices_train_as_one_does(run_python, tmp_path):
-    output = run_python(
-        DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))
-    ).splitlines()
-    one, two = (
-        [float(word) for word in line.split()[1:]] for line in output if line.startswith("devices")
-    )
+    script = DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))
+    lines = [line.split() for line in run_python(script).splitlines()]
+    numbers = [[float(word) for word in words[1:]] for words in lines if words[:1] == ["devices"]]
+    one, two = numbers
     assert (one[0], two[0]) == (1, 2)
     np.testing.assert_allclose(two[1:], one[1:], rtol=5e-3)
 
@@ -500,34 +493,26 @@ def test_two_workers_over_loopback_train_as_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    quiet = {
-        key: value for key, value in os.environ.items() if key not in ("SM_FRAMEWORK", "XLA_FLAGS")
-    }
-    quiet |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    name = "KERAS_DISTRIBUTION_"
-    several = {f"{name}NUM_PROCESSES": "2", f"{name}JOB_ADDRESSES": address, "NPROC": "8"}
-    starts = [("two", several | {f"{name}PROCESS_ID": str(i)}) for i in (0, 1)] + [("one", {})]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / name)],
-            cwd=xu.ROOT,
-            env=quiet | extra,
-            **pipes,
-        )
-        for name, extra in starts
-    ]
+    environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    for name in ("SM_FRAMEWORK", "XLA_FLAGS"):
+        environment.pop(name, None)
+    prefix = "KERAS_DISTRIBUTION_"
+    several = {f"{prefix}NUM_PROCESSES": "2", f"{prefix}JOB_ADDRESSES": address, "NPROC": "8"}
+    starts = [("two", several | {f"{prefix}PROCESS_ID": str(i)}) for i in (0, 1)] + [("one", {})]
+
+    running = []
+    for name, extra in starts:
+        command = [sys.executable, "-c", WORKER, str(tmp_path / name)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(command, cwd=xu.ROOT, env=environment | extra, **pipes))
     try:
         outputs = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
-    lines = [
-        line.split()[1:]
-        for out, _ in outputs
-        for line in out.splitlines()
-        if line.startswith("worker")
-    ]
+
+    printed = [line.split() for out, _ in outputs for line in out.splitlines()]
+    lines = [words[1:] for words in printed if words[:1] == ["worker"]]
     assert len(lines) == 3, outputs
     first, second, one = np.array(lines, float)
     assert [row[:2].tolist() for row in (first, second, one)] == [[0, 2], [1, 2], [0, 1]]
@@ -538,9 +523,8 @@ def test_two_workers_over_loopback_train_as_one_does(tmp_path):
 
 
 def test_several_machines_with_tensorflow_are_refused(monkeypatch):
-    monkeypatch.setenv(
-        "TF_CONFIG",
-        json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}),
-    )
+    cluster = {"worker": ["a:1", "b:1"]}
+    config = {"cluster": cluster, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     with pytest.raises(NotImplementedError, match="20585"):
         training.distribute()

@@ -1,15 +1,19 @@
-"""What a training step costs, what encoders, losses and augmentations do: the tables of weights/README.md.
+"""Measure what a training step costs and what encoders, losses and augmentations do for the result.
 
-Training is on frames of data/train/ (else data/sample/), on squares of 128 pixels, from scratch with Adam at
-1e-3 but for the augmentations. Errors are medians over 128 frames that are not trained on, in pixels, with
-batch statistics: the moving averages of the batch normalisation lag for the first few hundred steps.
+Prints the tables of weights/EXPERIMENTS.md. Training is on frames of data/train/ (else
+data/sample/), on squares of 128 pixels. It starts from scratch, with Adam at 1e-3; only the table
+of the augmentations goes on from the shipped weights. Errors are medians over 128 frames that are
+not trained on, in pixels. They are measured with batch statistics: the moving averages of the batch
+normalisation lag for the first few hundred steps.
 """
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pandas as pd
 
@@ -20,7 +24,10 @@ from xwing.metrics import corner_report, summarise
 from xwing.synthesis import Randomiser
 from xwing.training import publish_weights
 
-SIZE, BATCH, KEPT, SIGMA = 128, 16, 128, 4.0
+SIZE = 128  # pixels, width and height of the squares
+BATCH = 16
+KEPT = 128  # frames that are not trained on
+SIGMA = 4.0  # pixels, of the heatmaps' Gaussians
 AUGMENTATIONS = (
     "geometry",
     "flare",
@@ -44,25 +51,29 @@ STEPS = {  # name -> (precision, arguments of build_model)
 
 
 class Frames:
-    """Batches of augmented frames from the training part, and the frames that are kept to measure."""
+    """Batches of augmented frames from the training part, and the frames kept to measure."""
 
     def __init__(self):
         train = xu.ROOT / "data" / "train"
         folder = train if train.exists() else xu.ROOT / "data" / "sample"
         paths, matrices = xu.load_dataset(folder)
-        camera, options = xu.load_camera(folder), dict(batch_size=BATCH, size=SIZE, crop=True)
+        camera = xu.load_camera(folder)
+        self.name = folder.name
+        self.count = len(paths) - KEPT
+
+        options = dict(batch_size=BATCH, size=SIZE, crop=True)
+        self.parts = paths[:-KEPT], matrices[:-KEPT], *camera
         randomise = Randomiser(load_mesh(xu.ROOT / "data" / "xwing.obj"))
-        self.name, self.count = folder.name, len(paths) - KEPT
-        trained, kept = slice(None, -KEPT), slice(-KEPT, None)
-        self.parts = paths[trained], matrices[trained], *camera
         self.batches = xu.make_dataset(*self.parts, **options, randomise=randomise, shares=(0.3, 0))
-        held = xu.make_dataset(paths[kept], matrices[kept], *camera, augmented=False, **options)
-        self.images, self.truth = (
-            np.concatenate(part) for part in zip(*(held[i] for i in range(len(held))))
-        )
+
+        kept = paths[-KEPT:], matrices[-KEPT:], *camera
+        held = xu.make_dataset(*kept, augmented=False, **options)
+        images, truth = zip(*(held[i] for i in range(len(held))))
+        self.images = np.concatenate(images)
+        self.truth = np.concatenate(truth)
 
     def __iter__(self):
-        """Endless batches, epoch after epoch, and the seconds that each took to make."""
+        """Endless batches, epoch after epoch, and the seconds that it took to make each."""
         while True:
             for i in range(self.count // BATCH):
                 start = time.perf_counter()
@@ -79,8 +90,7 @@ def build(
     rate=1e-3,
     **arguments,
 ):
-    """A fresh network, compiled for one of the losses."""
-    keras = xu.import_keras()
+    """An untrained network, compiled with one of the losses."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
@@ -89,133 +99,180 @@ def build(
     return xu.compile_model(model, rate, xu.HeatmapLoss(sigma, kind, model.settings["stride"]))
 
 
+@dataclasses.dataclass
+class Timing:
+    """Steps of a training, and the seconds of all but the first one, which traces the graph."""
+
+    steps: int = 0
+    network: float = 0.0  # seconds
+    batches: float = 0.0  # seconds to make them
+
+    @property
+    def network_ms(self):
+        """Milliseconds of the network in a step."""
+        return 1e3 * self.network / (self.steps - 1)
+
+    @property
+    def batches_ms(self):
+        """Milliseconds to make a batch."""
+        return 1e3 * self.batches / (self.steps - 1)
+
+
 def train(model, frames, seconds=np.inf, steps=np.inf):
-    """Train until either is over; the steps done, and the seconds of the network and of making batches."""
-    network, making, done = 0.0, 0.0, 0
+    """Train until the seconds or the steps are over; returns the `Timing`."""
+    timing = Timing()
     for (images, keypoints), made in frames:
         start = time.perf_counter()
         model.train_on_batch(images, keypoints)
-        if done:  # the first step traces the graph
-            network, making = network + time.perf_counter() - start, making + made
-        done += 1
-        if network + making >= seconds or done >= steps:
-            return done, network, making
+        if timing.steps:
+            timing.network += time.perf_counter() - start
+            timing.batches += made
+        timing.steps += 1
+        if timing.network + timing.batches >= seconds or timing.steps >= steps:
+            return timing
 
 
 def judge(model, frames):
-    """The corner report of the kept frames, and the mean squared errors of the maps and of empty ones."""
-    stride, truth = model.settings["stride"], frames.truth[:, :8, :2]
+    """The corner report of the kept frames, and mean squared errors of the maps and of zeros."""
+    stride = model.settings["stride"]
+    size = SIZE // stride
+    sigma = SIGMA / stride
     batches = np.split(frames.images, range(BATCH, KEPT, BATCH))
     maps = np.concatenate([np.asarray(model(batch, training=True)) for batch in batches])[..., :8]
-    found, _ = xu.decode_heatmaps(maps, SIGMA / stride)
-    size, sigma = SIZE // stride, SIGMA / stride
+    found, _ = xu.decode_heatmaps(maps, sigma)
+
+    truth = frames.truth[:, :8, :2]
     true = np.stack([xu.gaussian_heatmaps(points / stride, size, sigma) for points in truth])
     seen = xu.in_frame(truth, SIZE, SIZE)
     errors = [np.square(guess - true).mean((1, 2))[seen].mean() for guess in (maps, 0)]
     return corner_report(found * stride, truth, SIZE), errors
 
 
+def print_row(*cells):
+    """Print a row of a table in Markdown, at once."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_head(*cells):
+    """Print the head of a table in Markdown."""
+    print()
+    print_row(*cells)
+    print("|" + "---|" * len(cells))
+
+
 def profile(frames, steps):
-    """Print the cost of a step, from the plain network to the shipped one."""
-    print("\n| training step | encoder | ms in the network | ms to make a batch (one thread) |")
-    print("|---|---|---|---|")
+    """Print what a step costs, from the plain network to the shipped one."""
+    print_head("training step", "encoder", "ms in the network", "ms to make a batch (one thread)")
     for name, (precision, arguments) in STEPS.items():
         for backbone in (xu.BACKBONE, "efficientnetb0"):
-            done, network, making = train(
-                build(backbone, precision, **arguments), frames, steps=steps
-            )
-            each = f"{1e3 * network / (done - 1):.0f} | {1e3 * making / (done - 1):.0f}"
-            print(f"| {name} | {backbone} | {each} |", flush=True)
+            model = build(backbone, precision, **arguments)
+            timing = train(model, frames, steps=steps)
+            print_row(name, backbone, f"{timing.network_ms:.0f}", f"{timing.batches_ms:.0f}")
 
 
 def encoders(frames, seconds):
     """Print what each encoder reaches in the same time."""
-    print(f"\n| encoder, {seconds:.0f} s | steps | ms a step | corner error | best permutation |")
-    print("|---|---|---|---|---|")
+    print_head(
+        f"encoder, {seconds:.0f} s", "steps", "ms a step", "corner error", "best permutation"
+    )
     for backbone in ("resnet18", "mobilenetv2", "efficientnetb0"):
         model = build(backbone)
-        done, network, making = train(model, frames, seconds=seconds)
-        (report, _), each = judge(model, frames), 1e3 * (network + making) / (done - 1)
-        errors = f"{report['corner_px']:.1f} px | {report['best_permutation_px']:.1f} px"
-        print(f"| {backbone} | {done} | {each:.0f} | {errors} |", flush=True)
+        timing = train(model, frames, seconds=seconds)
+        report, _ = judge(model, frames)
+        print_row(
+            backbone,
+            f"{timing.steps}",
+            f"{timing.network_ms + timing.batches_ms:.0f}",
+            f"{report['corner_px']:.1f} px",
+            f"{report['best_permutation_px']:.1f} px",
+        )
 
 
 def losses(frames, steps):
     """Print what each loss reaches in the same number of steps."""
-    print(
-        f"\n| loss, {steps} steps | corner error | best permutation | MSE of the maps | of empty maps |"
+    print_head(
+        f"loss, {steps} steps",
+        "corner error",
+        "best permutation",
+        "MSE of the maps",
+        "of empty maps",
     )
-    print("|---|---|---|---|---|")
     for kind in ("softmax", "mse", "weighted"):
         model = build(kind=kind)
         train(model, frames, steps=steps)
         report, (error, empty) = judge(model, frames)
-        errors = f"{report['corner_px']:.1f} px | {report['best_permutation_px']:.1f} px"
-        print(f"| {kind} | {errors} | {error:.5f} | {empty:.5f} |", flush=True)
-
-
-def augmentations(frames, steps):
-    """Print what the shipped weights know of other looks after more training without one augmentation."""
-    shifted, weights = xu.ROOT / "data" / "shifted", xu.ROOT / "weights" / "xwing.weights.h5"
-    paths, matrices = xu.load_dataset(shifted)
-    truth = xu.keypoints_of(matrices, *xu.load_camera(shifted))
-    images = np.stack([xu.read_image(path) for path in paths])
-    keras, whole = xu.import_keras(), xu.load_model(weights)
-    shipped, sigma = whole.get_weights(), whole.settings["sigma"]
-    rate = keras.optimizers.schedules.CosineDecay(
-        2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50
-    )
-    print(f"\n| left out for {steps} steps | seed | corner error | within 5 px | wrong way round |")
-    print("|---|---|---|---|---|")
-    rows = [("(before)", 0), ("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
-    for name, seed in rows:
-        if name != "(before)":
-            model = build(sigma=sigma, rate=rate)
-            model.set_weights(shipped)
-            without = [name] if name in AUGMENTATIONS else []
-            batches = xu.make_dataset(
-                *frames.parts,
-                BATCH,
-                SIZE,
-                True,
-                without=without,
-                seed=seed,
-                epoch_size=BATCH * steps,
-            )
-            model.fit(batches, verbose=0, shuffle=False)
-            whole.set_weights(model.get_weights())
-        report = corner_report(xu.predict_keypoints(whole, images)[0], truth)
-        wrong = sum(report["permutations"].values()) - report["permutations"]["identity"]
-        print(
-            f"| {name} | {seed} | {report['corner_px']:.2f} px | {report['within_5px']:.1%} | {wrong} |",
-            flush=True,
+        print_row(
+            kind,
+            f"{report['corner_px']:.1f} px",
+            f"{report['best_permutation_px']:.1f} px",
+            f"{error:.5f}",
+            f"{empty:.5f}",
         )
 
 
-def recipes():
-    """Write to weights/recipes.csv what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
+def augmentations(frames, steps):
+    """Print the errors on data/shifted after more training of the shipped weights.
 
-    Poses are those of the keypoints alone. The row of a run that is not in runs/ stays as it is.
-    Raises FileNotFoundError where there is neither a run nor a row.
+    Each row leaves one augmentation out of that training.
+    """
+    shifted = xu.ROOT / "data" / "shifted"
+    paths, matrices = xu.load_dataset(shifted)
+    truth = xu.keypoints_of(matrices, *xu.load_camera(shifted))
+    images = np.stack([xu.read_image(path) for path in paths])
+    whole = xu.load_model(xu.ROOT / "weights" / "xwing.weights.h5")  # for whole frames
+    shipped = whole.get_weights()
+
+    print_head(
+        f"left out for {steps} steps", "seed", "corner error", "within 5 px", "wrong way round"
+    )
+    print_row("(before)", "0", *_shifted_errors(whole, images, truth))
+    rows = [("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
+    for name, seed in rows:
+        without = [name] if name in AUGMENTATIONS else []
+        whole.set_weights(_train_on(shipped, whole.settings["sigma"], frames, steps, without, seed))
+        print_row(name, f"{seed}", *_shifted_errors(whole, images, truth))
+
+
+def _train_on(weights, sigma, frames, steps, without, seed):
+    """The weights of a network after more training, without some augmentations."""
+    rate = keras.optimizers.schedules.CosineDecay(
+        2e-5, steps, 0.01, warmup_target=4e-4, warmup_steps=50
+    )
+    model = build(sigma=sigma, rate=rate)
+    model.set_weights(weights)
+    batches = xu.make_dataset(
+        *frames.parts, BATCH, SIZE, True, without=without, seed=seed, epoch_size=BATCH * steps
+    )
+    model.fit(batches, verbose=0, shuffle=False)
+    return model.get_weights()
+
+
+def _shifted_errors(model, images, truth):
+    """Cells of a row: median corner error, corners within 5 px, frames with permuted corners."""
+    found, _ = xu.predict_keypoints(model, images)
+    report = corner_report(found, truth)
+    permutations = report["permutations"]
+    wrong = sum(permutations.values()) - permutations["identity"]
+    return f"{report['corner_px']:.2f} px", f"{report['within_5px']:.1%}", f"{wrong}"
+
+
+def recipes():
+    """Write what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
+
+    Poses are those of the keypoints alone. The table is weights/recipes.csv; the row of a run that
+    is not in runs/ stays as it is. Raises FileNotFoundError if there is neither a run nor a row.
     """
     table = xu.ROOT / "weights" / "recipes.csv"
     rows = pd.read_csv(table, index_col="recipe").T.to_dict() if table.exists() else {}
     for name in ("classic", "shipped"):
-        if not (run := xu.ROOT / "runs" / name).exists():
-            continue
-        with tempfile.TemporaryDirectory() as folder:  # as published: for whole frames
-            publish_weights(run, folder)
-            model = xu.load_model(Path(folder) / "xwing.weights.h5")
-        log, found = pd.read_csv(run / "log.csv"), evaluate_folder(xu.ROOT / "data" / "test", model)
-        samples = log.samples_seen.diff().fillna(log.samples_seen)  # of each epoch
-        rows[name] = {
-            "samples": log.samples_seen.iloc[-1],
-            "minutes": (samples / log.samples_per_second).sum() / 60,
-            "loss": log.loss[log.val_corner_px.idxmin()],
-            **summarise(found.errors()),
-        }
+        run = xu.ROOT / "runs" / name
+        if run.exists():
+            rows[name] = _recipe(run)
     if not rows:
-        raise FileNotFoundError("neither runs/classic/ nor runs/shipped/; see weights/README.md")
+        raise FileNotFoundError(
+            "neither runs/classic/ nor runs/shipped/; see weights/EXPERIMENTS.md"
+        )
+
     columns = [
         "samples",
         "minutes",
@@ -233,7 +290,25 @@ def recipes():
     print(text)
 
 
+def _recipe(run):
+    """The row of a run: what its training took, and what its weights reach."""
+    with tempfile.TemporaryDirectory() as folder:  # as published: for whole frames
+        publish_weights(run, folder)
+        model = xu.load_model(Path(folder) / "xwing.weights.h5")
+    found = evaluate_folder(xu.ROOT / "data" / "test", model)
+
+    log = pd.read_csv(run / "log.csv")
+    samples = log.samples_seen.diff().fillna(log.samples_seen)  # of each epoch
+    return {
+        "samples": log.samples_seen.iloc[-1],
+        "minutes": (samples / log.samples_per_second).sum() / 60,
+        "loss": log.loss[log.val_corner_px.idxmin()],
+        **summarise(found.errors()),
+    }
+
+
 def main():
+    """Print the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=90, help="of training for each encoder")
     parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
@@ -242,21 +317,23 @@ def main():
     parser.add_argument(
         "--only",
         choices=["profile", "encoders", "losses", "augmentations", "recipes"],
-        help="one table; recipes needs two runs of train.ipynb, see weights/README.md",
+        help="one table; recipes needs two runs of train.ipynb, see weights/EXPERIMENTS.md",
     )
-    a = parser.parse_args()
-    if a.only == "recipes":
+    arguments = parser.parse_args()
+    if arguments.only == "recipes":
         return recipes()
+
     frames = Frames()
     print(f"{frames.count} frames of data/{frames.name}/, batches of {BATCH} squares of {SIZE} px")
-    for name, run, amount in (
-        ("profile", profile, a.profile),
-        ("encoders", encoders, a.seconds),
-        ("losses", losses, a.steps),
-        ("augmentations", augmentations, a.left_out),
-    ):
-        if a.only in (None, name):
-            run(frames, amount)
+    tables = (
+        ("profile", profile, arguments.profile),
+        ("encoders", encoders, arguments.seconds),
+        ("losses", losses, arguments.steps),
+        ("augmentations", augmentations, arguments.left_out),
+    )
+    for name, show, amount in tables:
+        if arguments.only in (None, name):
+            show(frames, amount)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Training, as a run that lives in a folder.
 
-A run can be killed at any moment. After each epoch one file, `backup.weights.h5`, is replaced as a whole:
-weights, optimizer and log in one, so they cannot disagree. `log.csv` and the best weights follow from it;
-where the kill came in between, the next start writes them. Only the epoch under way is lost. What the run
-began from (the stages of earlier training and their log) is in that file too, as it was at the start: so
-published weights tell of their whole training, and publishing twice is the same as publishing once.
+A run can be killed at any moment and loses no more than the epoch under way. After each epoch one
+file, `backup.weights.h5`, is replaced as a whole. It holds weights, optimizer and log, so they
+cannot disagree. `log.csv` and the best weights follow from it: if the run is killed before they are
+written, the next start writes them. The backup also records what the run began from, the stages of
+earlier training and their log, as it was at the start. So published weights tell of their whole
+training, and publishing twice gives the same as publishing once.
 
-Several accelerators of a machine and, with JAX, several machines share each batch by means of Keras.
+Keras shares each batch among several accelerators of a machine and, with JAX, among machines.
 """
 
 import contextlib
@@ -18,58 +19,77 @@ import io
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pandas as pd
+from tqdm.keras import TqdmCallback
 
 import xwing_utils as xu
+from xwing.metrics import corner_report
 
-keras = xu.import_keras()
-if (
-    keras.backend.backend() == "jax"
-    and int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1) > 1
-):
+_PROCESSES = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1)
+if keras.backend.backend() == "jax" and _PROCESSES > 1:
     keras.distribution.initialize()  # as one of several workers, before JAX computes anything
+
 BACKUP = "backup.weights.h5"
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by hand; a notebook shows this one line instead of a traceback."""
 
-    def _render_traceback_(self):
+    def _render_traceback_(self):  # IPython asks for it
         return [str(self)]
 
 
-class TrainingRun(keras.callbacks.Callback):
-    """A run in a folder; `fit` trains a model, from the last whole epoch on where the run was begun before.
+# ============================================================ a run
 
-    After each epoch the corners of the validation frames are read back. The weights whose median error is
-    least are kept, as `best.weights.h5`; where that error stands still for two epochs, the learning rate
-    falls to 0.3 of itself.
+
+class TrainingRun(keras.callbacks.Callback):
+    """A run in a folder; `fit` trains a model, or resumes from the last whole epoch.
+
+    After each epoch the corners of the validation frames are predicted. The weights with the least
+    median error are kept as `best.weights.h5`. When that error has not improved for two epochs, the
+    learning rate falls to 0.3 of its value.
 
     Args:
-        folder: of the run (each of several workers has its own in it, see `run_folder`).
+        folder: of the run; each of several workers has its own folder in it, see `run_folder`.
         images: (N, size, size, 3) uint8 validation frames.
         keypoints: (N, K, 3) as `make_dataset` yields them.
-        scale: pixels of the original frames for one pixel of these; reported errors are multiplied by it.
+        scale: pixels of the original frames for one pixel of these; multiplies the reported errors.
         plateau: False leaves the learning rate to the optimizer's own schedule.
-        facts: dict for JSON, how the model is trained; kept with the weights, as it was at the first start.
-            Its "init" names the weights that the model begins with, relative to the repository.
+        facts: dict for JSON, how the model is trained; kept with the weights, as it was at the
+            first start. Its "init" names the weights that the model begins with, relative to the
+            repository.
+
     Raises:
-        ValueError, FileNotFoundError: "init" names weights of this very run, damaged ones, or none.
+        ValueError: "init" names weights of this very run, or damaged ones.
+        FileNotFoundError: "init" names weights that do not exist.
     """
 
-    def __init__(self, folder, images, keypoints, scale=1.0, plateau=True, facts=None):
+    def __init__(
+        self,
+        folder: str | Path,
+        images: np.ndarray,
+        keypoints: np.ndarray,
+        scale: float = 1.0,
+        plateau: bool = True,
+        facts: dict | None = None,
+    ):
         super().__init__()
-        self.folder, self.images, self.scale = run_folder(folder), images, scale
+        self.folder = run_folder(folder)
+        self.images = images
         self.truth = keypoints[:, :8, :2]
+        self.scale = scale
         self.plateau = None
         if plateau:
             self.plateau = keras.callbacks.ReduceLROnPlateau(
                 "val_corner_px", 0.3, 2, mode="min", min_lr=1e-5
             )
+
         facts = facts or {}
         init = xu.ROOT / facts["init"] if facts.get("init") else None
         if init and Path(folder).resolve() in init.resolve().parents:
@@ -77,36 +97,46 @@ class TrainingRun(keras.callbacks.Callback):
                 f"init: {init} are weights of this run itself; leave init out to resume it, "
                 "or give the new run another name"
             )
-        self.record = {**_ancestry(init), "rows": []}
+        self.record = {**_ancestry(init), "rows": []}  # what the backup holds beside the weights
         self.record["stages"].append(facts)
 
-    def fit(self, model, dataset, epochs):
-        """Train up to `epochs`, those of earlier starts included. Returns the log, a dict for each epoch.
+    def fit(self, model: keras.Model, dataset: keras.utils.PyDataset, epochs: int) -> list[dict]:
+        """Train up to a number of epochs, those of earlier starts included.
+
+        Args:
+            model: from `build_model` or `load_model`, compiled.
+            dataset: from `make_dataset`.
+            epochs: how many epochs the run has when it is finished.
+
+        Returns:
+            the log, a dict for each epoch.
 
         Raises:
             BlockingIOError: another process trains in this folder.
-            ValueError: the folder holds the run of another network, or one without a backup.
+            ValueError: the folder holds a run of another network or target, or no backup of it.
             Interrupted: stopped by hand; start again to go on.
         """
-        from tqdm.keras import TqdmCallback  # imports Keras, which `import_keras` does silently
-
         with self._lock():
             self._read_backup()
             done = len(self.record["rows"])
-            dataset.epoch, self.dataset = done, dataset
+            self.dataset = dataset
+            dataset.epoch = done
+
+            callbacks = [self]
             if done >= epochs:
                 print(f"already finished: {done} of {epochs} epochs")
-            elif done:
-                print(f"resuming after epoch {done} of {epochs}")
-            callbacks = [self] if done >= epochs else [self, TqdmCallback()]
-            try:  # the dataset shuffles its frames itself
+            else:
+                callbacks.append(TqdmCallback())
+                if done:
+                    print(f"resuming after epoch {done} of {epochs}")
+            try:
                 model.fit(
                     dataset,
                     epochs=epochs,
                     initial_epoch=done,
                     callbacks=callbacks,
                     verbose=0,
-                    shuffle=False,
+                    shuffle=False,  # the dataset does it
                 )
             except KeyboardInterrupt:
                 raise Interrupted(
@@ -116,77 +146,77 @@ class TrainingRun(keras.callbacks.Callback):
         return self.record["rows"]
 
     def on_train_begin(self, logs=None):
-        """Bring plateau, model and optimizer to where the last whole epoch left them."""
+        """Put learning rate, model and optimizer where the last whole epoch left them."""
+        rows = self.record["rows"]
         if self.plateau:
             self.plateau.set_model(self.model)
             self.plateau.on_train_begin()
-            for row in self.record["rows"]:
+            for row in rows:
                 self.plateau.on_epoch_end(row["epoch"], dict(row))
-        if self.record["rows"]:
-            if not self.model.optimizer.built:
-                self.model.optimizer.build(self.model.trainable_variables)
-            try:
-                if self.record.get("model", self.model.settings) != self.model.settings:
-                    raise ValueError(f"its settings are {self.record['model']}")
-                self.model.load_weights(self.folder / BACKUP)
-            except (KeyError, OSError, ValueError) as error:
-                reason = str(error).splitlines()[0][:200]
-                raise ValueError(
-                    f"{self.folder}: holds a run of another network ({reason}); "
-                    "give this run another name"
-                ) from None
+        if rows:
+            self._load_backup()
             self._write_results()
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Start the clock: what is left to do from here on until a batch is there is waiting."""
-        self.begun = self.idle_since = time.perf_counter()
-        self.waited = 0.0
+        """Start the clock, with the device idle until the first batch is ready."""
+        self.begun = time.perf_counter()
+        self.idle_since = self.begun
+        self.waited = 0.0  # seconds in which the device waited for batches
 
     def on_train_batch_end(self, batch, logs=None):
-        """Add for how long this batch was not there when the network was free to take it."""
-        finished = self.dataset.finished.pop((self.dataset.epoch, batch), self.idle_since)
-        self.waited += max(finished - self.idle_since, 0.0)
+        """Add the time for which the device waited for this batch."""
+        ready = self.dataset.finished.pop((self.dataset.epoch, batch), self.idle_since)
+        self.waited += max(ready - self.idle_since, 0.0)
         self.idle_since = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Measure, then write: the backup first, as all else follows from it."""
-        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        seconds, samples, rows = (
-            self.idle_since - self.begun,
-            self.dataset.epoch_size,
-            self.record["rows"],
+        """Validate, then write: the backup first, because all other files follow from it."""
+        row = self._row(epoch, logs)
+        if self.plateau:
+            self.plateau.on_epoch_end(epoch, dict(row))
+
+        rows = [*self.record["rows"], row]
+        record = {
+            **self.record,
+            "rows": rows,
+            "model": self.model.settings,
+            "target": xu.target_record(self.model.target),
+        }
+        self._write_backup(record)
+        self.record = record  # only now: an interruption while writing must not change it
+        self._write_results()
+        print(
+            f"epoch {epoch + 1}: loss {row['loss']:.3f}, "
+            f"median corner error {row['val_corner_px']:.2f} px",
+            f"| {row['samples_per_second']:.1f} samples/s, "
+            f"{row['waiting_share']:.1%} of the time waiting for them",
         )
-        row = {
+
+    def _row(self, epoch, logs):
+        """The log's entry of an epoch that has just ended."""
+        rows = self.record["rows"]
+        seconds = self.idle_since - self.begun
+        samples = self.dataset.epoch_size
+        seen_before = rows[-1]["samples_seen"] if rows else self.record["samples"]
+        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        return {
             "stage": len(self.record["stages"]),
             "epoch": epoch,
             "learning_rate": rate,
-            "samples_seen": (rows[-1]["samples_seen"] if rows else self.record["samples"])
-            + samples,
+            "samples_seen": seen_before + samples,
             "samples_per_second": samples / seconds,
             "waiting_share": self.waited / seconds,
             **{name: float(value) for name, value in logs.items()},
             **self._validate(),
         }
-        if self.plateau:
-            self.plateau.on_epoch_end(epoch, dict(row))
-        record = {**self.record, "rows": [*rows, row], "model": self.model.settings}
-        self._write_backup(record)
-        self.record = record
-        self._write_results()
-        print(
-            f"epoch {epoch + 1}: loss {row['loss']:.3f}, median corner error {row['val_corner_px']:.2f} px",
-            f"| {samples / seconds:.1f} samples/s, {row['waiting_share']:.1%} of the time waiting for them",
-        )
 
     def _validate(self):
-        from xwing.metrics import corner_report
-
+        """The errors of the corners in the validation frames, as entries of the log."""
         with single_device_copy(self.model) as model:
-            found = xu.predict_keypoints(model, self.images)[0]
+            found, _ = xu.predict_keypoints(model, self.images)
         report = corner_report(found, self.truth, self.model.settings["size"], self.scale)
-        report.update(
-            {f"permutation_{name}": count for name, count in report.pop("permutations").items()}
-        )
+        permutations = report.pop("permutations")
+        report.update({f"permutation_{name}": count for name, count in permutations.items()})
         return {f"val_{name}": value for name, value in report.items()}
 
     def _write_backup(self, record):
@@ -197,6 +227,7 @@ class TrainingRun(keras.callbacks.Callback):
         xu.write_files({self.folder / BACKUP: state.getvalue()})
 
     def _read_backup(self):
+        """Read the record of the backup, without the weights; of a new run it has no rows."""
         path = self.folder / BACKUP
         if path.exists():
             try:
@@ -212,29 +243,69 @@ class TrainingRun(keras.callbacks.Callback):
             )
         else:
             self.record["rows"] = []
-        if worker()[1] > 1:  # killed at different epochs they would wait for each other for ever
-            from jax.experimental import multihost_utils
+        self._check_workers_agree()
 
-            message = f"{self.folder}: the workers' backups differ; copy the first one's to all their folders"
-            multihost_utils.assert_equal(np.array(len(self.record["rows"])), message)
+    def _check_workers_agree(self):
+        """ValueError unless all workers resume after the same epoch; they would wait for ever."""
+        if worker()[1] == 1:
+            return
+        from jax.experimental import multihost_utils
+
+        done = np.array(len(self.record["rows"]))
+        advice = "the workers' backups differ; copy the first one's to all their folders"
+        multihost_utils.assert_equal(done, f"{self.folder}: {advice}")
+
+    def _load_backup(self):
+        """Read the weights and the optimizer's state; ValueError if they do not fit the model."""
+        path = self.folder / BACKUP
+        settings = self.record.get("model", self.model.settings)
+        if settings != self.model.settings:
+            raise self._other_network(f"its settings are {settings}")
+
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        try:
+            target = xu.XWING  # of old backups, which do not say so
+            if "target" in self.record:
+                target = xu.target_from_record(self.record["target"], path, xu.ROOT)
+            xu.check_same_target(target, self.model.target, "its weights")
+            self.model.load_weights(path)
+        except (KeyError, OSError, ValueError) as error:
+            raise self._other_network(error) from None
+
+    def _other_network(self, reason):
+        """The error that tells why a network cannot go on with this run."""
+        reason = str(reason).splitlines()[0][:200]
+        return ValueError(
+            f"{self.folder}: holds a run of another network ({reason}); give this run another name"
+        )
 
     def _write_results(self):
-        """Write the log and, where the last epoch is the best one, its weights."""
-        stages, rows = self.record["stages"], self.record["rows"]
-        xu.write_files({self.folder / "log.csv": _log_text(self.record["earlier_rows"] + rows)})
+        """Write the log and, if the last epoch is the best one, its weights."""
+        rows = self.record["rows"]
+        log = _log_text(self.record["earlier_rows"] + rows)
+        xu.write_files({self.folder / "log.csv": log})
+
         errors = np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
-        if errors.argmin() == len(errors) - 1:
-            stages = [*stages[:-1], {**stages[-1], "best_epoch": len(errors)}]
-            save_model(
-                self.model,
-                self.folder / "best.weights.h5",
-                training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
-                validation={key[4:]: value for key, value in rows[-1].items() if key[:4] == "val_"},
-            )
+        if errors.argmin() != len(errors) - 1:
+            return
+        *earlier, stage = self.record["stages"]
+        stages = [*earlier, {**stage, "best_epoch": len(errors)}]
+        validation = {
+            name.removeprefix("val_"): value
+            for name, value in rows[-1].items()
+            if name.startswith("val_")
+        }
+        save_model(
+            self.model,
+            self.folder / "best.weights.h5",
+            training={"samples_seen": rows[-1]["samples_seen"], "stages": stages},
+            validation=validation,
+        )
 
     @contextlib.contextmanager
     def _lock(self):
-        """Hold the folder; the system lets go of it when this process ends, however it does."""
+        """Hold the folder; the system releases it when this process ends, however it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as file:
             try:
@@ -244,52 +315,111 @@ class TrainingRun(keras.callbacks.Callback):
                     f"{self.folder}: another training is under way in this folder; "
                     "wait for it, or give this run another name"
                 ) from None
-            for part in self.folder.glob(".*.part"):  # of a start that was killed while it wrote
+            for part in self.folder.glob(".*.part"):  # left by a killed start
                 part.unlink()
             yield
 
 
+def _ancestry(weights):
+    """What a run that begins from weights (or None) takes over from earlier training.
+
+    Returns:
+        dict: the "stages" (a dict of facts each), the "samples" seen, "earlier_rows" of the log.
+    """
+    if weights is None:
+        return {"stages": [], "samples": 0, "earlier_rows": []}
+
+    training = xu.weights_settings(weights).get("training", {})
+    samples = training.get("samples_seen", 0)
+    log = weights.with_name(weights.name.replace(".weights.h5", "_log.csv"))  # where published
+    if not log.exists():
+        log = weights.with_name("log.csv")
+    rows = [row for row in _read_log(log) if int(row.get("samples_seen") or 0) <= samples]
+    return {"stages": training.get("stages", []), "samples": samples, "earlier_rows": rows}
+
+
+def _read_log(path):
+    """The rows of a log, as dicts of text; an incomplete last row is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def _log_text(rows):
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+
+
+# ============================================================ weights
+
+
 class WeightsInMemory(io.BytesIO):
-    """An HDF5 file in memory, under a name that Keras takes for weights: HDF5 crashes on a full disk."""
+    """An HDF5 file in memory, with a name that Keras accepts.
+
+    It is written to disk by Python, which raises an error when the disk is full; HDF5 crashes.
+    """
 
     def __str__(self):
         return "memory.weights.h5"
 
 
-def save_model(model, path, **facts):
-    """Write `NAME.weights.h5`, kernels as float16, and `NAME.json` with settings, digest and any `facts`."""
+def save_model(model: keras.Model, path: str | Path, **facts) -> None:
+    """Write `NAME.weights.h5`, kernels as float16, and `NAME.json`.
+
+    Args:
+        model: from `build_model` or `load_model`.
+        path: ends in .weights.h5.
+        **facts: more entries for the JSON file, beside the settings, the target and the digest of
+            the weights.
+    """
     path, settings_path = xu.weights_files(path)
     settings = {**model.settings, "size": getattr(model, "trained_size", model.settings["size"])}
-    if settings["keypoints"] <= len(xu.KEYPOINTS):
-        settings["points"] = xu.KEYPOINTS[: settings["keypoints"]].tolist()
-    full, slim = WeightsInMemory(), io.BytesIO()
+
+    full = WeightsInMemory()
     model.save_weights(full)
-    with h5py.File(full) as source, h5py.File(slim, "w") as target:
-        source.visititems(functools.partial(_copy_slim, target))
-    info = {"model": settings, "sha256": hashlib.sha256(slim.getvalue()).hexdigest(), **facts}
+    slim = io.BytesIO()
+    with h5py.File(full) as source, h5py.File(slim, "w") as destination:
+        source.visititems(functools.partial(_copy_slim, destination))
+
+    info = {
+        "model": settings,
+        "target": xu.target_record(model.target),
+        "sha256": hashlib.sha256(slim.getvalue()).hexdigest(),
+        **facts,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     xu.write_files({path: slim.getvalue(), settings_path: json.dumps(info, indent=1) + "\n"})
 
 
-def _copy_slim(target, name, item):
-    """Copy a tensor of the network into an HDF5 file; kernels (two or more dimensions) as packed float16."""
-    if hasattr(item, "shape") and not name.startswith("optimizer"):
-        packed = dict(dtype=np.float16, compression="gzip", shuffle=True) if item.ndim >= 2 else {}
-        target.create_dataset(name, data=item[()], **packed)
+def _copy_slim(destination, name, item):
+    """Copy a tensor of the network, not of the optimizer, into an HDF5 file; kernels as float16."""
+    if not hasattr(item, "shape") or name.startswith("optimizer"):
+        return
+    kernel = item.ndim >= 2
+    packed = dict(dtype=np.float16, compression="gzip", shuffle=True) if kernel else {}
+    destination.create_dataset(name, data=item[()], **packed)
 
 
-def publish_weights(run, folder):
-    """Copy a run's best weights to `folder`: `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`.
+def publish_weights(run: str | Path, folder: str | Path) -> None:
+    """Copy a run's best weights: to `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`.
 
-    Weights trained on squares cut from the frames are published for whole frames: the network is
-    convolutional. Raises FileNotFoundError where the run has not finished an epoch, ValueError for
-    damaged weights.
+    Weights that were trained on squares of the frames are published for whole frames: the network
+    is convolutional.
+
+    Args:
+        run: folder of a `TrainingRun`.
+        folder: where the files go.
+
+    Raises:
+        FileNotFoundError: the run has not finished an epoch.
+        ValueError: its weights are damaged.
     """
-    run, folder = Path(run), Path(folder)
-    xu.weights_settings(run / "best.weights.h5")
+    run = Path(run)
+    folder = Path(folder)
+    xu.weights_settings(run / "best.weights.h5")  # raises if they are missing or damaged
     info = xu.read_json(run / "best.json")
     if info["training"]["stages"][-1].get("crop"):
         info["model"]["size"] = xu.FRAME_SIZE
+
     folder.mkdir(parents=True, exist_ok=True)
     xu.write_files(
         {
@@ -300,37 +430,11 @@ def publish_weights(run, folder):
     )
 
 
-def _ancestry(weights):
-    """How weights (or None) came about: facts of each stage, samples seen, the rows of the log up to them."""
-    if weights is None:
-        return {"stages": [], "samples": 0, "earlier_rows": []}
-    training = xu.weights_settings(weights).get("training", {})
-    stages, samples = training.get("stages", []), training.get("samples_seen", 0)
-    published = weights.with_name(weights.name.replace(".weights.h5", "_log.csv"))
-    rows = _read_log(published if published.exists() else weights.with_name("log.csv"))
-    return {
-        "stages": stages,
-        "samples": samples,
-        "earlier_rows": [row for row in rows if int(row.get("samples_seen") or 0) <= samples],
-    }
-
-
-def _read_log(path):
-    """The rows of a log, dicts of text; a row that was not written to its end is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
-    return [row for row in rows if None not in row and None not in row.values()]
-
-
-def _log_text(rows):
-    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-
-
 # ============================================================ several devices and machines
 
 
-def worker():
-    """Which worker this is, and of how many: (0, 1) unless several processes train one model with JAX."""
+def worker() -> tuple[int, int]:
+    """This worker's index and the number of workers, (0, 1) unless several train with JAX."""
     if keras.backend.backend() != "jax":
         return 0, 1
     import jax
@@ -338,56 +442,73 @@ def worker():
     return jax.process_index(), jax.process_count()
 
 
-def run_folder(folder):
-    """Where this process keeps its run: `folder`, or a part of it for all workers but the first."""
+def run_folder(folder: str | Path) -> Path:
+    """Where this process keeps its run: `folder`, or for all workers but the first a part of it."""
     index, _ = worker()
     return Path(folder) / (f"worker{index}" if index else "")
 
 
-def distribute(devices=None):
-    """The scope in which a model is built and compiled so that each batch is shared out among all devices.
+def distribute(devices: list[str] | None = None) -> contextlib.AbstractContextManager:
+    """The scope in which a model must be built and compiled to train on all devices.
 
-    With JAX also over several machines, started with Keras' variables KERAS_DISTRIBUTION_NUM_PROCESSES,
-    _PROCESS_ID and _JOB_ADDRESSES. One device, or PyTorch: nothing. `devices` are names such as "GPU:0"; None
-    is every accelerator. Raises NotImplementedError for several machines with TensorFlow.
+    With JAX these may be of several machines, started with Keras' environment variables
+    KERAS_DISTRIBUTION_NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES. With one device or with
+    PyTorch the scope does nothing.
+
+    Args:
+        devices: names such as "GPU:0"; None is every accelerator.
+
+    Returns:
+        a context manager.
+
+    Raises:
+        NotImplementedError: several machines with TensorFlow.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        import tensorflow as tf
-
-        if (
-            len(
-                json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])
-            )
-            > 1
-        ):
-            raise NotImplementedError(
-                "TF_CONFIG names several workers, which Keras 3 cannot train on (see "
-                "github.com/keras-team/keras/issues/20585); use KERAS_BACKEND=jax"
-            )
-        devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
-        if len(devices) > 1:
-            return tf.distribute.MirroredStrategy(devices).scope()
-    elif backend == "jax":
+        return _distribute_tensorflow(devices)
+    if backend == "jax":
         devices = devices or keras.distribution.list_devices()
-        if len(devices) > 1:  # make_dataset gives every worker its part; Keras need not
+        if len(devices) > 1:
+            # make_dataset gives every worker its shard of each batch, so Keras must not.
             shared = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
             keras.distribution.set_distribution(shared)
     return contextlib.nullcontext()
 
 
+def _distribute_tensorflow(devices):
+    """`distribute` for TensorFlow, on the devices of one machine."""
+    import tensorflow as tf
+
+    cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
+    if len(cluster.get("worker", [])) > 1:
+        raise NotImplementedError(
+            "TF_CONFIG names several workers, which Keras 3 cannot train on (see "
+            "github.com/keras-team/keras/issues/20585); use KERAS_BACKEND=jax"
+        )
+    devices = devices or [device.name for device in tf.config.list_logical_devices("GPU")]
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy(devices).scope()
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def single_device_copy(model):
-    """The model or, where workers share it, a copy for this one: Keras cannot fetch what the others hold."""
+def single_device_copy(model: keras.Model) -> Iterator[keras.Model]:
+    """The model itself or, if workers share it, a copy that is only on this worker's devices.
+
+    Keras cannot fetch what a shared model computes on other machines.
+    """
     if worker()[1] == 1:
         yield model
         return
+
     shared = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
         copy = keras.Model.from_config(model.get_config())
         copy.set_weights(model.get_weights())
         copy.settings = model.settings
+        copy.target = model.target
         yield copy
     finally:
         keras.distribution.set_distribution(shared)
