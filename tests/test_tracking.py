@@ -5,6 +5,8 @@ The smoother is held against batch least squares, and the whole chain against th
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -581,3 +583,111 @@ def test_an_exported_track_holds_the_poses(K, tmp_path):
 def test_another_suffix_is_refused(K, tmp_path):
     with pytest.raises(ValueError, match="expected a .csv or .json file"):
         tracking.export_track(tmp_path / "a.txt", [], K, 256, 256)
+
+
+# ------------------------------------------------------------ targets and units
+
+
+def scaled_target(factor, folder):
+    """The X-wing in units that are smaller by a factor, with its mesh in a folder."""
+    source = xu.XWING.mesh
+    lines = []
+    for line in source.read_text().splitlines():
+        if line.startswith("v "):
+            point = np.array(line.split()[1:], float) * factor
+            line = " ".join(["v", *map(repr, point.tolist())])
+        lines.append(line)
+    mesh = folder / source.name
+    mesh.write_text("\n".join(lines))
+    shutil.copy(source.with_suffix(".mtl"), folder)
+
+    def in_new_units(motions):
+        return np.array([xu.scale_pose(motion, factor) for motion in motions])
+
+    return dataclasses.replace(
+        xu.XWING,
+        name=f"X-wing times {factor}",
+        mesh=mesh,
+        box=xu.XWING.box * factor,
+        diameter=xu.XWING.diameter * factor,
+        keypoints=xu.XWING.keypoints * factor,
+        mirror=xu.scale_pose(xu.XWING.mirror, factor),
+        symmetries=in_new_units(xu.XWING.symmetries),
+        lookalikes=in_new_units(xu.XWING.lookalikes),
+        lasers=xu.XWING.lasers * factor,
+    )
+
+
+def assert_same_track(scaled, track, factor, radians):
+    """Two tracks are the same to some radians and diameters, though their units differ."""
+    assert [t.status for t in scaled] == [t.status for t in track]
+    diameter = xu.XWING.diameter
+    for found, wanted in zip(scaled, track):
+        assert found.probability == pytest.approx(wanted.probability, abs=radians)
+        if wanted.pose is None:
+            continue
+        assert np.radians(xu.rotation_error(found.pose, wanted.pose)) < radians
+        shift = found.pose[:3, 3] / factor - wanted.pose[:3, 3]
+        assert np.linalg.norm(shift) / diameter < radians
+        speed = found.velocity[3:] / factor - wanted.velocity[3:]
+        assert np.linalg.norm(speed) / diameter < 30 * radians
+
+
+# A power of two scales every number exactly; 1,000 is a mesh in millimetres.
+FACTORS = pytest.mark.parametrize("factor, radians", [(1024, 1e-6), (1000, np.radians(0.01))])
+
+
+@FACTORS
+def test_a_track_of_keypoints_does_not_depend_on_the_unit(K, tmp_path, factor, radians):
+    truth = flight(60)
+    tracks = []
+    for target in (xu.XWING, scaled_target(factor, tmp_path)):
+        oracle = Oracle(truth, K)
+        oracle.target = target
+        oracle.confidence[30:36] = 0
+        oracle.keypoints[50] += 40
+        live = follow(oracle, K)
+        track = track_clip(oracle.frames(), K, oracle, fps=FPS, progress=False)
+        tracks.append(live + track)
+    statuses = [t.status for t in tracks[0]]
+    assert "predicted" in statuses and "tracked" in statuses
+    assert_same_track(*tracks[::-1], factor, radians)
+
+
+@FACTORS
+def test_a_track_on_the_pixels_does_not_depend_on_the_unit(
+    K, clip_frames, tmp_path, factor, radians
+):
+    images, truth = (part[60:100] for part in clip_frames)
+    tracks = []
+    for target in (xu.XWING, scaled_target(factor, tmp_path)):
+        live, _ = play(images, truth, K, Aligner(target), known=lambda i: i % 2 == 0)
+        tracks.append(live)
+    assert all(t.status == "tracked" for t in tracks[0])
+    assert_same_track(*tracks[::-1], factor, radians)
+
+
+def test_the_probability_of_a_pose_does_not_depend_on_the_unit():
+    """The translation counts in diameters."""
+    covariance = np.diag([1e-4, 2e-4, 1e-4, 1e-3, 2e-3, 1e-3])
+    diameter = xu.XWING.diameter
+    features = tracking.trust_features(covariance, np.nan, diameter)
+    wanted = [1, 0, np.log10(np.sqrt(4e-4)), np.log10(np.sqrt(4e-3) / diameter)]
+    np.testing.assert_allclose(features, wanted, rtol=1e-12)
+
+
+def test_a_tracker_follows_the_target_of_its_parts(K, tmp_path):
+    other = scaled_target(2, tmp_path)
+    detector = NoNetwork(K)
+    aligner = SimpleNamespace(target=other)
+    assert Tracker(K, FPS).target is xu.XWING
+    assert Tracker(K, FPS, detector).target is xu.XWING
+    assert Tracker(K, FPS, detector, aligner).target is other
+
+    detector.target = other
+    assert Tracker(K, FPS, detector).target is other
+    assert Tracker(K, FPS, detector, aligner).target is other
+
+    detector.target = xu.XWING
+    with pytest.raises(ValueError, match="the detector's weights belong to the target"):
+        Tracker(K, FPS, detector, aligner)

@@ -11,7 +11,6 @@ vector in camera axes and a translation.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
 
 import cv2
 import numpy as np
@@ -27,23 +26,23 @@ class Motion:
     velocity: np.ndarray  # (6,) rotation in camera axes, rad/s, then translation, model units/s
     covariance: np.ndarray  # (12, 12) of a step of the pose, then of the velocity
 
-    def step_from(self, other: Self) -> np.ndarray:
-        """The step (12,) of pose and velocity that leads from another motion to this one."""
+    def step_from(self, other: "Motion") -> np.ndarray:
+        """Return the step (12,) of pose and velocity that leads from another motion here."""
         pose_step = xu.pose_step(self.pose, other.pose)
         return np.concatenate([pose_step, self.velocity - other.velocity])
 
-    def moved(self, step: np.ndarray, covariance: np.ndarray) -> Self:
-        """The motion after a step (12,) of pose and velocity, with a new covariance (12, 12)."""
+    def moved(self, step: np.ndarray, covariance: np.ndarray) -> "Motion":
+        """Return the motion after a step (12,), with a new covariance (12, 12)."""
         pose = xu.move_pose(self.pose, step[:6])
         return Motion(pose, self.velocity + step[6:], covariance)
 
     def distance(self, pose: np.ndarray, covariance: np.ndarray) -> float:
-        """The squared Mahalanobis distance of a pose (4, 4) and its covariance (6, 6)."""
+        """Return the squared Mahalanobis distance of a pose (4, 4) with covariance (6, 6)."""
         step = xu.pose_step(pose, self.pose)
         return float(step @ np.linalg.solve(self.covariance[:6, :6] + covariance, step))
 
-    def updated(self, pose: np.ndarray, covariance: np.ndarray) -> Self:
-        """The motion once a pose (4, 4) with its covariance (6, 6) has been measured."""
+    def updated(self, pose: np.ndarray, covariance: np.ndarray) -> "Motion":
+        """Return the motion once a pose (4, 4) with covariance (6, 6) has been measured."""
         innovation_covariance = self.covariance[:6, :6] + covariance
         gain = np.linalg.solve(innovation_covariance, self.covariance[:6]).T
 
@@ -72,27 +71,32 @@ class MotionModel:
     translation_velocity: float = 1.0643  # standard deviation at a track's start, diameters/s
 
     def start(self, pose: np.ndarray, covariance: np.ndarray) -> Motion:
-        """A motion of unknown velocity at a pose (4, 4) with its covariance (6, 6)."""
+        """Return a motion of unknown velocity at a pose (4, 4) with covariance (6, 6)."""
         whole = np.zeros((12, 12))
         whole[:6, :6] = covariance
         whole[6:, 6:] = self._variances(self.rotation_velocity, self.translation_velocity)
         return Motion(pose, np.zeros(6), whole)
 
     def predict(self, motion: Motion, seconds: float) -> tuple[Motion, np.ndarray]:
-        """The motion some seconds later, or earlier where they are negative.
+        """Predict a motion some seconds later, or earlier where they are negative.
 
         Args:
             motion: known at one time.
             seconds: from that time to the time of the prediction.
+
         Returns:
-            The predicted motion, and the transition (12, 12) of errors from the known to the
+            the predicted motion, and the transition (12, 12) of errors from the known to the
             predicted one.
         """
         step = motion.velocity * seconds
+
+        # Errors of the rotation are in camera axes, so they turn with the target.
         transition = np.eye(12)
         transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
         transition[:6, 6:] = np.eye(6) * seconds
 
+        # White noise in the acceleration, integrated over time. Backwards in time the errors of pose
+        # and velocity have opposite signs.
         density = self._variances(self.rotation_acceleration, self.translation_acceleration)
         t = abs(seconds)
         mixed = np.sign(seconds) * t**2 / 2
@@ -103,7 +107,7 @@ class MotionModel:
         return predicted, transition
 
     def _variances(self, rotation, translation):
-        """(6, 6) diagonal, radians and model units, of deviations in radians and diameters."""
+        """(6, 6) diagonal, in radians and model units, of deviations in radians and diameters."""
         deviations = np.array([rotation, translation * self.diameter])
         return np.diag(np.repeat(np.square(deviations), 3))
 
@@ -119,9 +123,15 @@ class FilteredMotion:
 
 
 def smooth(filtered: Sequence[FilteredMotion]) -> list[Motion | None]:
-    """The motions of successive frames, each with what the frames before and after it say.
+    """Estimate the motion in each frame from the frames before and after it.
 
     Frames that were predicted after the target was last seen stay as they are.
+
+    Args:
+        filtered: of successive frames.
+
+    Returns:
+        the motions, None where the target is lost.
 
     Source: Rauch, Tung, Striebel, AIAA Journal 3(8), 1965.
     """

@@ -106,13 +106,14 @@ class TrackedPose:
 
 
 def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
-    """The four features that tell a right pose from a wrong one.
+    """Return the four features that tell a right pose from a wrong one.
 
     Args:
         covariance: (6, 6) of the pose, radians and model units.
         contrast: fraction of the frame's contrast that the pose explains; one that is not known
             counts as 0.
         diameter: of the target, model units.
+
     Returns:
         (4,): 1, the contrast, and log10 of both standard deviations, in radians and in diameters.
     """
@@ -185,6 +186,7 @@ class Tracker:
     keeps its steps needs 4 kB a frame.
 
     Attributes:
+        K, fps, detector, aligner: as they were given; the last two may be exchanged between frames.
         target: the `Target` that is followed.
         second_target: (4, 4) pose of a second target that the network saw lately, or None.
         steps: what happened in the last frame, or in all frames if they are kept.
@@ -208,6 +210,7 @@ class Tracker:
                 track.
             aligner: `Aligner`, or None.
             keep: keep the steps of all frames, for `smoothed`.
+
         Raises:
             ValueError: a wrong K, fps that are not positive, or a detector and an aligner of
                 different targets.
@@ -245,8 +248,9 @@ class Tracker:
             image: (H, W, 3) uint8 RGB, or None where the frame cannot be read.
             seconds: the frame's time; None is one frame later than the last one.
             fault: why the image is None.
+
         Returns:
-            The frame's `TrackedPose`.
+            the frame's `TrackedPose`.
         """
         seconds = self._next_time(seconds)
         if image is None:
@@ -265,8 +269,9 @@ class Tracker:
         Args:
             estimate: what was measured in the frame, accepted or not.
             seconds: the frame's time; None is one frame later than the last one.
+
         Returns:
-            The frame's `TrackedPose`.
+            the frame's `TrackedPose`.
         """
         seconds = self._next_time(seconds)
         predicted = None
@@ -293,7 +298,7 @@ class Tracker:
         return self._tracked(step, motion)
 
     def smoothed(self) -> list[TrackedPose]:
-        """The track of all frames that were kept, each with what is known from before and after it.
+        """Return the track of all kept frames, each with what is known before and after it.
 
         Frames that were predicted after the target was last seen stay as they are.
         """
@@ -490,10 +495,12 @@ class Tracker:
 
 def _common_target(aligner, detector):
     """The target of an aligner and a detector; the X-wing where neither has one."""
-    targets = [getattr(part, "target", None) for part in (aligner, detector)]
-    known = [target for target in targets if target is not None]
-    if len(known) == 2:
-        xu.check_same_target(*known, "aligner and detector")
+    aligned = getattr(aligner, "target", None)
+    detected = getattr(detector, "target", None)
+    if aligned is not None and detected is not None:
+        xu.check_same_target(detected, aligned, "the detector's weights")
+
+    known = [target for target in (aligned, detected) if target is not None]
     return known[0] if known else xu.XWING
 
 
@@ -556,10 +563,12 @@ def track_clip(
         aligner: see `Tracker`.
         fps: frames a second where the clip does not say.
         progress: show a bar.
+
     Returns:
         list of N `TrackedPose`. Gaps of up to MAX_GAP_SECONDS between tracked frames are
         "predicted". Longer ones, and what comes before the first or after the last tracked frame,
         are "lost" and have no pose.
+
     Raises:
         ValueError: a wrong K, fps that are not positive, or a detector and an aligner of different
             targets.
@@ -578,8 +587,7 @@ def track_clip(
         if has_settled and aligner is not None:
             _track_backwards(tracker, recent_images, estimates)
 
-    # Without an aligner no estimate was replaced. To filter again would miss the tracks that were
-    # dropped.
+    # Without an aligner no estimate was replaced, and only the live filter knows dropped tracks.
     if aligner is not None:
         tracker = _filter_again(tracker, estimates)
     return _without_open_gaps(tracker.smoothed(), fps)
@@ -588,9 +596,8 @@ def track_clip(
 def _track_backwards(tracker, recent_images, estimates):
     """Follow a target back from where its track has started, while the pixels confirm it.
 
-    recent_images: those of the last frames, the START_FRAMES of the new track among them. Replaces
-        estimates
-    that are missing or explain less of their frames.
+    It replaces estimates that are missing or explain less of their frames. recent_images: those of
+    the last frames, the START_FRAMES of the new track among them.
     """
     steps = list(tracker.steps)
     start = len(steps) - START_FRAMES
@@ -650,10 +657,11 @@ def _without_open_gaps(track, fps):
 
 
 def summary(track: Sequence[TrackedPose]) -> str:
-    """One line on a track: how many frames are tracked, predicted and lost.
+    """Say in one line how many frames of a track are tracked, predicted and lost.
 
     Args:
         track: one `TrackedPose` a frame.
+
     Returns:
         the line; it also says in how many frames there is a second target, if there is one.
     """
