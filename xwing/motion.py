@@ -95,8 +95,8 @@ class MotionModel:
         transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
         transition[:6, 6:] = np.eye(6) * seconds
 
-        # White noise in the acceleration, integrated over time. Backwards in time the errors of pose
-        # and velocity have opposite signs.
+        # White noise in the acceleration, integrated over time. Backwards in time the errors of
+        # pose and velocity have opposite signs.
         density = self._variances(self.rotation_acceleration, self.translation_acceleration)
         t = abs(seconds)
         mixed = np.sign(seconds) * t**2 / 2
@@ -107,7 +107,7 @@ class MotionModel:
         return predicted, transition
 
     def _variances(self, rotation, translation):
-        """(6, 6) diagonal, in radians and model units, of deviations in radians and diameters."""
+        """(6, 6) diagonal, radians and model units, of deviations in radians and diameters."""
         deviations = np.array([rotation, translation * self.diameter])
         return np.diag(np.repeat(np.square(deviations), 3))
 
