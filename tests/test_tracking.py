@@ -518,7 +518,7 @@ def test_the_probability_is_about_the_fraction_of_right_poses(K, clip_frames, al
     images, truth = (part[:180:step] for part in clip_frames)
     live, _ = play(images, truth, K, aligner, known=lambda i: i % 3)
     seen = [xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4 for pose in truth]
-    right = metrics.within([t.pose for t in live], truth)[seen]
+    right = metrics.recalled([t.pose for t in live], truth)[seen]
     found = probability(live)[seen]
     assert abs(found.mean() - right.mean()) < 0.05
     assert right[found > 0.9].mean() > 0.97
