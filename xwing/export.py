@@ -1,6 +1,12 @@
-"""A track as CSV and JSON."""
+"""A track as a file that other programs read: CSV or JSON.
+
+Each frame is one row. It says when the frame was taken, whether the target was tracked in it, and
+where the target is, as a translation with a quaternion and again as a matrix, because readers
+prefer one or the other.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,52 +15,79 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 
+SCHEMA = 2  # of the JSON file; keys are only added to it
+POSE_COLUMNS = (
+    *(f"t{axis}" for axis in "xyz"),
+    *(f"q{axis}" for axis in "wxyz"),
+    *(f"m{row}{column}" for row in range(4) for column in range(4)),
+)
 
-def export_track(path, track, K, width, height):
-    """Write poses to a `.csv` or `.json` file, replaced only when whole.
 
-    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), probability that the
-    pose is right, translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix m00 ... m33 by
-    rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null) where lost. The JSON file
-    holds {"schema": 2, "camera": {K, width, height}, "frames": [...]} with the matrix as four rows.
-    ValueError: another suffix; OSError: no room.
+def export_track(path: str | Path, track: Sequence, K: np.ndarray, width: int, height: int) -> None:
+    """Write the poses of a track to a file, which is replaced only when the new one is whole.
+
+    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), probability
+    that the pose is right, translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix
+    m00 ... m33 by rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null)
+    where lost. The JSON file holds {"schema": 2, "camera": {K, width, height}, "frames": [...]}
+    with the matrix as four rows.
+
+    Args:
+        path: a `.csv` or a `.json` file.
+        track: one `TrackedPose` a frame.
+        K: (3, 3) camera matrix, pixels.
+        width: of the frames, pixels.
+        height: of the frames, pixels.
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"{path}: expected a .csv or .json file")
     if path.suffix == ".json":
         camera = {"K": np.asarray(K).tolist(), "width": int(width), "height": int(height)}
-        rows = [
-            {
-                "frame": i,
-                "seconds": round(t.seconds, 6),
-                "status": t.status,
-                "probability": round(t.probability, 4),
-                **_numbers(t.pose),
-                "reason": t.reason,
-            }
-            for i, t in enumerate(track)
-        ]
-        text = json.dumps({"schema": 2, "camera": camera, "frames": rows}, indent=1)
+        text = _json_text(track, camera)
+    elif path.suffix == ".csv":
+        text = _csv_text(track)
     else:
-        rows = []
-        for t in track:
-            numbers = [np.ravel(value) for value in _numbers(t.pose).values()]
-            numbers = [None] * 23 if t.pose is None else np.concatenate(numbers)
-            rows.append(
-                [round(t.seconds, 6), t.status, round(t.probability, 4), *numbers, t.reason]
-            )
-        names = [f"t{axis}" for axis in "xyz"] + [f"q{axis}" for axis in "wxyz"]
-        names += [f"m{row}{column}" for row in range(4) for column in range(4)]
-        table = pd.DataFrame(rows, columns=["seconds", "status", "probability", *names, "reason"])
-        text = table.to_csv(index_label="frame")
+        raise ValueError(f"{path}: expected a .csv or .json file")
     xu.write_files({path: text})
 
 
+def _json_text(track, camera):
+    frames = []
+    for index, tracked in enumerate(track):
+        row = {"frame": index, **_head(tracked), **_numbers(tracked.pose)}
+        frames.append({**row, "reason": tracked.reason})
+    return json.dumps({"schema": SCHEMA, "camera": camera, "frames": frames}, indent=1)
+
+
+def _csv_text(track):
+    rows = []
+    for tracked in track:
+        if tracked.pose is None:
+            numbers = [None] * len(POSE_COLUMNS)
+        else:
+            numbers = np.concatenate([np.ravel(part) for part in _numbers(tracked.pose).values()])
+        rows.append([*_head(tracked).values(), *numbers, tracked.reason])
+
+    columns = ["seconds", "status", "probability", *POSE_COLUMNS, "reason"]
+    return pd.DataFrame(rows, columns=columns).to_csv(index_label="frame")
+
+
+def _head(tracked):
+    """What a row says before the pose."""
+    return {
+        "seconds": round(tracked.seconds, 6),
+        "status": tracked.status,
+        "probability": round(tracked.probability, 4),
+    }
+
+
 def _numbers(pose):
+    """A pose (4, 4), or None, as translation, quaternion (w first, not negative) and matrix."""
     if pose is None:
         return {"translation": None, "quaternion": None, "matrix": None}
-    quaternion = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True), 1)
+    quaternion = Rotation.from_matrix(pose[:3, :3]).as_quat(canonical=True, scalar_first=True)
     return {
         "translation": pose[:3, 3].tolist(),
         "quaternion": quaternion.tolist(),

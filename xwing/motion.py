@@ -1,86 +1,156 @@
-"""Filter and smoother on SE(3)."""
+"""How a target moves: a Kalman filter and a smoother on SE(3).
+
+A target's motion is its pose and its velocity, with the uncertainty of both. From one frame to the
+next the pose moves on at that velocity, and the uncertainty grows, because the target may have
+accelerated. The pose that is measured in the next frame then corrects the prediction: each counts
+as much as its covariance allows. Once a clip is finished, the smoother goes through it from the
+last frame to the first, so that each frame also learns from the frames after it. Poses are no
+vectors, but small errors of a pose are: they are steps of `xwing_utils.move_pose`, a rotation
+vector in camera axes and a translation.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 import xwing_utils as xu
 
-ACCELERATION_DENSITY = (
-    3.0,
-    0.7,
-)  # rotation, rad/s^2 per root Hz; translation, model units/s^2 per root Hz
-
-
-START_VELOCITY_STD = 1.5, 0.5  # rotation, rad/s; translation, model units/s
-
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """A pose with its velocity, a point of SE(3) and its tangent, and the covariance (12, 12) of both."""
+    """A pose with its velocity, and the covariance of both."""
 
-    pose: np.ndarray
-    velocity: np.ndarray
-    covariance: np.ndarray
+    pose: np.ndarray  # (4, 4) model -> OpenCV camera
+    velocity: np.ndarray  # (6,) rotation in camera axes, rad/s, then translation, model units/s
+    covariance: np.ndarray  # (12, 12) of a step of the pose, then of the velocity
 
-    @classmethod
-    def standing(cls, pose, covariance):
-        """A motion of unknown velocity."""
-        spread = np.repeat(np.square(START_VELOCITY_STD), 3)
-        whole = np.block([[covariance, np.zeros((6, 6))], [np.zeros((6, 6)), np.diag(spread)]])
-        return cls(pose, np.zeros(6), whole)
+    def step_from(self, other: "Motion") -> np.ndarray:
+        """Return the step (12,) of pose and velocity that leads from another motion here."""
+        pose_step = xu.pose_step(self.pose, other.pose)
+        return np.concatenate([pose_step, self.velocity - other.velocity])
 
-    def minus(self, other):
-        """(12,) the step from another motion to this one."""
-        return np.concatenate([xu.pose_step(self.pose, other.pose), self.velocity - other.velocity])
+    def moved(self, step: np.ndarray, covariance: np.ndarray) -> "Motion":
+        """Return the motion after a step (12,), with a new covariance (12, 12)."""
+        pose = xu.move_pose(self.pose, step[:6])
+        return Motion(pose, self.velocity + step[6:], covariance)
 
-    def plus(self, step, covariance):
-        return Motion(xu.move_pose(self.pose, step[:6]), self.velocity + step[6:], covariance)
-
-    def after(self, seconds):
-        """The motion a while later or earlier at constant velocity, and its errors' transition (12, 12)."""
-        step, transition = self.velocity * seconds, np.eye(12)
-        transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
-        transition[:6, 6:] = np.eye(6) * seconds
-        t, density = abs(seconds), np.diag(np.repeat(np.square(ACCELERATION_DENSITY), 3))
-        mixed = np.sign(seconds) * t**2 / 2
-        noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
-        covariance = transition @ self.covariance @ transition.T + noise
-        return Motion(xu.move_pose(self.pose, step), self.velocity, covariance), transition
-
-    def distance(self, pose, covariance):
-        """The squared Mahalanobis distance of a pose with its covariance from this motion."""
+    def distance(self, pose: np.ndarray, covariance: np.ndarray) -> float:
+        """Return the squared Mahalanobis distance of a pose (4, 4) with covariance (6, 6)."""
         step = xu.pose_step(pose, self.pose)
         return float(step @ np.linalg.solve(self.covariance[:6, :6] + covariance, step))
 
-    def updated(self, pose, covariance):
-        """The motion once a pose has been measured."""
-        gain = np.linalg.solve(self.covariance[:6, :6] + covariance, self.covariance[:6]).T
+    def updated(self, pose: np.ndarray, covariance: np.ndarray) -> "Motion":
+        """Return the motion once a pose (4, 4) with covariance (6, 6) has been measured."""
+        innovation_covariance = self.covariance[:6, :6] + covariance
+        gain = np.linalg.solve(innovation_covariance, self.covariance[:6]).T
+
+        # Joseph's form of the update keeps the covariance symmetric and positive.
         kept = np.eye(12) - np.pad(gain, ((0, 0), (0, 6)))
-        spread = kept @ self.covariance @ kept.T + gain @ covariance @ gain.T
-        return self.plus(gain @ xu.pose_step(pose, self.pose), spread)
+        updated_covariance = kept @ self.covariance @ kept.T + gain @ covariance @ gain.T
+
+        return self.moved(gain @ xu.pose_step(pose, self.pose), updated_covariance)
 
 
-def smooth(steps):
-    """A list of `TrackedPose`, each with what is known from before and after it, of a tracker's `steps`.
+@dataclasses.dataclass(frozen=True)
+class MotionModel:
+    """Constant velocity that is disturbed by random accelerations (white noise).
 
-    Frames predicted after the ship was last seen stay as they are.
+    Lengths are in diameters of the target, so that the defaults suit a target of any size.
+
+    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation,
+        2001 (white-noise acceleration, gating); Sola, Deray, Atchuthan, A micro Lie theory for
+        state estimation in robotics, 2018 (errors as rotation vectors).
+    """
+
+    diameter: float  # of the target, model units
+    rotation_acceleration: float = 3.0  # spectral density, rad/s^2 per root Hz
+    translation_acceleration: float = 1.4900  # spectral density, diameters/s^2 per root Hz
+    rotation_velocity: float = 1.5  # standard deviation at a track's start, rad/s
+    translation_velocity: float = 1.0643  # standard deviation at a track's start, diameters/s
+
+    def start(self, pose: np.ndarray, covariance: np.ndarray) -> Motion:
+        """Return a motion of unknown velocity at a pose (4, 4) with covariance (6, 6)."""
+        whole = np.zeros((12, 12))
+        whole[:6, :6] = covariance
+        whole[6:, 6:] = self._variances(self.rotation_velocity, self.translation_velocity)
+        return Motion(pose, np.zeros(6), whole)
+
+    def predict(self, motion: Motion, seconds: float) -> tuple[Motion, np.ndarray]:
+        """Predict a motion some seconds later, or earlier where they are negative.
+
+        Args:
+            motion: known at one time.
+            seconds: from that time to the time of the prediction.
+
+        Returns:
+            the predicted motion, and the transition (12, 12) of errors from the known to the
+            predicted one.
+        """
+        step = motion.velocity * seconds
+
+        # Errors of the rotation are in camera axes, so they turn with the target.
+        transition = np.eye(12)
+        transition[:3, :3] = cv2.Rodrigues(step[:3])[0]
+        transition[:6, 6:] = np.eye(6) * seconds
+
+        # White noise in the acceleration, integrated over time. Backwards in time the errors of
+        # pose and velocity have opposite signs.
+        density = self._variances(self.rotation_acceleration, self.translation_acceleration)
+        t = abs(seconds)
+        mixed = np.sign(seconds) * t**2 / 2
+        noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
+
+        covariance = transition @ motion.covariance @ transition.T + noise
+        predicted = Motion(xu.move_pose(motion.pose, step), motion.velocity, covariance)
+        return predicted, transition
+
+    def _variances(self, rotation, translation):
+        """(6, 6) diagonal, radians and model units, of deviations in radians and diameters."""
+        deviations = np.array([rotation, translation * self.diameter])
+        return np.diag(np.repeat(np.square(deviations), 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class FilteredMotion:
+    """What the filter knew of one frame."""
+
+    predicted: Motion | None  # before the frame's measurement; None where there was no track
+    transition: np.ndarray | None  # (12, 12) of errors, from the frame before to `predicted`
+    motion: Motion | None  # after the measurement; None where the target is lost
+    started: bool  # a new track: the frames before say nothing about it
+
+
+def smooth(filtered: Sequence[FilteredMotion]) -> list[Motion | None]:
+    """Estimate the motion in each frame from the frames before and after it.
+
+    Frames that were predicted after the target was last seen stay as they are.
+
+    Args:
+        filtered: of successive frames.
+
+    Returns:
+        the motions, None where the target is lost.
+
     Source: Rauch, Tung, Striebel, AIAA Journal 3(8), 1965.
     """
-    steps, smoothed, later = list(steps), [], None
-    for step, following in zip(reversed(steps), [None, *reversed(steps)]):
-        motion = step.motion
+    smoothed = []
+    following = None
+    for current in reversed(filtered):
+        motion = current.motion
+        later = smoothed[-1] if smoothed else None
         if motion is not None and later is not None and not following.started:
-            gain = np.linalg.solve(
-                following.predicted.covariance, following.transition @ motion.covariance
-            ).T
-            change = gain @ later.minus(following.predicted)
-            spread = (
-                motion.covariance
-                + gain @ (later.covariance - following.predicted.covariance) @ gain.T
-            )
-            motion = motion.plus(change, spread)
-        later = motion
-        smoothed.append(step.tracked(motion))
+            motion = _smooth_step(motion, following, later)
+        smoothed.append(motion)
+        following = current
     return smoothed[::-1]
+
+
+def _smooth_step(motion, following, later):
+    """A filtered motion, corrected by what is `later` known of the `following` frame."""
+    predicted = following.predicted
+    gain = np.linalg.solve(predicted.covariance, following.transition @ motion.covariance).T
+    step = gain @ later.step_from(predicted)
+    learnt = gain @ (later.covariance - predicted.covariance) @ gain.T
+    return motion.moved(step, motion.covariance + learnt)

@@ -1,16 +1,22 @@
-"""One ship followed in time: predicted, aligned on the pixels, judged, filtered; and the whole clip smoothed.
+"""One target followed through time: its pose is predicted, aligned, judged and filtered.
 
-From frame to frame a ship moves little, so the pose expected from the last frames is near enough for the
-alignment to finish on the pixels alone, in a few milliseconds. A Kalman filter on SE(3) makes the prediction.
-The network is asked where there is no track, where the alignment explains less of the frame than it did
-lately, and now and then as an independent witness: what it finds must beat the track on the pixels before it
-replaces it. A finished clip goes through the same chain, backwards too where the ship was in sight before the
-network was sure of it, and is then smoothed with what is known from both sides.
+From frame to frame a target moves little. The pose that is expected from the last frames is
+therefore near enough for the alignment to finish on the pixels alone, in a few milliseconds. A
+Kalman filter on SE(3) makes the prediction and takes up the result. The network is slower, and is
+asked in three cases only: where there is no track; where the alignment explains less of the frame
+than it did lately; and now and then to find the target again independently of the track
+(redetection), because a track that began with a wrong pose would otherwise go on for ever. A
+redetection replaces the track only if it explains the pixels better.
+
+A finished clip goes through the same chain. Where a track starts, it is also followed backwards, to
+the frames that showed the target before the network was confident. In the end the whole track is
+smoothed.
 """
 
 import collections
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -18,391 +24,651 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing.export import export_track  # noqa: F401  also found here
-from xwing.motion import Motion, smooth
+from xwing.export import export_track  # noqa: F401  can be imported from here too
+from xwing.motion import FilteredMotion, MotionModel, smooth
 
-MAX_GAP_SECONDS = 0.5  # without a measurement that are bridged by the prediction
-START_MARGIN = 3.0  # log-likelihood margin over the runner-up from which a track may start
-START_FRAMES = (
-    6  # of a new track, after which its velocity is known well enough to go back from its start
-)
-GATE = 22.5  # chi square of 6 degrees of freedom, 99.9 %: what a pose may differ from the predicted one
-MAX_TURN = 25.0  # degrees from the prediction that an alignment may find; beyond it has found something else
-MIN_CONTRAST_RATIO = (
-    0.7  # of the explained contrast to what it was lately; with less the network is asked
-)
-WITNESS_SECONDS = (
-    1.0  # between two looks of the network at a ship that is followed; sooner at a new track
-)
-WITNESS_DELAY = 0.3  # seconds for a look in the background, after which it is heard
-MIN_COST_GAIN = (
-    20.0  # log-likelihood by which a witness's pose must explain the frame better than the track
-)
-TRACK_DROP_EVIDENCE = (
-    3  # witnesses in a row against a track, where no pixels decide, at which it is dropped
-)
-PROBABILITY = {  # status, whether pixels were compared -> weights of `trust_features`; logistic models fitted
-    # by tools/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights rendered for it
+# The longest gap in the measurements that the prediction bridges, seconds.
+MAX_GAP_SECONDS = 0.5
+
+# The log-likelihood margin over the runner-up that an estimate needs to start a track.
+START_MARGIN = 3.0
+
+# After this many frames of a new track its velocity is known well enough to follow it backwards.
+START_FRAMES = 6
+
+# Chi square by which a measured pose may differ from the prediction: 6 degrees of freedom, 99.9 %.
+GATE = 22.5
+
+# Degrees from the prediction from which an alignment has found something else.
+MAX_TURN = 25.0
+
+# Degrees between two poses from which they contradict each other.
+CONTRADICTION_TURN = 30.0
+
+# The network is asked where the explained contrast falls below this fraction of its usual value.
+MIN_CONTRAST_RATIO = 0.7
+
+# The weight of a new frame in the usual explained contrast, a running mean.
+CONTRAST_WEIGHT = 0.2
+
+# Seconds between two redetections of a target that is followed. A new track has them sooner.
+REDETECTION_SECONDS = 1.0
+
+# The result of a redetection in the background is used this much later, on any machine; seconds.
+REDETECTION_DELAY = 0.3
+
+# A redetected pose replaces the track if it is better on the pixels by this log-likelihood.
+MIN_COST_GAIN = 20.0
+
+# Without pixels to decide, this many redetections in a row that contradict a track drop it.
+MAX_CONTRADICTIONS = 3
+
+# Status, whether pixels were compared -> weights of `trust_features`. These logistic models were
+# fitted by tools/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights
+# rendered for it.
+PROBABILITY = {
     ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
     ("tracked", False): (-6.85, 0.0, -6.96, 0.0),
-    ("predicted", True): (-4.86, 0.0, 0.0, -2.61),
-    ("predicted", False): (-4.16, 0.0, 0.0, -2.58),
+    ("predicted", True): (-4.0037, 0.0, 0.0, -2.61),
+    ("predicted", False): (-3.3136, 0.0, 0.0, -2.58),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackedPose:
-    """One frame of a track."""
+    """One frame of a track.
 
-    status: str  # "tracked": measured in this frame; "predicted": from the frames around it; "lost": no pose
-    seconds: float = np.nan  # time of the frame
-    pose: np.ndarray | None = None  # (4, 4) model -> OpenCV camera
-    covariance: np.ndarray | None = (
-        None  # (6, 6): rotation vector in camera axes (radians), then translation
-    )
-    velocity: np.ndarray | None = (
-        None  # (6,) rotation in camera axes, rad/s, then translation, model units/s
-    )
-    explained_contrast: float = (
-        np.nan
-    )  # share of the frame's contrast that the ship explains, 0 to 1
-    reason: str = ""  # why it was not measured
-    probability: float = (
-        0.0  # that the pose is within 5 degrees and 0.05 model units of the true one
-    )
-    another: np.ndarray | None = (
-        None  # (4, 4) pose of a second ship, where the network saw one lately
-    )
+    Attributes:
+        status: "tracked": measured in this frame; "predicted": from the frames around it; "lost":
+            no pose.
+        seconds: time of the frame.
+        pose: (4, 4) model -> OpenCV camera, or None.
+        covariance: (6, 6) rotation vector in camera axes (radians), then translation (model units),
+            or None.
+        velocity: (6,) rotation in camera axes, rad/s, then translation, model units/s, or None.
+        explained_contrast: fraction of the frame's contrast that the target explains, 0 to 1, or
+            NaN.
+        reason: why the pose was not measured.
+        probability: that the pose is within 5 degrees and 0.106 diameters of the true one.
+        second_target: (4, 4) pose of a second target, if the network saw one lately, or None. It is
+            only reported, not followed.
+    """
+
+    status: str
+    seconds: float = np.nan
+    pose: np.ndarray | None = None
+    covariance: np.ndarray | None = None
+    velocity: np.ndarray | None = None
+    explained_contrast: float = np.nan
+    reason: str = ""
+    probability: float = 0.0
+    second_target: np.ndarray | None = None
+
+
+def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
+    """Return the four features that tell a right pose from a wrong one.
+
+    Args:
+        covariance: (6, 6) of the pose, radians and model units.
+        contrast: fraction of the frame's contrast that the pose explains; one that is not known
+            counts as 0.
+        diameter: of the target, model units.
+
+    Returns:
+        (4,): 1, the contrast, and log10 of both standard deviations, in radians and in diameters.
+    """
+    rotation_variance = np.trace(covariance[:3, :3])
+    translation_variance = np.trace(covariance[3:, 3:]) / diameter**2
+    deviations = np.log10([rotation_variance, translation_variance]) / 2
+    return np.array([1.0, np.nan_to_num(contrast), *deviations])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What one frame did to the filter."""
+    """What one frame did to the tracker."""
 
     seconds: float
     estimate: xu.PoseEstimate  # what was measured, accepted or not
-    predicted: Motion | None
-    transition: np.ndarray | None  # (12, 12) from the frame before
-    motion: Motion | None  # after the measurement
-    started: bool  # a new track
-    reason: str
-    another: np.ndarray | None  # (4, 4) of a second ship
-
-    def tracked(self, motion=None):
-        """The `TrackedPose` of this step, or of another motion in its place."""
-        motion = self.motion if motion is None else motion
-        if motion is None:
-            return TrackedPose("lost", self.seconds, reason=self.reason, another=self.another)
-        status = "predicted" if self.reason else "tracked"
-        covariance, contrast = motion.covariance[:6, :6], self.estimate.explained_contrast
-        return TrackedPose(
-            status,
-            self.seconds,
-            motion.pose,
-            covariance,
-            motion.velocity,
-            contrast,
-            self.reason,
-            _probability(status, covariance, contrast),
-            self.another,
-        )
+    filtered: FilteredMotion
+    reason: str  # why there is no measurement
+    second_target: np.ndarray | None  # (4, 4)
 
 
-def trust_features(covariance, contrast):
-    """(4,) what tells a right pose: 1, the explained contrast, log10 of both standard deviations (radians and
-    model units), of a covariance (6, 6). A contrast that is not known is 0."""
-    spread = [np.log10(np.trace(covariance[part, part])) / 2 for part in (slice(3), slice(3, 6))]
-    return np.array([1.0, np.nan_to_num(contrast), *spread])
+@dataclasses.dataclass
+class _Redetection:
+    """When the network looks again for a target that is followed.
 
+    A track is most often wrong when it is new. So the network looks again whenever the track is
+    twice as old as it was the last time, but not less often than every REDETECTION_SECONDS. The
+    frames of a track that is older than that need not wait: the network works in the background.
+    """
 
-def _probability(status, covariance, contrast):
-    """That a pose is right: a logistic model of its features, see PROBABILITY."""
-    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
-    return float(expit(np.dot(weights, trust_features(covariance, contrast))))
+    track_started: float = 0.0  # seconds
+    last: float = 0.0  # seconds, when the network looked last
+    contradictions: int = 0  # redetections in a row that contradict the track
+    pending: Future | None = None  # what the network is looking for in the background
+
+    def start_track(self, seconds):
+        """Begin again with a new track."""
+        self.track_started = seconds
+        self.last = seconds
+        self.pending = None
+
+    def is_due(self, seconds):
+        """Whether the network should look again."""
+        interval = min(REDETECTION_SECONDS, self.last - self.track_started)
+        return seconds - self.last >= interval
+
+    def may_wait(self, seconds):
+        """Whether the track is so old that the network may work in the background."""
+        return seconds - self.track_started >= REDETECTION_SECONDS
+
+    def has_result(self, seconds):
+        """Whether a result from the background is to be used now."""
+        return self.pending is not None and seconds >= self.last + REDETECTION_DELAY
+
+    def take_result(self):
+        """The result from the background, waited for where it is not there yet."""
+        result = self.pending.result()
+        self.pending = None
+        return result
 
 
 class Tracker:
-    """Follows one ship frame by frame with what is known up to then.
+    """Follows one target frame by frame, with what is known up to each frame.
 
-        tracker = Tracker(K, fps=30, detector=Detector("weights/xwing.weights.h5"), aligner=Aligner(mesh))
+        tracker = Tracker(K, 30, Detector("weights/xwing.weights.h5"), Aligner(xu.XWING))
         for frame in clip:
             tracked = tracker.update(frame.image, frame.seconds)  # a TrackedPose
 
-    Gaps of up to MAX_GAP_SECONDS are bridged by the prediction; then the ship is lost, until a frame shows it
-    clearly. Without an aligner every frame is the network's. With `keep`, `steps` holds all, 4 kB a frame.
+    The prediction bridges gaps of up to MAX_GAP_SECONDS. Then the target is lost, until a frame
+    shows it clearly. Without an aligner every frame is measured by the network. A tracker that
+    keeps its steps needs 4 kB a frame.
 
-    Source: Bar-Shalom, Li, Kirubarajan, Estimation with Applications to Tracking and Navigation, 2001
-        (white-noise acceleration, gating); Sola, Deray, Atchuthan, A micro Lie theory for state estimation in
-        robotics, 2018 (errors as rotation vectors).
+    Attributes:
+        K, fps, detector, aligner: as they were given; the last two may be exchanged between frames.
+        target: the `Target` that is followed.
+        second_target: (4, 4) pose of a second target that the network saw lately, or None.
+        steps: what happened in the last frame, or in all frames if they are kept.
+        age: frames since the track has started.
     """
 
-    def __init__(self, K, fps=30.0, detector=None, aligner=None, keep=False):
-        """K (3, 3) pixels; fps: frames a second. ValueError: a wrong K, or fps not positive."""
+    def __init__(
+        self,
+        K: np.ndarray,
+        fps: float = 30.0,
+        detector=None,
+        aligner=None,
+        keep: bool = False,
+    ):
+        """Make a tracker that has not seen a frame yet.
+
+        Args:
+            K: (3, 3) camera matrix, pixels.
+            fps: frames a second, where frames come without a time.
+            detector: `Detector`, or another callable like it; None: `update_pose` has to start the
+                track.
+            aligner: `Aligner`, or None.
+            keep: keep the steps of all frames, for `smoothed`.
+
+        Raises:
+            ValueError: a wrong K, fps that are not positive, or a detector and an aligner of
+                different targets.
+        """
         if fps is None or not fps > 0:
             raise ValueError(
                 f"fps: expected a positive number of frames a second, got {fps}; "
                 "a folder of frames does not say: give the camera's"
             )
-        self.K, self.fps, self.detector, self.aligner = (
-            xu.check_camera_matrix(K),
-            fps,
-            detector,
-            aligner,
-        )
+
+        self.K = xu.check_camera_matrix(K)
+        self.fps = fps
+        self.detector = detector
+        self.aligner = aligner
+        self.target = _common_target(aligner, detector)
+        self.model = MotionModel(self.target.diameter)
+
+        self.motion = None
+        self.seconds = -1 / fps  # time of the last frame
+        self.measured_seconds = 0.0  # time of the last frame with a measurement
+        self.usual_contrast = 0.0
+        self.age = 0
+        self.second_target = None
         self.steps = collections.deque(maxlen=None if keep else 1)
-        self.motion, self.seconds, self.another = None, -1 / fps, None
-        self.witness, self.thread = None, ThreadPoolExecutor(1)
-        self.seen, self.asked, self.began, self.contrast, self.against, self.age = (
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            0,
-            0,
-        )
 
-    def update(self, image, seconds=None, fault=""):
-        """Take the next frame, (H, W, 3) uint8: its `TrackedPose`.
+        self._redetection = _Redetection()
+        self._background = ThreadPoolExecutor(1)
 
-        seconds: the frame's time, None is one frame later; fault: why the image is None.
+    def update(
+        self, image: np.ndarray | None, seconds: float | None = None, fault: str = ""
+    ) -> TrackedPose:
+        """Take the next frame.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or None where the frame cannot be read.
+            seconds: the frame's time; None is one frame later than the last one.
+            fault: why the image is None.
+
+        Returns:
+            the frame's `TrackedPose`.
         """
-        seconds = self._time(seconds)
+        seconds = self._next_time(seconds)
         if image is None:
-            return self.update_pose(
-                xu.PoseEstimate(None, reason=fault or "the frame is missing"), seconds
-            )
-        if self.motion is None:
-            return self.update_pose(self._detect(image), seconds)
-        predicted = self.motion.after(seconds - self.seconds)[0]
-        if self.aligner is None:
-            return self.update_pose(self._unaligned(image, predicted, seconds), seconds)
-        estimate, sure = _aligned(self.aligner, image, self.K, predicted, self.contrast)
-        if not sure:
-            found, self.asked = self._detect(image, predicted), seconds
-            reason = estimate.reason or "the pose explains less of the frame than it did"
-            unsure = dataclasses.replace(estimate, accepted=False, reason=reason)
-            estimate = found if found.accepted else unsure
+            estimate = xu.PoseEstimate(None, reason=fault or "the frame is missing")
+        elif self.motion is None:
+            estimate = self._detect(image)
+        elif self.aligner is None:
+            estimate = self._measure_without_pixels(image, seconds)
         else:
-            estimate = self._witnessed(image, estimate, seconds)
+            estimate = self._measure_on_pixels(image, seconds)
         return self.update_pose(estimate, seconds)
 
-    def update_pose(self, estimate, seconds=None):
-        """Take the next frame's `PoseEstimate`, for callers that have made it: its `TrackedPose`."""
-        seconds = self._time(seconds)
-        predicted = transition = None
+    def update_pose(self, estimate: xu.PoseEstimate, seconds: float | None = None) -> TrackedPose:
+        """Take the next frame's `PoseEstimate`, for callers that have made it themselves.
+
+        Args:
+            estimate: what was measured in the frame, accepted or not.
+            seconds: the frame's time; None is one frame later than the last one.
+
+        Returns:
+            the frame's `TrackedPose`.
+        """
+        seconds = self._next_time(seconds)
+        predicted = None
+        transition = None
         if self.motion is not None:
-            predicted, transition = self.motion.after(seconds - self.seconds)
+            predicted, transition = self.model.predict(self.motion, seconds - self.seconds)
+
         motion, started, reason = self._filter(estimate, predicted)
         self.age = 1 if started else self.age + 1
         if motion is not None:
-            self.seen, share = seconds, 1.0 if started else 0.2
-            self.began, self.asked = (seconds, seconds) if started else (self.began, self.asked)
-            if np.isfinite(estimate.explained_contrast):
-                self.contrast += share * (estimate.explained_contrast - self.contrast)
-        elif predicted is not None and seconds - self.seen <= MAX_GAP_SECONDS + 1e-9:
-            motion = predicted if predicted.pose[2, 3] > 0 else None
-        self.motion, self.seconds = motion, seconds
-        self.another = None if motion is None else self.another
-        self.witness = None if motion is None or started else self.witness
-        self.steps.append(
-            _Step(seconds, estimate, predicted, transition, motion, started, reason, self.another)
-        )
-        return self.steps[-1].tracked()
+            self._remember_measurement(estimate, seconds, started)
+        elif predicted is not None and self._is_bridged(predicted, seconds):
+            motion = predicted
 
-    def _time(self, seconds):
+        self.motion = motion
+        self.seconds = seconds
+        if motion is None:
+            self.second_target = None
+            self._redetection.pending = None
+
+        filtered = FilteredMotion(predicted, transition, motion, started)
+        step = _Step(seconds, estimate, filtered, reason, self.second_target)
+        self.steps.append(step)
+        return self._tracked(step, motion)
+
+    def smoothed(self) -> list[TrackedPose]:
+        """Return the track of all kept frames, each with what is known before and after it.
+
+        Frames that were predicted after the target was last seen stay as they are.
+        """
+        motions = smooth([step.filtered for step in self.steps])
+        return [self._tracked(step, motion) for step, motion in zip(self.steps, motions)]
+
+    # ---------------------------------------------------------------- filter
+
+    def _next_time(self, seconds):
         """The time of the next frame, which is always later than that of the one before."""
-        return max(self.seconds + 1 / self.fps if seconds is None else seconds, self.seconds + 1e-3)
+        if seconds is None:
+            seconds = self.seconds + 1 / self.fps
+        return max(seconds, self.seconds + 1e-3)
 
     def _filter(self, estimate, predicted):
-        """The motion with this frame's estimate, whether it starts a track, and why there is none."""
+        """The motion with an estimate or None, whether it starts a track, and why it is None."""
         if not estimate.accepted:
             return None, False, estimate.reason or "not measured"
+
         if predicted is not None:
-            excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
-            aligned = np.isfinite(estimate.explained_contrast)
-            if (
-                excess > 1
-                and aligned
-                and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
-            ):
-                spread = predicted.covariance * excess  # a manoeuvre
-                predicted, excess = dataclasses.replace(predicted, covariance=spread), 1
-            if excess <= 1:
-                return predicted.updated(estimate.pose, estimate.covariance), False, ""
-            if not aligned:
+            motion = _continued(estimate, predicted)
+            if motion is not None:
+                return motion, False, ""
+            if not _is_aligned(estimate):
                 return None, False, "too far from where it should be"
+
         if estimate.log_likelihood_margin < START_MARGIN:
             return None, False, "not clear enough to start from"
-        return Motion.standing(estimate.pose, estimate.covariance), True, ""
+        return self.model.start(estimate.pose, estimate.covariance), True, ""
 
-    def _detect(self, image, predicted=None, prior=True):
-        """The network's `PoseEstimate` near a prediction, verified on the pixels if there is an aligner."""
-        if self.detector is None:
-            return xu.PoseEstimate(None, reason="there is no detector to find the ship with")
-        pose = None if predicted is None else predicted.pose
-        estimate = self._look(image, pose, pose if prior else None)
-        return estimate if self.aligner is None else self.aligner.verify(image, estimate, self.K)
+    def _remember_measurement(self, estimate, seconds, started):
+        """Note when and how well the target was measured."""
+        self.measured_seconds = seconds
+        if started:
+            self._redetection.start_track(seconds)
+        if _is_aligned(estimate):
+            weight = 1.0 if started else CONTRAST_WEIGHT
+            self.usual_contrast += weight * (estimate.explained_contrast - self.usual_contrast)
 
-    def _look(self, image, near, prior=None):
-        """The `PoseEstimate` from what the network finds in a frame, or near a pose."""
-        keypoints, confidence, sigma = self.detector(
-            image, None if near is None else self._box(near)
+    def _is_bridged(self, predicted, seconds):
+        """Whether a prediction stands in for the measurement that a frame lacks."""
+        gap = seconds - self.measured_seconds
+        return gap <= MAX_GAP_SECONDS + 1e-9 and predicted.pose[2, 3] > 0
+
+    def _tracked(self, step, motion):
+        """The `TrackedPose` of a step, with its filtered or its smoothed motion."""
+        if motion is None:
+            return TrackedPose(
+                "lost", step.seconds, reason=step.reason, second_target=step.second_target
+            )
+
+        status = "predicted" if step.reason else "tracked"
+        covariance = motion.covariance[:6, :6]
+        contrast = step.estimate.explained_contrast
+        return TrackedPose(
+            status,
+            step.seconds,
+            motion.pose,
+            covariance,
+            motion.velocity,
+            contrast,
+            step.reason,
+            _probability(status, covariance, contrast, self.target.diameter),
+            step.second_target,
         )
-        return xu.estimate_pose(keypoints, self.K, confidence, sigma, prior=prior)
 
-    def _witness_is_due(self, seconds):
-        """Whether the network should look again: after a second, or when a new track is twice as old."""
-        interval = min(WITNESS_SECONDS, self.asked - self.began)
-        return self.detector is not None and seconds - self.asked >= interval
+    # ---------------------------------------------------------------- measurement
 
-    def _unaligned(self, image, predicted, seconds):
-        """The network's estimate near the prediction; drops a track that frames alone speak against."""
-        if self._witness_is_due(seconds):
-            alone = self._detect(image, predicted, prior=False)
-            against = alone.accepted and xu.rotation_error(alone.pose, predicted.pose) > 30
-            self.against = self.against + 1 if against else 0
-            if self.against >= TRACK_DROP_EVIDENCE:
-                self.motion, self.against, self.asked = None, 0, seconds
-                return alone
-            self.asked = self.asked if against else seconds
-        return self._detect(image, predicted)
+    def _predict(self, seconds):
+        """The motion that is expected at a time."""
+        predicted, _ = self.model.predict(self.motion, seconds - self.seconds)
+        return predicted
 
-    def _witnessed(self, image, tracked, seconds):
-        """The track's estimate, or the network's where that explains the frame clearly better.
+    def _measure_on_pixels(self, image, seconds):
+        """The alignment's `PoseEstimate` near the prediction, or the network's if needed."""
+        predicted = self._predict(seconds)
+        aligned = _align(self.aligner, image, self.K, predicted, self.usual_contrast)
+        if aligned.accepted:
+            return self._check_by_redetection(image, aligned, seconds)
 
-        At a new track the network looks at once, later in the background; what it saw then is heard now.
+        self._redetection.last = seconds
+        detected = self._detect(image, near=predicted.pose, prior=predicted.pose)
+        return detected if detected.accepted else aligned
+
+    def _measure_without_pixels(self, image, seconds):
+        """The network's `PoseEstimate` near the prediction.
+
+        It prefers poses like the predicted one, which would keep a wrong track alive. So now and
+        then the network is asked without that prior, and several answers in a row against the track
+        drop it.
         """
-        rival = None
-        if self.witness is not None and seconds >= self.asked + WITNESS_DELAY:
-            (rival, self.another), self.witness = self.witness.result(), None
-            rival = rival and self._detect(image)
-        elif self._witness_is_due(seconds):
-            settled, self.asked = seconds - self.began >= WITNESS_SECONDS, seconds
-            if settled:
-                self.witness = self.thread.submit(self._look_round, image.copy(), tracked.pose)
+        predicted = self._predict(seconds)
+        if self._is_redetection_due(seconds):
+            redetected = self._detect(image, near=predicted.pose)
+            if redetected.accepted and _contradict(redetected.pose, predicted.pose):
+                self._redetection.contradictions += 1  # and the next frame is asked at once
             else:
-                rival, self.another = self._rival(image, tracked.pose), None
-        return rival if rival is not None and rival.accepted else tracked
+                self._redetection.contradictions = 0
+                self._redetection.last = seconds
 
-    def _look_round(self, image, pose):
-        return self._rival(image, pose), self._elsewhere(image, pose)
+            if self._redetection.contradictions >= MAX_CONTRADICTIONS:
+                self._redetection.contradictions = 0
+                self._redetection.last = seconds
+                self.motion = None
+                return redetected
 
-    def _rival(self, image, pose):
-        """The network's estimate where that explains a frame clearly better than a pose does, or None."""
-        other = self._look(image, pose)
-        if not other.accepted or xu.rotation_error(other.pose, pose) < 30:
-            return None
+        return self._detect(image, near=predicted.pose, prior=predicted.pose)
+
+    def _detect(self, image, near=None, prior=None):
+        """The network's `PoseEstimate` as of `_estimate`, verified on the pixels if possible."""
+        if self.detector is None:
+            return xu.PoseEstimate(None, reason="there is no detector to find the target with")
+        estimate = self._estimate(image, near, prior)
+        if self.aligner is None:
+            return estimate
+        return self.aligner.verify(image, estimate, self.K)
+
+    def _estimate(self, image, near=None, prior=None):
+        """The `PoseEstimate` from the network's keypoints in a frame, or near a pose (4, 4)."""
+        box = None
+        corners = None if near is None else self._box_corners(near)
+        if corners is not None:
+            box = np.stack([corners.min(0), corners.max(0)])
+
+        keypoints, confidence, sigma = self.detector(image, box)
+        return xu.estimate_pose(
+            keypoints, self.K, confidence, sigma, prior=prior, target=self.target
+        )
+
+    def _box_corners(self, pose):
+        """The target's box at a pose, (8, 2) pixels; None if a corner is behind the camera."""
+        corners = xu.project_pose(self.target.box, pose, self.K)
+        return corners if np.isfinite(corners).all() else None
+
+    # ---------------------------------------------------------------- redetection
+
+    def _is_redetection_due(self, seconds):
+        """Whether the network should look again for the target that is followed."""
+        return self.detector is not None and self._redetection.is_due(seconds)
+
+    def _check_by_redetection(self, image, aligned, seconds):
+        """The aligned estimate of a track, or the network's if that explains the frame better.
+
+        The frame of a new track is given to the network at once. That of an older one is looked at
+        in the background, and a better pose found there is looked for again in the frame in which
+        it is used.
+        """
+        better = None
+        if self._redetection.has_result(seconds):
+            better, self.second_target = self._redetection.take_result()
+            if better is not None:
+                better = self._detect(image)
+        elif self._is_redetection_due(seconds):
+            self._redetection.last = seconds
+            if self._redetection.may_wait(seconds):
+                self._redetection.pending = self._background.submit(
+                    self._redetect_all, image.copy(), aligned.pose
+                )
+            else:
+                self.second_target = None
+                better = self._redetect(image, aligned.pose)
+        return better if better is not None and better.accepted else aligned
+
+    def _redetect_all(self, image, pose):
+        """A better estimate of the target than a pose, and the pose of a second target."""
+        return self._redetect(image, pose), self._detect_second(image, pose)
+
+    def _redetect(self, image, pose):
+        """The network's `PoseEstimate` if it explains a frame better than a pose, or None."""
+        other = self._estimate(image, near=pose)
+        if not other.accepted or not _contradict(other.pose, pose):
+            return None  # without the time to verify it
+
         other = self.aligner.verify(image, other, self.K)
-        if not other.accepted or xu.rotation_error(other.pose, pose) < 30:
+        if not other.accepted or not _contradict(other.pose, pose):
             return None
+
         costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
         return other if costs[1] + MIN_COST_GAIN < costs[0] else None
 
-    def _elsewhere(self, image, pose):
-        """The pose (4, 4) of a ship in the frame beside the one at a pose, or None."""
-        corners = xu.project_pose(xu.BOUNDING_BOX, pose, self.K)
-        if not np.isfinite(corners).all():
+    def _detect_second(self, image, pose):
+        """The pose (4, 4) of a second target, beside the one at a pose, or None."""
+        corners = self._box_corners(pose)
+        if corners is None:
             return None
+
         hull = cv2.convexHull(corners.clip(-1e4, 1e4).round().astype(np.int32))
-        rest = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
-        found = self._look(rest, None)
-        found = self.aligner.verify(rest, found, self.K) if found.accepted else found
+        painted_over = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
+        found = self._estimate(painted_over)
+        if found.accepted:
+            found = self.aligner.verify(painted_over, found, self.K)
         return found.pose if found.accepted else None
 
-    def _box(self, pose):
-        """The box (2, 2), top left and bottom right, of the ship at a pose; None where it is not in front."""
-        corners = xu.project_pose(xu.BOUNDING_BOX, pose, self.K)
-        return np.stack([corners.min(0), corners.max(0)]) if np.isfinite(corners).all() else None
+
+def _common_target(aligner, detector):
+    """The target of an aligner and a detector; the X-wing where neither has one."""
+    aligned = getattr(aligner, "target", None)
+    detected = getattr(detector, "target", None)
+    if aligned is not None and detected is not None:
+        xu.check_same_target(detected, aligned, "the detector's weights")
+
+    known = [target for target in (aligned, detected) if target is not None]
+    return known[0] if known else xu.XWING
 
 
-def _aligned(aligner, image, K, predicted, contrast):
-    """The alignment from a predicted motion, and whether it is believed; contrast: explained before."""
-    estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], contrast)
-    return estimate, (
-        estimate.accepted
-        and estimate.explained_contrast >= MIN_CONTRAST_RATIO * contrast
-        and xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
-    )
+def _probability(status, covariance, contrast, diameter):
+    """The probability that a pose is right: a logistic model of its features, see PROBABILITY."""
+    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
+    return float(expit(np.dot(weights, trust_features(covariance, contrast, diameter))))
 
 
-def track_clip(clip, K, detector, aligner=None, fps=None, progress=True):
-    """Track a finished clip, every frame with what is known from both sides.
+def _is_aligned(estimate):
+    """Whether an estimate was compared with the pixels."""
+    return bool(np.isfinite(estimate.explained_contrast))
+
+
+def _contradict(one, other):
+    """Whether two poses cannot both be right."""
+    return xu.rotation_error(one, other) > CONTRADICTION_TURN
+
+
+def _continued(estimate, predicted):
+    """The motion of a track with the next estimate; None if that is too far from it."""
+    excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
+    if excess > 1 and _is_aligned(estimate) and _is_near(estimate, predicted):
+        # The pixels confirm a manoeuvre that the model did not expect.
+        predicted = dataclasses.replace(predicted, covariance=predicted.covariance * excess)
+        excess = 1.0
+    return predicted.updated(estimate.pose, estimate.covariance) if excess <= 1 else None
+
+
+def _is_near(estimate, predicted):
+    """Whether an alignment from a predicted motion has found the same thing."""
+    return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
+
+
+def _align(aligner, image, K, predicted, usual_contrast):
+    """The alignment's `PoseEstimate` from a prediction, accepted only if as good as usual."""
+    estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], usual_contrast)
+    explains_enough = estimate.explained_contrast >= MIN_CONTRAST_RATIO * usual_contrast
+    if estimate.accepted and explains_enough and _is_near(estimate, predicted):
+        return estimate
+
+    reason = estimate.reason or "the pose explains less of the frame than it did"
+    return dataclasses.replace(estimate, accepted=False, reason=reason)
+
+
+def track_clip(
+    clip: Iterable,
+    K: np.ndarray,
+    detector=None,
+    aligner=None,
+    fps: float | None = None,
+    progress: bool = True,
+) -> list[TrackedPose]:
+    """Track a finished clip, forward-backward smoothed.
 
     Args:
         clip: `Clip`, or another iterable of `Frame`.
-        K, detector, aligner: see `Tracker`.
+        K: (3, 3) camera matrix, pixels.
+        detector: see `Tracker`.
+        aligner: see `Tracker`.
         fps: frames a second where the clip does not say.
         progress: show a bar.
+
     Returns:
-        list of N `TrackedPose`. Gaps of up to MAX_GAP_SECONDS between tracked frames are "predicted"; longer
-        ones, and what comes before the first or after the last tracked frame, are "lost" and have no pose.
+        list of N `TrackedPose`. Gaps of up to MAX_GAP_SECONDS between tracked frames are
+        "predicted". Longer ones, and what comes before the first or after the last tracked frame,
+        are "lost" and have no pose.
+
     Raises:
-        ValueError: a wrong K, or fps not positive.
+        ValueError: a wrong K, fps that are not positive, or a detector and an aligner of different
+            targets.
     """
     fps = getattr(clip, "fps", None) or fps
-    tracker, estimates = Tracker(K, fps, detector, aligner, keep=True), []
-    recent = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
-    for frame in tqdm(
-        clip, "tracking", getattr(clip, "count", None), unit="frame", disable=not progress
-    ):
+    tracker = Tracker(K, fps, detector, aligner, keep=True)
+    estimates = []
+    recent_images = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
+
+    count = getattr(clip, "count", None)
+    for frame in tqdm(clip, "tracking", count, unit="frame", disable=not progress):
         tracked = tracker.update(frame.image, frame.seconds, frame.fault)
         estimates.append(tracker.steps[-1].estimate)
-        recent.append((len(estimates) - 1, tracked.seconds, frame.image))
-        if aligner is not None and tracked.status != "lost" and tracker.age == START_FRAMES:
-            _go_back(tracker, recent, estimates)
-    return _smoothed(estimates, tracker, fps)
+        recent_images.append(frame.image)
+        has_settled = tracked.status != "lost" and tracker.age == START_FRAMES
+        if has_settled and aligner is not None:
+            _track_backwards(tracker, recent_images, estimates)
+
+    # Without an aligner no estimate was replaced, and only the live filter knows dropped tracks.
+    if aligner is not None:
+        tracker = _filter_again(tracker, estimates)
+    return _without_open_gaps(tracker.smoothed(), fps)
 
 
-def _go_back(tracker, recent, estimates):
-    """Follow the ship backwards from where a track has just started, as long as the pixels confirm it.
+def _track_backwards(tracker, recent_images, estimates):
+    """Follow a target back from where its track has started, while the pixels confirm it.
 
-    recent: (index, seconds, image) of frames before the start, and of the START_FRAMES from it on. Replaces
-    estimates that are missing or explain less of their frames.
+    It replaces estimates that are missing or explain less of their frames. recent_images: those of
+    the last frames, the START_FRAMES of the new track among them.
     """
-    start = smooth(list(tracker.steps)[-START_FRAMES:])[0]
-    motion = dataclasses.replace(
-        Motion.standing(start.pose, start.covariance), velocity=start.velocity
-    )
-    seconds, contrast = start.seconds, start.explained_contrast
-    for index, moment, image in list(recent)[-START_FRAMES - 1 :: -1]:
+    steps = list(tracker.steps)
+    start = len(steps) - START_FRAMES
+    motion = smooth([step.filtered for step in steps[start:]])[0]
+    velocity = motion.velocity
+    motion = tracker.model.start(motion.pose, motion.covariance[:6, :6])
+    motion = dataclasses.replace(motion, velocity=velocity)
+
+    seconds = steps[start].seconds
+    usual_contrast = steps[start].estimate.explained_contrast
+    first = len(steps) - len(recent_images)
+    for index in reversed(range(first, start)):
+        image = recent_images[index - first]
         if image is None:
             break
-        predicted = motion.after(moment - seconds)[0]
-        estimate, sure = _aligned(tracker.aligner, image, tracker.K, predicted, contrast)
-        known = estimates[index]
-        better = not known.accepted or estimate.explained_contrast > known.explained_contrast
-        if not (better and sure):
+
+        earlier = steps[index].seconds
+        predicted, _ = tracker.model.predict(motion, earlier - seconds)
+        estimate = _align(tracker.aligner, image, tracker.K, predicted, usual_contrast)
+        if not (estimate.accepted and _is_better(estimate, estimates[index])):
             break
-        motion, seconds = predicted.updated(estimate.pose, estimate.covariance), moment
+
+        motion = predicted.updated(estimate.pose, estimate.covariance)
+        seconds = earlier
         estimates[index] = estimate
 
 
-def _smoothed(estimates, live, fps):
-    """The smoothed track of a clip's estimates; what is not between two tracked frames is lost."""
-    tracker = Tracker(live.K, fps, keep=True)
+def _is_better(estimate, known):
+    """Whether an accepted estimate should replace the known one."""
+    return not known.accepted or estimate.explained_contrast > known.explained_contrast
+
+
+def _filter_again(live, estimates):
+    """A tracker that has taken a clip's final estimates, at the times of the live one."""
+    tracker = Tracker(live.K, live.fps, live.detector, live.aligner, keep=True)
     for estimate, step in zip(estimates, live.steps):
-        tracker.another = step.another
+        tracker.second_target = step.second_target
         tracker.update_pose(estimate, step.seconds)
-    track = smooth(
-        (live if live.aligner is None else tracker).steps
-    )  # nothing was replaced without
-    gaps = np.flatnonzero(np.diff([1, *(t.status == "tracked" for t in track), 1]))
-    for start, end in zip(gaps[::2], gaps[1::2]):
-        inner = start > 0 and end < len(track)
-        if not inner or track[end].seconds - track[start - 1].seconds > MAX_GAP_SECONDS + 1.5 / fps:
-            track[start:end] = [
-                TrackedPose("lost", t.seconds, reason=t.reason) for t in track[start:end]
-            ]
+    return tracker
+
+
+def _without_open_gaps(track, fps):
+    """The track without predictions that do not bridge a short gap between tracked frames."""
+    is_tracked = [tracked.status == "tracked" for tracked in track]
+    edges = np.flatnonzero(np.diff([True, *is_tracked, True]))
+
+    track = list(track)
+    for start, end in zip(edges[::2], edges[1::2]):
+        is_inside = start > 0 and end < len(track)
+        longest = MAX_GAP_SECONDS + 1.5 / fps
+        if is_inside and track[end].seconds - track[start - 1].seconds <= longest:
+            continue
+        for index in range(start, end):
+            gap = track[index]
+            track[index] = TrackedPose("lost", gap.seconds, reason=gap.reason)
     return track
 
 
-def summary(track):
-    """One line on a track: how many frames are tracked, predicted and lost."""
-    counts, more = (
-        collections.Counter(t.status for t in track),
-        sum(t.another is not None for t in track),
-    )
-    found = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
-    return f"{len(track)} frames: " + ", ".join(
-        found + [f"another ship in sight in {more}"] * bool(more)
-    )
+def summary(track: Sequence[TrackedPose]) -> str:
+    """Say in one line how many frames of a track are tracked, predicted and lost.
+
+    Args:
+        track: one `TrackedPose` a frame.
+
+    Returns:
+        the line; it also says in how many frames there is a second target, if there is one.
+    """
+    counts = collections.Counter(tracked.status for tracked in track)
+    parts = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
+
+    with_second = sum(tracked.second_target is not None for tracked in track)
+    if with_second:
+        parts.append(f"a second target in sight in {with_second}")
+    return f"{len(track)} frames: {', '.join(parts)}"
