@@ -1,4 +1,11 @@
-"""Laser bolts: where they fly, what hides them, how they glow."""
+"""Laser bolts: where they fly, what hides them, how they glow.
+
+The cannons fire volleys at a steady rate, and every bolt keeps the course on which it was fired,
+whatever the ship does next. The camera stands still, so a bolt is a segment that moves along a
+straight line in the camera's frame. Each is drawn as a tapered polygon in perspective, is hidden
+where the depth map of the hull lies before it, and is then blurred into a glow. All lengths of the
+settings are in diameters of the target, so that the same settings suit a target of any size.
+"""
 
 import dataclasses
 
@@ -6,36 +13,53 @@ import cv2
 import numpy as np
 
 import xwing_utils as xu
-from xwing.mesh import rasterise
+from xwing.mesh import Mesh, rasterise
 
-NEAR = 0.05  # model units: bolts are cut this close to the camera's plane
+NEAR = 0.10643  # diameters: bolts are cut this close to the camera's plane
+DEPTH_TOLERANCE = 0.0085140  # diameters by which a bolt may lie behind the hull and still show
+JUST_FIRED = 1e-9  # diameters: a bolt that has flown no further does not show yet
 
-
-WHITE_HOT = 255, 215, 190  # of a bolt's core
+WHITE_HOT = (255, 215, 190)  # RGB of a bolt's core
+TAIL_WIDTH = 0.35  # of a bolt, as a fraction of its width at the head
+MIN_RADIUS = 0.33  # pixels: a bolt far away is drawn no thinner
+GLOW_REACH = 20  # pixels of a frame of the usual size, to which the glow reaches
+HULL_EDGE = 4  # pixels about a bolt in which the depth of the hull is needed too
 
 
 @dataclasses.dataclass(frozen=True)
 class Lasers:
-    """Settings of the four cannons: two fire at a time, in turn. ValueError where one cannot be."""
+    """Settings of a target's cannons, of which one half and then the other fires.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     rate: float = 5.0  # volleys a second
-    speed: float = 2.0  # model units a second
-    length: float = 0.16  # of a bolt, model units
-    reach: float = 3.0  # of its flight, model units
-    jitter: float = 0.0  # how much the time between two volleys varies, as a share of it, in [0, 1)
+    speed: float = 4.2570  # of the bolts, diameters a second
+    length: float = 0.34056  # of a bolt, diameters
+    reach: float = 6.3856  # of a bolt's flight, diameters
+    jitter: float = 0.0  # how much the time between two volleys varies, as a fraction in [0, 1)
     seed: int = 0  # of the jitter
     colour: tuple = (255, 60, 40)  # of the glow, RGB
-    radius: float = 0.0032  # of a bolt, model units
+    radius: float = 0.0068113  # of a bolt, diameters
 
     def __post_init__(self):
         for name in ("rate", "speed", "length", "reach", "radius"):
-            _check_positive(name, getattr(self, name))
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter: expected a share in [0, 1), got {self.jitter}")
+            check_positive(name, getattr(self, name))
 
-    def shot(self, fps=30.0):
-        """A new `Shot`, whose frames come `fps` times a second."""
-        return Shot(self, fps)
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter: expected a fraction in [0, 1), got {self.jitter}")
+
+    def shot(self, fps: float = 30.0, target: xu.Target = xu.XWING) -> "Shot":
+        """Start a new shot.
+
+        Args:
+            fps: frames a second of the shot, where `Shot.step` is not given the time of a frame.
+            target: whose cannons fire; a target without lasers fires none.
+        Returns:
+            Shot.
+        """
+        return Shot(self, fps, target)
 
 
 class Shot:
@@ -45,167 +69,330 @@ class Shot:
     pictures = [draw_bolts(frame, shot.step(pose), K) for frame, pose in zip(frames, poses)]
     """
 
-    def __init__(self, lasers, fps):
-        _check_positive("fps", fps)
-        self._lasers, self._interval, self._random = (
-            lasers,
-            1 / fps,
-            np.random.default_rng(lasers.seed),
-        )
-        self._now, self._due, self._volley = -self._interval, 0.0, 0
-        self._fired = np.zeros((0, 7))  # second, muzzle, direction of each bolt in flight
+    def __init__(self, lasers: Lasers, fps: float, target: xu.Target):
+        check_positive("fps", fps)
+        self._lasers = lasers
+        self._target = target
+        self._interval = 1 / fps
+        self._random = np.random.default_rng(lasers.seed)
 
-    def step(self, pose, seconds=None):
-        """Go on by one frame: (B, 2, 3) tail and head of its bolts in the camera's frame, model units.
+        self._now = -self._interval
+        self._due = 0.0  # second of the next volley
+        self._volley = 0  # number of the next volley
+        self._fired = np.zeros((0, 7))  # second, muzzle and direction of each bolt in flight
 
-        pose: (4, 4) of the ship, or None: then nothing is fired, and what has been fired flies on.
-        seconds: of this frame; None: one frame's time after the one before.
+    def step(self, pose: np.ndarray | None, seconds: float | None = None) -> np.ndarray:
+        """Go on by one frame.
+
+        Args:
+            pose: (4, 4) model -> OpenCV camera. None: nothing is fired, and what was fired flies
+                on.
+            seconds: of this frame. None: one frame's time after the frame before.
+        Returns:
+            (B, 2, 3) tail and head of each bolt in the camera's frame, model units.
         """
+        now = self._now + self._interval if seconds is None else seconds
+        self._now = max(now, self._now)  # a clock that runs backwards stands still
+        self._fire_volleys(pose)
+        return self._bolts_in_flight()
+
+    def _fire_volleys(self, pose):
+        """Fire all volleys that are due by now."""
         lasers = self._lasers
-        self._now = max(self._now + self._interval if seconds is None else seconds, self._now)
-        self._due = max(
-            self._due, self._now - (lasers.reach + lasers.length) / lasers.speed
-        )  # over by now
+
+        # A long gap in the time stamps must not fire volleys whose bolts are out of reach by now.
+        flight_time = (lasers.reach + lasers.length) / lasers.speed
+        self._due = max(self._due, self._now - flight_time)
+
         while self._due <= self._now + 1e-9:
-            if pose is not None:
-                cannons = (
-                    xu.LASERS[[0, 3] if self._volley % 2 else [1, 2]] @ pose[:3, :3].T + pose[:3, 3]
-                )
-                muzzle, aim = cannons[:, 0], cannons[:, 1] - cannons[:, 0]
-                course = aim / np.linalg.norm(aim, axis=1, keepdims=True)
-                self._fired = np.vstack(
-                    [self._fired, np.column_stack([[self._due] * 2, muzzle, course])]
-                )
+            if pose is not None and self._target.lasers is not None:
+                self._fire(pose)
             self._volley += 1
             self._due += (1 + lasers.jitter * self._random.uniform(-1, 1)) / lasers.rate
+
+    def _fire(self, pose):
+        """Fire the cannons whose turn it is, at the second that is due."""
+        lines = self._target.lasers
+        lines = lines[_cannons_of_volley(len(lines), self._volley)]
+        lines = lines @ pose[:3, :3].T + pose[:3, 3]
+
+        muzzles = lines[:, 0]
+        aims = lines[:, 1] - muzzles
+        directions = aims / np.linalg.norm(aims, axis=1, keepdims=True)
+
+        seconds = np.full((len(lines), 1), self._due)
+        self._fired = np.vstack([self._fired, np.hstack([seconds, muzzles, directions])])
+
+    def _bolts_in_flight(self):
+        """(B, 2, 3) tails and heads; forget the bolts that are out of reach."""
+        lasers = self._lasers
         flown = (self._now - self._fired[:, 0]) * lasers.speed
-        self._fired, flown = (
-            array[flown - lasers.length < lasers.reach] for array in (self._fired, flown)
-        )
-        ends = np.stack([np.maximum(flown - lasers.length, 0), flown], 1)[flown > 1e-9]
-        flying = self._fired[flown > 1e-9]
-        return flying[:, None, 1:4] + ends[..., None] * flying[:, None, 4:]
+        in_reach = flown - lasers.length < lasers.reach
+        self._fired = self._fired[in_reach]
+        flown = flown[in_reach]
+
+        shows = flown > JUST_FIRED
+        heads = flown[shows]
+        tails = np.maximum(heads - lasers.length, 0)
+        distances = np.stack([tails, heads], axis=1)[..., None] * self._target.diameter
+
+        muzzles = self._fired[shows, None, 1:4]
+        directions = self._fired[shows, None, 4:]
+        return muzzles + distances * directions
 
 
-def _check_positive(name, value):
+def _cannons_of_volley(count, volley):
+    """Numbers of the cannons that fire: of four 1 and 2, in the next volley 0 and 3."""
+    if count == 1:
+        return np.array([0])
+
+    half = (np.arange(count) + 1) // 2 % 2  # 0, 1, 1, 0, and so on
+    return np.flatnonzero(half != volley % 2)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise a ValueError that names the setting if a value is not a positive, finite number."""
     if not 0 < value < np.inf:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def draw_bolts(image, bolts, K, depth=None, radius=Lasers.radius, colour=Lasers.colour):
-    """Return a copy of the frame (H, W, 3) uint8 with bolts (B, 2, 3), see `Shot.step`, as glowing light.
+# ------------------------------------------------------------ drawing
 
-    depth: (H, W) model units or None, of what may hide bolts, see `mesh.rasterise`; radius: of a bolt, model
-    units, it tapers towards the tail and narrows with the distance; colour: of the glow.
+
+def draw_shot(
+    image: np.ndarray,
+    bolts: np.ndarray,
+    lasers: Lasers,
+    mesh: Mesh | None,
+    pose: np.ndarray | None,
+    K: np.ndarray,
+    target: xu.Target = xu.XWING,
+) -> np.ndarray:
+    """Draw the bolts of one frame of a shot, hidden where the hull lies before them.
+
+    Args:
+        image: (H, W, 3) uint8.
+        bolts: (B, 2, 3) from `Shot.step`, model units.
+        lasers: the settings with which they were fired.
+        mesh: the hull that hides bolts, or None.
+        pose: (4, 4) of the hull in this frame, or None where it is not known: nothing is hidden.
+        K: (3, 3) camera matrix.
+        target: whose diameter is the unit of the settings.
+    Returns:
+        (H, W, 3) uint8, a copy.
     """
-    image, core = np.array(image, order="C"), np.zeros(image.shape[:2], np.uint8)
-    _fill_bolts(core, _before_the_camera(bolts), radius, K, depth)
+    depth = None
+    if mesh is not None and pose is not None:
+        depth = hull_depth(mesh, bolts, pose, K, image.shape, target)
+
+    radius = lasers.radius * target.diameter
+    return draw_bolts(image, bolts, K, depth, radius, lasers.colour, target)
+
+
+def draw_bolts(
+    image: np.ndarray,
+    bolts: np.ndarray,
+    K: np.ndarray,
+    depth: np.ndarray | None = None,
+    radius: float | None = None,
+    colour: tuple = Lasers.colour,
+    target: xu.Target = xu.XWING,
+) -> np.ndarray:
+    """Draw bolts as glowing light.
+
+    Args:
+        image: (H, W, 3) uint8.
+        bolts: (B, 2, 3) tails and heads in the camera's frame, model units, see `Shot.step`.
+        K: (3, 3) camera matrix.
+        depth: (H, W) model units, of what may hide bolts, see `mesh.rasterise`; or None.
+        radius: of a bolt at its head, model units; it tapers towards the tail and narrows with the
+            distance. None: that of the usual `Lasers` on the target.
+        colour: of the glow, RGB.
+        target: whose diameter scales the usual radius, the near plane and the tolerance in depth.
+    Returns:
+        (H, W, 3) uint8, a copy.
+    """
+    image = np.array(image, order="C")
+    if radius is None:
+        radius = Lasers.radius * target.diameter
+
+    core = np.zeros(image.shape[:2], np.uint8)
+    segments = cut_at_near(bolts, NEAR * target.diameter)
+    _fill_bolts(core, segments, radius, K, depth, DEPTH_TOLERANCE * target.diameter)
+
     left, top, width, height = cv2.boundingRect(core)
-    if width:
-        scale = max(core.shape) / xu.FRAME_SIZE
-        reach = int(np.ceil(20 * scale))  # of the glow
-        part = np.s_[
-            max(top - reach, 0) : top + height + reach, max(left - reach, 0) : left + width + reach
-        ]
-        image[part] = cv2.add(image[part], _glow(core[part], colour, scale), dtype=cv2.CV_8U)
+    if not width:
+        return image
+
+    scale = max(core.shape) / xu.FRAME_SIZE
+    reach = int(np.ceil(GLOW_REACH * scale))
+    rows = slice(max(top - reach, 0), top + height + reach)
+    columns = slice(max(left - reach, 0), left + width + reach)
+    light = glow(core[rows, columns], colour, scale)
+    image[rows, columns] = cv2.add(image[rows, columns], light, dtype=cv2.CV_8U)
     return image
 
 
-def _glow(core, colour, scale):
-    """Light (h, w, 3) float32 of bolts' cores (h, w) uint8 and about them; its width grows with `scale`."""
-    lit, shrink = np.nonzero(core), max(int(scale / 2), 1)  # smooth: fewer pixels will do
+def glow(core: np.ndarray, colour: tuple, scale: float) -> np.ndarray:
+    """Light of the bolts and about them.
+
+    Args:
+        core: (h, w) uint8, the bolts' coverage of the pixels.
+        colour: of the glow, RGB.
+        scale: size of the frame over the usual one; the glow is as much wider.
+    Returns:
+        (h, w, 3) float32, to be added to a picture.
+    """
+    shrink = max(int(scale / 2), 1)  # the glow is smooth, so that fewer pixels will do
     size = [max(side // shrink, 1) for side in core.shape[::-1]]
     small = cv2.resize(core, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    near, far = (cv2.GaussianBlur(small, (0, 0), sigma * scale / shrink) for sigma in (2.2, 5.0))
+
+    near = cv2.GaussianBlur(small, (0, 0), 2.2 * scale / shrink)
+    far = cv2.GaussianBlur(small, (0, 0), 5.0 * scale / shrink)
     halo = (1.1 * near + 0.7 * far)[..., None] * np.float32(colour)
-    glow = cv2.resize(halo, core.shape[::-1])
-    glow[lit] += core[lit][:, None] * (np.float32(WHITE_HOT) / 255)
-    return glow
+    light = cv2.resize(halo, core.shape[::-1])
+
+    lit = np.nonzero(core)
+    light[lit] += core[lit][:, None] * (np.float32(WHITE_HOT) / 255)
+    return light
 
 
-def _before_the_camera(bolts):
-    """(B, 2, 3) segments of the bolts, cut at NEAR; those wholly behind it are left out."""
+def cut_at_near(bolts: np.ndarray, near: float) -> np.ndarray:
+    """Cut bolts at a plane before the camera.
+
+    Args:
+        bolts: (B, 2, 3) tails and heads in the camera's frame.
+        near: distance of the plane from the camera, in the units of the bolts.
+    Returns:
+        (C, 2, 3) what lies beyond the plane; bolts that lie wholly before it are left out.
+    """
     segments = np.array(bolts, float).reshape(-1, 2, 3)
-    segments = segments[(segments[..., 2] > NEAR).any(1)]
+    segments = segments[(segments[..., 2] > near).any(1)]
+
     for here, there in ((0, 1), (1, 0)):
-        cut = segments[:, here, 2] < NEAR
-        start, way = segments[cut, here], segments[cut, there] - segments[cut, here]
-        segments[cut, here] = start + way * ((NEAR - start[:, 2:]) / way[:, 2:])
+        cut = segments[:, here, 2] < near
+        start = segments[cut, here]
+        way = segments[cut, there] - start
+        segments[cut, here] = start + way * ((near - start[:, 2:]) / way[:, 2:])
     return segments
 
 
-def _fill_bolts(canvas, segments, radius, K, depth=None):
-    """Draw bolts where nothing hides them: polygons of perspective width, at least a third of a pixel."""
+def _fill_bolts(canvas, segments, radius, K, depth, tolerance):
+    """Draw bolts (B, 2, 3) into a canvas (H, W) uint8, where nothing hides them."""
     ends = (segments / segments[..., 2:]) @ K[:2].T
-    thin, thick = np.maximum(K[0, 0] * radius / segments[..., 2].T * [[0.35], [1.0]], 0.33)[
-        ..., None
-    ]
-    (tail, head), way = ends.swapaxes(0, 1), ends[:, 1] - ends[:, 0]
-    along = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
-    across = along[:, ::-1] * [-1, 1]
-    outlines = np.stack(
-        [
-            tail + across * thin,
-            head + across * thick,
-            head + along * thick,
-            head - across * thick,
-            tail - across * thin,
-        ],
-        axis=1,
-    )
+    outlines = _bolt_outlines(segments, ends, radius, K)
     fixed = np.round((outlines.clip(-(2**20), 2**20) - 0.5) * 2**xu.CV_SHIFT).astype(np.int32)
+
     boxes = np.stack([np.floor(outlines.min(1)) - 2, np.ceil(outlines.max(1)) + 2], axis=1)
     boxes = boxes.clip(0, canvas.shape[::-1]).astype(int)
+
     for segment, line, outline, (low, high) in zip(segments, ends, fixed, boxes):
         box = np.s_[low[1] : high[1], low[0] : high[0]]
         if depth is None or not np.isfinite(depth[box]).any():
             cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, xu.CV_SHIFT)
             continue
+
         bolt = np.zeros(depth[box].shape, np.uint8)
-        cv2.fillConvexPoly(
-            bolt, outline - np.int32(low << xu.CV_SHIFT), 255, cv2.LINE_AA, xu.CV_SHIFT
-        )
-        bolt[_depth_along(segment, line, low, high) >= depth[box] + 0.004] = 0
+        moved = outline - np.int32(low << xu.CV_SHIFT)
+        cv2.fillConvexPoly(bolt, moved, 255, cv2.LINE_AA, xu.CV_SHIFT)
+        bolt[_depth_along(segment, line, low, high) >= depth[box] + tolerance] = 0
         np.maximum(canvas[box], bolt, out=canvas[box])
 
 
+def _bolt_outlines(segments, ends, radius, K):
+    """(B, 5, 2) pixels: polygons with a pointed head, whose width follows the perspective."""
+    depths = segments[..., 2]
+    thin = np.maximum(TAIL_WIDTH * K[0, 0] * radius / depths[:, :1], MIN_RADIUS)
+    thick = np.maximum(K[0, 0] * radius / depths[:, 1:], MIN_RADIUS)
+
+    tail = ends[:, 0]
+    head = ends[:, 1]
+    way = head - tail
+    along = way / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
+    across = along[:, ::-1] * [-1, 1]
+
+    corners = [
+        tail + across * thin,
+        head + across * thick,
+        head + along * thick,
+        head - across * thick,
+        tail - across * thin,
+    ]
+    return np.stack(corners, axis=1)
+
+
 def _depth_along(segment, line, low, high):
-    """Depth (h, w) of a bolt at the pixels of a box, from its ends (2, 3) and where they show (2, 2)."""
-    x, y = np.arange(low[0], high[0]) - line[0, 0], np.arange(low[1], high[1])[:, None] - line[0, 1]
-    x, y, way = x + 0.5, y + 0.5, line[1] - line[0]
-    share = np.clip((x * way[0] + y * way[1]) / max(way @ way, 1e-18), 0, 1)
-    return 1 / (
-        (1 - share) / segment[0, 2] + share / segment[1, 2]
-    )  # 1 / depth is linear in the picture
+    """Depth (h, w) of a bolt at a box's pixels, from its ends (2, 3) and their pixels (2, 2)."""
+    x = np.arange(low[0], high[0]) + 0.5 - line[0, 0]
+    y = np.arange(low[1], high[1])[:, None] + 0.5 - line[0, 1]
+    way = line[1] - line[0]
+    fraction = np.clip((x * way[0] + y * way[1]) / max(way @ way, 1e-18), 0, 1)
+
+    # 1 / depth, not depth, is linear in the picture.
+    return 1 / ((1 - fraction) / segment[0, 2] + fraction / segment[1, 2])
 
 
-def _with_bolts(image, bolts, lasers, mesh, pose, K):
-    depth = None if mesh is None or pose is None else _hull_depth(mesh, bolts, pose, K, image.shape)
-    return draw_bolts(image, bolts, K, depth, lasers.radius, lasers.colour)
+def hull_depth(
+    mesh: Mesh,
+    bolts: np.ndarray,
+    pose: np.ndarray,
+    K: np.ndarray,
+    shape: tuple,
+    target: xu.Target = xu.XWING,
+) -> np.ndarray | None:
+    """Depth of the hull where bolts cross it in the picture; only these parts are drawn.
+
+    Args:
+        mesh: of the hull.
+        bolts: (B, 2, 3) tails and heads in the camera's frame, model units.
+        pose: (4, 4) of the hull, model -> OpenCV camera.
+        K: (3, 3) camera matrix.
+        shape: (H, W, ...) of the picture.
+        target: whose diameter scales the near plane of the bolts.
+    Returns:
+        (H, W) float32 model units, inf where nothing was drawn; None where no bolt crosses the
+        hull.
+    """
+    corners = xu.project_pose(mesh.vertices, pose, K)
+    box = _crossed_box(corners, cut_at_near(bolts, NEAR * target.diameter), K, shape)
+    if box is None:
+        return None
+
+    left, top, right, bottom = box
+    depth = np.full(shape[:2], np.inf, np.float32)
+    if left >= right or top >= bottom:
+        return depth
+
+    # A triangle whose corners all lie beyond one side of the box cannot show in it. (This is the
+    # outcode of Cohen and Sutherland. A corner behind the camera is NaN, lies beyond no side, and
+    # keeps its triangle.)
+    codes = (corners < [left, top]) @ [1, 2] + (corners > [right, bottom]) @ [4, 8]
+    inside = np.bitwise_and.reduce(codes[mesh.faces], axis=1) == 0
+    triangles = mesh.vertices[mesh.faces[inside]]
+
+    moved = xu.crop_camera(K, left, top)
+    _, part = rasterise(triangles, pose, moved, right - left, bottom - top, near=mesh.near)
+    depth[top:bottom, left:right] = part
+    return depth
 
 
-def _hull_depth(mesh, bolts, pose, K, shape, edge=4):
-    """Depth (H, W) of the ship where bolts cross it in the picture, inf elsewhere; None where none does."""
-    segments, seen = _before_the_camera(bolts), xu.project_pose(mesh.vertices, pose, K)
-    ends, ship = (segments / segments[..., 2:]) @ K[:2].T, np.ascontiguousarray(seen.T)
-    low, high = np.fmax(ends.min(1) - edge, ship.min(1)), np.fmin(ends.max(1) + edge, ship.max(1))
+def _crossed_box(corners, segments, K, shape):
+    """The pixels (left, top, right, bottom) where bolts may cross the hull; None where none does.
+
+    A bolt and the hull, whose vertices show at `corners` (V, 2), cross at most where their boxes
+    do. Where a vertex lies behind the camera (NaN) the hull's box is not known, and the bolt's box
+    alone counts.
+    """
+    ends = (segments / segments[..., 2:]) @ K[:2].T
+    columns = np.ascontiguousarray(corners.T)  # a minimum along contiguous rows is faster
+    low = np.fmax(ends.min(1) - HULL_EDGE, columns.min(1))
+    high = np.fmin(ends.max(1) + HULL_EDGE, columns.max(1))
+
     crossing = (low < high).all(1)
     if not crossing.any():
         return None
+
     left, top = np.maximum(low[crossing].min(0), 0).astype(int)
-    right, bottom = np.minimum(np.ceil(high[crossing].max(0)), shape[1::-1]).astype(int)
-    depth = np.full(shape[:2], np.inf, np.float32)
-    if left < right and top < bottom:
-        codes = (seen < [left, top]) @ [1, 2] + (seen > [right, bottom]) @ [
-            4,
-            8,
-        ]  # as Cohen and Sutherland
-        near = np.bitwise_and.reduce(codes[mesh.faces], axis=1) == 0
-        triangles, moved = (
-            mesh.vertices[mesh.faces[near]],
-            K - [[0, 0, left], [0, 0, top], [0, 0, 0]],
-        )
-        depth[top:bottom, left:right] = rasterise(
-            triangles, pose, moved, right - left, bottom - top
-        )[1]
-    return depth
+    highest = np.ceil(high[crossing].max(0))
+    right, bottom = np.minimum(highest, shape[1::-1]).astype(int)
+    return left, top, right, bottom
