@@ -1,103 +1,205 @@
-"""What is known of a frame, drawn over it."""
+"""What is known of a frame, drawn over it.
+
+A tracked frame shows the box of the target at its pose, the uncertainty of the box's corners as
+ellipses, the axes of the model, and where the target is heading. Beside it stand the heatmaps that
+the network saw. In a notebook, `viewer` shows such pictures at the move of a slider.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
 
 import xwing_utils as xu
-from xwing.detector import letterbox
-from xwing.footage import frames_at
+from xwing.detector import Detector, letterbox
+from xwing.footage import Clip, frames_at
 
-GREEN, YELLOW, BLUE, PINK = (90, 255, 90), (255, 220, 60), (120, 200, 255), (255, 160, 255)
+GREEN = (90, 255, 90)
+YELLOW = (255, 220, 60)
+BLUE = (120, 200, 255)
+PINK = (255, 160, 255)
+
+NEAR = 0.10643  # diameters: the way ahead is drawn no closer to the camera's plane
+AXES_LENGTH = 0.31928  # diameters
+SECONDS_AHEAD = 0.5  # of the way that is drawn
+ELLIPSE_SIGMAS = 2  # standard deviations that an ellipse shows
 
 
-def draw_tracked(image, tracked, K):
-    """Return a copy of the frame with what a `TrackedPose` says: its box, green where tracked, yellow where
-    predicted, with two standard deviations of the corners, its axes, and its way in the next half second."""
-    image, pose = np.array(image, order="C"), tracked.pose
+def draw_tracked(
+    image: np.ndarray, tracked, K: np.ndarray, target: xu.Target = xu.XWING
+) -> np.ndarray:
+    """Draw what a `TrackedPose` says of a frame.
+
+    It shows the target's box, green where tracked and yellow where predicted, two standard
+    deviations of the box's corners, the model's axes, and the target's way in the next half second.
+
+    Args:
+        image: (H, W, 3) uint8.
+        tracked: `TrackedPose` of this frame.
+        K: (3, 3) camera matrix.
+        target: whose box is drawn.
+    Returns:
+        (H, W, 3) uint8, a copy.
+    """
+    image = np.array(image, order="C")
+    pose = tracked.pose
     if pose is None:
         return image
-    corners = xu.project_pose(xu.BOUNDING_BOX, pose, K)
+
+    corners = xu.project_pose(target.box, pose, K)
     image = xu.draw_box(image, corners, GREEN if tracked.status == "tracked" else YELLOW)
-    image = xu.draw_axes(image, pose, K)
+    image = xu.draw_axes(image, pose, K, AXES_LENGTH * target.diameter)
+
     if tracked.covariance is not None:
-        for corner, covariance in zip(corners, corner_covariance(pose, tracked.covariance, K)):
+        covariances = corner_covariance(pose, tracked.covariance, K, target)
+        for corner, covariance in zip(corners, covariances):
             _draw_ellipse(image, corner, covariance)
+
     if tracked.velocity is not None:
-        ahead = pose[:3, 3] + np.linspace(0, 0.5, 9)[:, None] * tracked.velocity[3:]
-        ahead = ahead[ahead[:, 2] > 0.05]
-        points = np.array(
-            [xu.cv_point(point) for point in (ahead / ahead[:, 2:]) @ K[:2].T], np.int32
-        )
-        cv2.polylines(image, [points.reshape(-1, 1, 2)], False, PINK, 1, cv2.LINE_AA, xu.CV_SHIFT)
+        _draw_way(image, pose[:3, 3], tracked.velocity[3:], K, NEAR * target.diameter)
     return image
 
 
 def _draw_ellipse(image, centre, covariance):
-    """Draw two standard deviations of a covariance (2, 2), unless they are larger than the frame."""
-    if np.isfinite(centre).all() and 2 * np.sqrt(np.trace(covariance)) < image.shape[1]:
-        values, vectors = np.linalg.eigh(covariance)
-        angle = float(np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])))
-        axes = (
-            np.round(2 * np.sqrt(np.maximum(values[::-1], 0)) * 2**xu.CV_SHIFT).astype(int).tolist()
-        )
-        cv2.ellipse(
-            image, xu.cv_point(centre), axes, angle, 0, 360, BLUE, 1, cv2.LINE_AA, xu.CV_SHIFT
-        )
+    """Draw the ellipse of a covariance (2, 2), unless it is larger than the frame."""
+    radius = ELLIPSE_SIGMAS * np.sqrt(np.trace(covariance))
+    if not np.isfinite(centre).all() or not radius < image.shape[1]:
+        return
+
+    values, vectors = np.linalg.eigh(covariance)
+    angle = float(np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1])))
+    lengths = ELLIPSE_SIGMAS * np.sqrt(np.maximum(values[::-1], 0))
+    axes = np.round(lengths * 2**xu.CV_SHIFT).astype(int).tolist()
+    centre = xu.cv_point(centre)
+    cv2.ellipse(image, centre, axes, angle, 0, 360, BLUE, 1, cv2.LINE_AA, xu.CV_SHIFT)
 
 
-def corner_covariance(pose, covariance, K):
-    """(8, 2, 2) square pixels: how far a pose's covariance (6, 6) moves the box's corners, to first order."""
-    turned = xu.BOUNDING_BOX @ pose[:3, :3].T
-    jacobian = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], K, None)[1][:, :6].reshape(
-        -1, 2, 6
-    )
+def _draw_way(image, position, velocity, K, near):
+    """Draw the way of a point (3,) in the camera's frame at its velocity (3,), units a second."""
+    ahead = position + np.linspace(0, SECONDS_AHEAD, 9)[:, None] * velocity
+    ahead = ahead[ahead[:, 2] > near]
+    pixels = (ahead / ahead[:, 2:]) @ K[:2].T
+    points = np.array([xu.cv_point(pixel) for pixel in pixels], np.int32).reshape(-1, 1, 2)
+    cv2.polylines(image, [points], False, PINK, 1, cv2.LINE_AA, xu.CV_SHIFT)
+
+
+def corner_covariance(
+    pose: np.ndarray, covariance: np.ndarray, K: np.ndarray, target: xu.Target = xu.XWING
+) -> np.ndarray:
+    """How far the covariance of a pose moves the box's corners in the picture, to first order.
+
+    Args:
+        pose: (4, 4) model -> OpenCV camera.
+        covariance: (6, 6) of a step as in `xu.move_pose`: radians and model units.
+        K: (3, 3) camera matrix.
+        target: whose box it is.
+    Returns:
+        (8, 2, 2) square pixels.
+    """
+    turned = target.box @ pose[:3, :3].T
+    _, jacobian = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], K, None)
+    jacobian = jacobian[:, :6].reshape(-1, 2, 6)  # of rotation and translation only
     return jacobian @ covariance @ np.swapaxes(jacobian, 1, 2)
 
 
-def draw_heatmaps(heatmaps, size):
-    """One picture (size, size, 3) uint8 of all heatmaps (H, W, K) of a frame, each in its own colour."""
-    heatmaps, hues = (
-        np.asarray(heatmaps, np.float32),
-        np.full((1, np.shape(heatmaps)[-1], 3), 255, np.uint8),
-    )
-    hues[0, :, 0] = np.arange(hues.shape[1]) * 180 // hues.shape[1]
-    brightest = cv2.cvtColor(hues, cv2.COLOR_HSV2RGB)[0][heatmaps.argmax(-1)]
+def draw_heatmaps(heatmaps: np.ndarray, size: int) -> np.ndarray:
+    """Draw all heatmaps of a frame in one picture, each in its own colour.
+
+    Args:
+        heatmaps: (H, W, K) in [0, 1].
+        size: pixels, width and height of the picture.
+    Returns:
+        (size, size, 3) uint8.
+    """
+    heatmaps = np.asarray(heatmaps, np.float32)
+    count = heatmaps.shape[-1]
+
+    hues = np.full((1, count, 3), 255, np.uint8)
+    hues[0, :, 0] = np.arange(count) * 180 // count  # OpenCV counts hues to 180
+    colours = cv2.cvtColor(hues, cv2.COLOR_HSV2RGB)[0]
+
+    brightest = colours[heatmaps.argmax(-1)]
     picture = (brightest * heatmaps.max(-1, keepdims=True).clip(0, 1)).astype(np.uint8)
     return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def tracked_pictures(clip, track, K, detector, indices, size=xu.FRAME_SIZE):
-    """Yield frames of a clip (see `frames_at`), (size, 2 size, 3): `draw_tracked` beside `draw_heatmaps`."""
+def tracked_pictures(
+    clip: Clip | Iterable,
+    track: Sequence,
+    K: np.ndarray,
+    detector: Detector,
+    indices: Iterable[int],
+    size: int = xu.FRAME_SIZE,
+) -> Iterator[np.ndarray]:
+    """Yield frames of a clip with their overlay, beside what the network saw.
+
+    Args:
+        clip: see `footage.frames_at`.
+        track: `TrackedPose` of each of its frames.
+        K: (3, 3) camera matrix of its frames.
+        detector: its target is drawn, and its network makes the heatmaps.
+        indices: numbers of the frames, which must not fall.
+        size: pixels, height of the pictures.
+    Yields:
+        (size, 2 size, 3) uint8: `draw_tracked` beside `draw_heatmaps` of the box's corners.
+    """
     for i, frame in zip(indices, frames_at(clip, indices)):
-        square, scale, offset = letterbox(frame, size)
-        moved = np.diag([scale, scale, 1]) @ K + [[0, 0, offset[0]], [0, 0, offset[1]], [0, 0, 0]]
+        square, scale, (x, y) = letterbox(frame, size)
+        moved = xu.crop_camera(K, -x / scale, -y / scale, scale)
+        overlay = draw_tracked(square, track[i], moved, detector.target)
+
         heatmaps = detector.heatmaps(square[None])[0, ..., :8]
-        yield np.hstack([draw_tracked(square, track[i], moved), draw_heatmaps(heatmaps, size)])
+        yield np.hstack([overlay, draw_heatmaps(heatmaps, size)])
 
 
-def viewer(pictures, start=0, step=1, fps=12.5, width=640):
-    """A widget for a notebook: pictures (H, W, 3) uint8 at the move of a slider, or played as a film.
+def viewer(
+    pictures: Iterable[np.ndarray],
+    start: int = 0,
+    step: int = 1,
+    fps: float = 12.5,
+    width: int = 640,
+):
+    """Show pictures in a notebook at the move of a slider, or play them as a film.
 
-    The i-th picture shows frame i * step of a clip, that of frame `start` shows first. All are drawn before
-    any shows, `width` pixels wide. Widgets that capture output can hang without a browser (nbclient 312).
+    All pictures are drawn before any is shown. (Widgets that capture output can hang without a
+    browser, see nbclient 312, so the slider only exchanges a finished image.)
+
+    Args:
+        pictures: (H, W, 3) uint8 each.
+        start: number of the frame that shows first.
+        step: the i-th picture shows frame i * step of a clip.
+        fps: pictures a second while they are played.
+        width: pixels; wider pictures are made smaller.
+    Returns:
+        A widget.
+    Raises:
+        ValueError: there is no picture.
     """
     import ipywidgets
 
-    jpegs = []
-    for picture in pictures:
-        scale = min(width / picture.shape[1], 1.0)
-        small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        jpegs.append(
-            cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-        )
+    jpegs = [_jpeg(picture, width) for picture in pictures]
     if not jpegs:
         raise ValueError("expected at least one picture, got none")
-    last, start = (len(jpegs) - 1) * step, start // step * step
-    image = ipywidgets.Image(
-        value=jpegs[start // step], format="jpeg", layout={"width": f"{width}px"}
+
+    first = start // step
+    last = (len(jpegs) - 1) * step
+    image = ipywidgets.Image(value=jpegs[first], format="jpeg", layout={"width": f"{width}px"})
+    slider = ipywidgets.IntSlider(first * step, 0, last, step, description="frame")
+    play = ipywidgets.Play(
+        value=first * step, min=0, max=last, step=step, interval=round(1000 / fps)
     )
-    slider = ipywidgets.IntSlider(start, 0, last, step, description="frame")
-    play = ipywidgets.Play(value=start, min=0, max=last, step=step, interval=round(1000 / fps))
     ipywidgets.jslink((play, "value"), (slider, "value"))
-    slider.observe(lambda change: setattr(image, "value", jpegs[change["new"] // step]), "value")
+
+    def show(change):
+        image.value = jpegs[change["new"] // step]
+
+    slider.observe(show, "value")
     return ipywidgets.VBox([image, ipywidgets.HBox([play, slider])])
+
+
+def _jpeg(picture, width):
+    """A picture (H, W, 3) uint8 as a JPEG (bytes), at most `width` pixels wide."""
+    scale = min(width / picture.shape[1], 1.0)
+    small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return jpeg.tobytes()
