@@ -19,15 +19,16 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 from xwing import film as xfilm
 from xwing import lasers as xlasers
-from xwing import overlay
 from xwing import mesh as xmesh
+from xwing import overlay
 from xwing.film import animate, film, write_clip
 from xwing.footage import Clip, Frame
-from xwing.lasers import Lasers, draw_bolts
+from xwing.lasers import Lasers, draw_bolts, draw_shot
 from xwing.overlay import draw_heatmaps, draw_tracked
 from xwing.tracking import TrackedPose
 
 STEP = 14  # frames into the shot: bolts of several volleys are in flight
+UNIT = 1 / xu.DIAMETER  # diameters: the settings of `Lasers` for lengths in model units
 
 
 def pose_of(angles, position=(0, 0, 1.0)):
@@ -56,9 +57,26 @@ def mesh(root):
     return xmesh.load_mesh(root / "data" / "xwing.obj")
 
 
-def flying(pose, step=STEP, **settings):
+def scaled(target, factor):
+    """The same target in other units of length."""
+    return dataclasses.replace(
+        target,
+        box=target.box * factor,
+        diameter=target.diameter * factor,
+        lasers=target.lasers * factor,
+    )
+
+
+def moved_away(pose, factor):
+    """The pose (4, 4) in other units of length."""
+    pose = pose.copy()
+    pose[:3, 3] *= factor
+    return pose
+
+
+def flying(pose, step=STEP, target=xu.XWING, **settings):
     """The bolts of a ship that stands still, after so many frames."""
-    shot = Lasers(**settings).shot(30)
+    shot = Lasers(**settings).shot(30, target)
     return [shot.step(pose) for _ in range(step + 1)][-1]
 
 
@@ -78,7 +96,7 @@ def core(bolts, K, size=256, **arguments):
 
 
 def distances(points, pose, K, cannon):
-    """Signed distances (M,) in pixels from the projected line of fire, and how far along it points lie."""
+    """Signed distances (M,) in pixels from a projected line of fire, and positions along it."""
     muzzle, aim = xu.project_pose(xu.LASERS[cannon], pose, K)
     along = (aim - muzzle) / np.linalg.norm(aim - muzzle)
     return (points - muzzle) @ [-along[1], along[0]], (points - muzzle) @ along
@@ -94,31 +112,35 @@ def frames_of(count, size=32):
 
 
 def test_the_same_lasers_give_the_same_shot_every_time():
-    lasers, poses = Lasers(jitter=0.3), [pose_of((0, 3 * i, 90)) for i in range(40)]
+    lasers = Lasers(jitter=0.3)
+    poses = [pose_of((0, 3 * i, 90)) for i in range(40)]
     shots = [[shot.step(pose) for pose in poses] for shot in (lasers.shot(), lasers.shot())]
     assert all(np.array_equal(a, b) for a, b in zip(*shots)) and len(shots[0][-1]) > 4
+
     with pytest.raises(dataclasses.FrozenInstanceError):
         lasers.rate = 3
 
 
 def test_a_missing_pose_fires_nothing_and_what_was_fired_flies_on(K):
-    image, shot = frames_of(1, 64)[0], Lasers().shot(30)
+    image = frames_of(1, 64)[0]
+    shot = Lasers().shot(30)
     assert all(shot.step(None).shape == (0, 2, 3) for _ in range(10))
     drawn = draw_bolts(image, np.zeros((0, 2, 3)), K)
     np.testing.assert_array_equal(drawn, image)
     assert not np.shares_memory(drawn, image)
+
     before = [shot.step(ACROSS) for _ in range(5)][-1]
     after = [shot.step(None) for _ in range(3)][-1]
     assert len(before) == len(after) == 2
-    np.testing.assert_allclose(after[:, 1, 0] - before[:, 1, 0], 2.0 * 3 / 30)
+    flown = after[:, 1, 0] - before[:, 1, 0]
+    np.testing.assert_allclose(flown, 2.0 * 3 / 30, rtol=2e-5)  # the setting has five digits
 
 
 def test_bolts_keep_their_course_when_the_ship_turns():
     shot = Lasers(rate=1.0).shot(30)
     first = [shot.step(ACROSS) for _ in range(10)][-1]
-    course = (first[:, 1] - first[:, 0]) / np.linalg.norm(
-        first[:, 1] - first[:, 0], axis=1, keepdims=True
-    )
+    way = first[:, 1] - first[:, 0]
+    course = way / np.linalg.norm(way, axis=1, keepdims=True)
     for turn in range(10, 100, 10):
         step = shot.step(pose_of((0, turn, 90 + turn), (0.3, 0.1, 1.2)))[:, 1] - first[:, 1]
         np.testing.assert_allclose(np.linalg.norm(np.cross(step, course), axis=1), 0, atol=1e-12)
@@ -126,14 +148,12 @@ def test_bolts_keep_their_course_when_the_ship_turns():
 
 
 def test_bolts_fly_by_the_frames_own_seconds():
-    shot = Lasers(rate=1.0, length=0.1, reach=100.0).shot(30)
+    shot = Lasers(rate=1.0, speed=2.0 * UNIT, length=0.1 * UNIT, reach=100.0 * UNIT).shot(30)
     heads = [shot.step(np.eye(4), seconds)[0, 1, 1] for seconds in (0.1, 0.15, 0.65)]
-    np.testing.assert_allclose(
-        np.subtract(-0.1, heads), [0.2, 0.3, 1.3]
-    )  # 2 model units a second, along -y
-    assert (
-        len(shot.step(np.eye(4), 1e9)) < 200
-    )  # a broken time stamp: only what can still fly is fired
+    # Bolts fly 2 model units a second, along -y.
+    np.testing.assert_allclose(np.subtract(-0.1, heads), [0.2, 0.3, 1.3])
+    # At a broken time stamp only what can still fly is fired.
+    assert len(shot.step(np.eye(4), 1e9)) < 200
 
 
 def test_volleys_vary_with_the_seed_and_only_with_it():
@@ -158,7 +178,7 @@ def test_volleys_vary_with_the_seed_and_only_with_it():
         ("fps", 0),
     ],
 )
-def test_lasers_that_cannot_be(name, value):
+def test_settings_out_of_range_are_errors(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         Lasers().shot(value) if name == "fps" else Lasers(**{name: value})
 
@@ -195,17 +215,16 @@ def test_a_bolt_is_as_long_as_it_is(K):
     _, along = distances(core(one_bolt(ACROSS, 2, 0.03, 0.19), K)[0], ACROSS, K, 2)
     depth = (ACROSS @ [*xu.LASERS[2, 0], 1])[2]
     expected = K[0, 0] / depth * np.array([0.03, 0.19])
-    np.testing.assert_allclose(
-        [along.min(), along.max()], expected, atol=2.5
-    )  # its head is rounded
+    # The head of a bolt is rounded.
+    np.testing.assert_allclose([along.min(), along.max()], expected, atol=2.5)
 
 
 def test_both_pairs_of_cannons_fire_in_turn():
-    first, second = flying(ACROSS, 1, reach=0.01), flying(ACROSS, 7, reach=0.01)
+    first = flying(ACROSS, 1, reach=0.01 * UNIT)
+    second = flying(ACROSS, 7, reach=0.01 * UNIT)
     muzzles = xu.LASERS @ ACROSS[:3, :3].T + ACROSS[:3, 3]
-    course = (muzzles[:, 1] - muzzles[:, 0]) / np.linalg.norm(
-        muzzles[:, 1] - muzzles[:, 0], axis=1
-    )[:, None]
+    aim = muzzles[:, 1] - muzzles[:, 0]
+    course = aim / np.linalg.norm(aim, axis=1)[:, None]
 
     def cannon(bolt):
         return int(np.argmin(np.linalg.norm(np.cross(bolt[1] - muzzles[:, 0], course), axis=1)))
@@ -213,9 +232,62 @@ def test_both_pairs_of_cannons_fire_in_turn():
     assert [sorted(map(cannon, bolts)) for bolts in (first, second)] == [[1, 2], [0, 3]]
 
 
+@pytest.mark.parametrize(
+    "count,volleys",
+    [(0, [0, 0]), (1, [1, 1]), (2, [1, 1]), (3, [2, 1]), (4, [2, 2]), (6, [3, 3])],
+)
+def test_a_target_may_have_any_number_of_cannons(count, volleys):
+    """Half of the cannons fire in turn, a single one every time."""
+    lasers = np.tile(xu.LASERS, (2, 1, 1))[:count] + np.arange(count)[:, None, None] * 0.01
+    shot = Lasers(rate=10.0).shot(10, dataclasses.replace(xu.XWING, lasers=lasers))
+    fired = [len(shot.step(ACROSS)) for _ in range(3)]  # bolts show one frame after they are fired
+    assert np.diff(fired).tolist() == volleys
+
+
+def test_a_target_without_lasers_fires_none(K, clip, tmp_path):
+    unarmed = dataclasses.replace(xu.XWING, lasers=None)
+    shot = Lasers().shot(30, unarmed)
+    assert all(shot.step(ACROSS).shape == (0, 2, 3) for _ in range(20))
+
+    frames, poses, K = clip
+    animate(frames, poses, K, tmp_path / "unarmed.gif", target=unarmed)
+    animate(frames, [None] * len(frames), K, tmp_path / "no_pose.gif")
+    assert (tmp_path / "unarmed.gif").read_bytes() == (tmp_path / "no_pose.gif").read_bytes()
+
+
+def test_a_target_in_other_units_gives_the_same_pictures(K, mesh):
+    """A power of two scales all numbers exactly; nothing in the room is in absolute units."""
+    factor = 1024.0
+    large = scaled(xu.XWING, factor)
+    large_mesh = dataclasses.replace(mesh, vertices=mesh.vertices * factor)
+    lasers = Lasers()
+    image = np.full((256, 256, 3), 20, np.uint8)
+
+    for name, pose in {**SHOTS, "head on": HEAD_ON}.items():
+        bolts = flying(pose)
+        large_pose = moved_away(pose, factor)
+        large_bolts = flying(large_pose, target=large)
+        np.testing.assert_array_equal(large_bolts, bolts * factor, err_msg=name)
+
+        drawn = draw_shot(image, bolts, lasers, mesh, pose, K)
+        again = draw_shot(image, large_bolts, lasers, large_mesh, large_pose, K, large)
+        np.testing.assert_array_equal(again, drawn, err_msg=name)
+        plain = draw_bolts(image, bolts, K)
+        np.testing.assert_array_equal(draw_bolts(image, large_bolts, K, target=large), plain)
+
+        unit = np.repeat([1.0, factor], 3)
+        covariance = np.diag(np.repeat([1e-4, 2e-4], 3))
+        velocity = np.array([0, 0, 0, 0.3, 0.3, -1.8])
+        shown = draw_tracked(image, TrackedPose("tracked", 0, pose, covariance, velocity), K)
+        tracked = TrackedPose(
+            "tracked", 0, large_pose, covariance * np.outer(unit, unit), velocity * unit
+        )
+        np.testing.assert_array_equal(draw_tracked(image, tracked, K, large), shown)
+
+
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 51, 299])
 def test_bolts_are_in_front_of_the_muzzle_and_in_reach(step):
-    bolts = flying(np.eye(4), step, length=0.16, reach=3.0)
+    bolts = flying(np.eye(4), step, length=0.16 * UNIT, reach=3.0 * UNIT)
     start, end = -0.1 - bolts[..., 1].T  # distances from the muzzle plane y = -0.1, along -y
     assert (start >= -1e-9).all() and (end > start).all() and (end <= start + 0.16 + 1e-9).all()
     assert (start < 3.0).all() and bool(len(bolts)) == bool(step)
@@ -225,13 +297,17 @@ def test_bolts_are_in_front_of_the_muzzle_and_in_reach(step):
     "pose", [HEAD_ON, pose_of((90, 0, 0), (0, 0.05, 1.0)), pose_of((100, 10, 0), (0, 0, 0.6))]
 )
 def test_bolts_are_never_behind_the_camera(K, pose):
-    drawn, passed, shot = [], 0, Lasers().shot(20)
+    drawn = []
+    passed = 0
+    shot = Lasers().shot(20)
     for _ in range(30):
         bolts = shot.step(pose)
-        drawn.append(xlasers._before_the_camera(bolts))
+        drawn.append(xlasers.cut_at_near(bolts, xlasers.NEAR * xu.DIAMETER))
         passed += len(drawn[-1]) < len(bolts)
         assert draw_bolts(np.zeros((256, 256, 3), np.uint8), bolts, K).any() <= bool(len(drawn[-1]))
-    assert np.concatenate(drawn)[..., 2].min() == pytest.approx(0.05) and passed > 5
+    assert np.concatenate(drawn)[..., 2].min() == pytest.approx(0.05, rel=1e-4)  # five digits
+    assert passed > 5
+
     behind = pose_of((0, 0, 0), (0, 0, -1.0))
     assert not draw_bolts(np.zeros((64, 64, 3), np.uint8), flying(behind), K).any()
 
@@ -246,7 +322,8 @@ def test_a_bolt_past_the_camera_stays_on_its_line(K, end):
 
 def test_what_lies_before_a_bolt_hides_it(K):
     bolt = one_bolt(pose_of((-40, 0, 20)), 1, 0.03, 0.3)  # flies away from the camera
-    near, far = bolt[0, :, 2].min(), bolt[0, :, 2].max()
+    near = bolt[0, :, 2].min()
+    far = bolt[0, :, 2].max()
     whole = len(core(bolt, K)[0])
 
     def seen(z):
@@ -258,42 +335,43 @@ def test_what_lies_before_a_bolt_hides_it(K):
 
 def test_the_hull_hides_the_bolts_behind_it(K, mesh):
     pose = pose_of((0, 90, 10))  # seen from the side
-    behind = [
-        c for c in range(4) if (pose @ [*xu.LASERS[c, 0], 1])[2] > 1.1
-    ]  # the cannons of the far wing
+    depths = [(pose @ [*muzzle, 1])[2] for muzzle in xu.LASERS[:, 0]]
+    behind = [cannon for cannon in range(4) if depths[cannon] > 1.1]  # those of the far wing
     assert len(behind) == 2
     for cannon in range(4):
         bolts = one_bolt(pose, cannon, 0.0, 0.08)  # beside the nose
-        depth = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256))
-        share = len(core(bolts, K, depth=depth)[0]) / len(core(bolts, K)[0])
-        assert share < 0.5 if cannon in behind else share > 0.95
+        depth = xlasers.hull_depth(mesh, bolts, pose, K, (256, 256))
+        fraction = len(core(bolts, K, depth=depth)[0]) / len(core(bolts, K)[0])
+        assert fraction < 0.5 if cannon in behind else fraction > 0.95
 
 
 def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
-    """Two seconds of bolts about a ship that turns: the picture is that of the whole depth map."""
-    shot, lasers, part = Lasers().shot(30), Lasers(), 0
+    """About a ship that turns, the pictures are those that the whole depth map gives."""
+    lasers = Lasers()
+    shot = lasers.shot(30)
+    part = 0
     for i in range(60):
         pose = pose_of((40 + 7 * i, 10, 5 * i), (-0.2 + 0.01 * i, 0.05, 0.9))
-        bolts, image = shot.step(pose), np.full((256, 256, 3), 20, np.uint8)
+        bolts = shot.step(pose)
+        image = np.full((256, 256, 3), 20, np.uint8)
         whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
-        drawn = xlasers._with_bolts(image, bolts, lasers, mesh, pose, K)
-        assert (drawn != draw_bolts(image, bolts, K, whole)).any(
-            -1
-        ).mean() < 1e-4  # rounding at an edge
-        near = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256)) if len(bolts) else None
+        drawn = draw_shot(image, bolts, lasers, mesh, pose, K)
+        differs = (drawn != draw_bolts(image, bolts, K, whole)).any(-1)
+        assert differs.mean() < 1e-4  # rounding at an edge
+        near = xlasers.hull_depth(mesh, bolts, pose, K, (256, 256)) if len(bolts) else None
         part += near is None or np.isfinite(near).sum() < np.isfinite(whole).sum()
     assert part > 50
     for known in ((None, pose), (mesh, None)):
-        drawn = xlasers._with_bolts(image, bolts, lasers, *known, K)
+        drawn = draw_shot(image, bolts, lasers, *known, K)
         np.testing.assert_array_equal(drawn, draw_bolts(image, bolts, K))
 
 
 def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
-    """One vertex behind the camera was enough for no bolt to be hidden."""
+    """A vertex behind the camera must not switch the hiding off."""
     pose = pose_of((90, 0, 0), (0.02, -0.03, 0.12))
     assert (mesh.vertices @ pose[2, :3] + pose[2, 3]).min() < 0
     bolts = np.array([[[-0.1, 0.0, 0.9], [0.1, 0.0, 0.9]]])  # behind the ship
-    depth = xlasers._hull_depth(mesh, bolts, pose, K, (256, 256))
+    depth = xlasers.hull_depth(mesh, bolts, pose, K, (256, 256))
     whole = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)[1]
     assert depth is not None and np.isfinite(whole[120:136, 110:146]).any()
     np.testing.assert_allclose(depth[124:132, 110:146], whole[124:132, 110:146], rtol=1e-5)
@@ -301,81 +379,79 @@ def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
 
 @pytest.mark.parametrize("scale", [2, 5, 15])
 def test_the_glow_of_a_large_frame_is_a_gaussian_too(scale):
-    """It is computed from fewer pixels; no step and no spot is left of that."""
+    """The glow is computed from fewer pixels, which must leave no step and no spot."""
     bolt = np.zeros((640, 900), np.uint8)
     cv2.line(bolt, (300, 200), (500, 400), 255, 2 * scale, cv2.LINE_AA)
     light = bolt.astype(np.float32) / 255
     near, far = (cv2.GaussianBlur(light, (0, 0), sigma * scale) for sigma in (2.2, 5.0))
-    truth = (1.1 * near + 0.7 * far)[..., None] * [255, 60, 40] + light[
-        ..., None
-    ] * xlasers.WHITE_HOT
-    off = np.abs(xlasers._glow(bolt, (255, 60, 40), scale) - truth)
+    halo = (1.1 * near + 0.7 * far)[..., None] * [255, 60, 40]
+    truth = halo + light[..., None] * xlasers.WHITE_HOT
+    off = np.abs(xlasers.glow(bolt, (255, 60, 40), scale) - truth)
     assert off.max() < 5 and off.mean() < 0.2  # of 255
 
 
 def test_colour_and_radius_of_the_bolts_are_settings(K):
-    black, bolts = np.zeros((256, 256, 3), np.uint8), flying(ACROSS)
+    black = np.zeros((256, 256, 3), np.uint8)
+    bolts = flying(ACROSS)
     red, green, thick = (
-        xlasers._with_bolts(black, bolts, lasers, None, None, K).astype(int)
-        for lasers in (Lasers(), Lasers(colour=(40, 255, 60)), Lasers(radius=0.01))
+        draw_shot(black, bolts, lasers, None, None, K).astype(int)
+        for lasers in (Lasers(), Lasers(colour=(40, 255, 60)), Lasers(radius=0.01 * UNIT))
     )
     lit = red.sum(-1) > 60
-    assert (
-        lit.sum() > 50
-        and (red[lit, 0] >= red[lit, 1]).all()
-        and (green[lit, 1] >= green[lit, 0]).all()
-    )
-    assert (thick.max(-1) > 200).sum() > 1.5 * (
-        red.max(-1) > 200
-    ).sum()  # the glow is as broad as ever
+    assert lit.sum() > 50
+    assert (red[lit, 0] >= red[lit, 1]).all() and (green[lit, 1] >= green[lit, 0]).all()
+    # The glow is as broad as ever.
+    assert (thick.max(-1) > 200).sum() > 1.5 * (red.max(-1) > 200).sum()
 
 
 # ------------------------------------------------------------ overlays
 
 
 def test_ellipses_are_those_of_many_draws(K):
-    rng, pose = np.random.default_rng(0), pose_of((40, 10, 20))
+    rng = np.random.default_rng(0)
+    pose = pose_of((40, 10, 20))
     spread = rng.normal(size=(6, 6)) * 0.004
-    covariance, drawn = spread @ spread.T, []
+    covariance = spread @ spread.T
+    drawn = []
     for step in rng.multivariate_normal(np.zeros(6), covariance, 4000):
         moved = pose.copy()
         moved[:3, :3] = Rotation.from_rotvec(step[:3]).as_matrix() @ pose[:3, :3]
         moved[:3, 3] += step[3:]
         drawn.append(xu.project_pose(xu.BOUNDING_BOX, moved, K))
-    for claimed, corner in zip(
-        overlay.corner_covariance(pose, covariance, K), np.moveaxis(drawn, 1, 0)
-    ):
+
+    claims = overlay.corner_covariance(pose, covariance, K)
+    for claimed, corner in zip(claims, np.moveaxis(drawn, 1, 0)):
         np.testing.assert_allclose(
             claimed, np.cov(corner.T), rtol=0.15, atol=0.05 * np.trace(claimed)
         )
 
 
 def test_the_overlay_shows_all_that_is_known(K):
-    image, whole = (
-        np.zeros((256, 256, 3), np.uint8),
-        (np.eye(6) * 1e-4, np.array([0, 0, 0, 0.3, 0.3, 0])),
-    )
-    everything = draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *whole), K)
-    for known in ((None, whole[1]), (whole[0], None)):
-        assert (
-            draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *known), K) != everything
-        ).sum() > 10
-    predicted = draw_tracked(image, TrackedPose("predicted", 0, ACROSS, *whole), K)
+    image = np.zeros((256, 256, 3), np.uint8)
+    covariance = np.eye(6) * 1e-4
+    velocity = np.array([0, 0, 0, 0.3, 0.3, 0])
+    everything = draw_tracked(image, TrackedPose("tracked", 0, ACROSS, covariance, velocity), K)
+    for known in ((None, velocity), (covariance, None)):
+        less = draw_tracked(image, TrackedPose("tracked", 0, ACROSS, *known), K)
+        assert (less != everything).sum() > 10
+
+    predicted = draw_tracked(image, TrackedPose("predicted", 0, ACROSS, covariance, velocity), K)
     assert (predicted != everything).any(-1).sum() > 100
     assert not draw_tracked(image, TrackedPose("lost"), K).any()
 
 
 def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
-    """A wide clip, whose picture is scaled into the square: box and spots lie where the corners do."""
+    """A wide clip is scaled into the square; box and spots lie where the corners do."""
     corners = xu.project_pose(xu.BOUNDING_BOX, ACROSS, K)
     oracle = SimpleNamespace(
-        heatmaps=lambda squares: xu.gaussian_heatmaps(corners / 2, 128, 2.0)[None]
+        target=xu.XWING,
+        heatmaps=lambda squares: xu.gaussian_heatmaps(corners / 2, 128, 2.0)[None],
     )
-    wide = np.array(
-        [[2 * K[0, 0], 0, 256], [0, 2 * K[0, 0], 128], [0, 0, 1]]
-    )  # 512 x 256, half the scale
+    focal = 2 * K[0, 0]
+    wide = np.array([[focal, 0, 256], [0, focal, 128], [0, 0, 1]])  # 512 x 256, half the scale
     track = [TrackedPose("lost"), TrackedPose("tracked", 0, ACROSS, np.eye(6) * 1e-6)]
     clip = [np.full((256, 512, 3), 40, np.uint8)] * 2
+
     lost, shown = overlay.tracked_pictures(clip, track, wide, oracle, [0, 1])
     assert lost.shape == shown.shape == (256, 512, 3)
     assert not np.ptp(lost[70:180, :256]) and not lost[:60, :256].any()
@@ -457,13 +533,13 @@ def test_frames_shown_are_the_ones_of_their_time(clip, tmp_path):
 
 
 def test_a_varying_rate_is_shown_at_its_own_times(tmp_path, K):
-    """Ten frames in half a second, then ten in two: the file shows each when it was taken."""
+    """Ten frames come in half a second, then ten in two; the file shows each when it was taken."""
     seconds = np.array([*np.arange(10) / 20, *0.5 + np.arange(10) / 5])
     indices = xfilm.frames_in_real_time(seconds, 10)
     ticks = np.arange(len(indices)) / 10
-    np.testing.assert_array_equal(
-        indices, [np.flatnonzero(seconds <= tick + 1e-9)[-1] for tick in ticks]
-    )
+    expected = [np.flatnonzero(seconds <= tick + 1e-9)[-1] for tick in ticks]
+    np.testing.assert_array_equal(indices, expected)
+
     milliseconds = np.round(np.arange(90) / 30, 3)  # as a Matroska file tells them
     np.testing.assert_array_equal(xfilm.frames_in_real_time(milliseconds, 30), np.arange(90))
 
@@ -490,7 +566,8 @@ def test_frames_can_be_paths_and_numbers_numpys(clip, tmp_path):
 
 def test_what_cannot_be_read_repeats_the_frame_before(clip, tmp_path):
     frames = list(clip[0][:9])
-    frames[2], frames[5] = tmp_path / "2.jpg", np.zeros((48, 80, 3), np.uint8)
+    frames[2] = tmp_path / "2.jpg"
+    frames[5] = np.zeros((48, 80, 3), np.uint8)
     frames[2].write_bytes(b"broken")
     with pytest.warns(UserWarning) as caught:
         animate(frames, [None] * 9, clip[2], tmp_path / "a.mp4", 30)
@@ -527,19 +604,31 @@ def test_a_clip_that_cannot_be_made(clip, tmp_path, change, message):
 def test_odd_sizes_get_a_black_line(tmp_path):
     write_clip([np.full((33, 35, 3), 200, np.uint8)] * 3, tmp_path / "a.mp4", 30)
     written = next(iter(Clip(tmp_path / "a.mp4"))).image
-    assert (
-        written.shape == (34, 36, 3)
-        and written[:32, :34].mean() > 190
-        and written[33, :34].mean() < 60
-    )
+    assert written.shape == (34, 36, 3)
+    assert written[:32, :34].mean() > 190 and written[33, :34].mean() < 60
+
+    different = [np.zeros((33, 35, 3), np.uint8), np.zeros((36, 36, 3), np.uint8)]
     with pytest.raises(ValueError, match="pictures of one size"):
-        write_clip(
-            [np.zeros((33, 35, 3), np.uint8), np.zeros((36, 36, 3), np.uint8)], tmp_path / "b.mp4"
-        )
+        write_clip(different, tmp_path / "b.mp4")
     for name in ("c.gif", "c.mp4"):
         with pytest.raises(ValueError, match="at least one picture"):
             write_clip([], tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_progress_is_shown_where_it_takes_long_and_only_if_asked(clip, tmp_path, capsys):
+    """A GIF is quantised after its pictures are drawn, which takes as long again."""
+    animate(*clip, tmp_path / "a.gif", progress=True)
+    shown = capsys.readouterr().err
+    assert "a.gif: 100%" in shown and "GIF colours: 100%" in shown and "25/25" in shown
+
+    write_clip(clip[0], tmp_path / "a.mp4", progress=True)
+    shown = capsys.readouterr().err
+    assert "a.mp4: 100%" in shown and "30/30" in shown and "GIF" not in shown
+
+    animate(*clip, tmp_path / "a.gif")
+    write_clip(clip[0], tmp_path / "a.mp4")
+    assert not capsys.readouterr().err
 
 
 # ------------------------------------------------------------ files: whole or not at all
@@ -555,13 +644,12 @@ def test_the_old_file_stays_until_the_new_one_is_whole(clip, tmp_path, name):
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(ZeroDivisionError):
         write_clip(failing(), tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (
-        tmp_path / name
-    ).read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
+
     write_clip(clip[0], tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and Clip(
-        tmp_path / name
-    ).count == 30
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert Clip(tmp_path / name).count == 30
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "file:x.mp4", "pipe:1.mp4", "concat:a|b.mp4"])
@@ -574,7 +662,7 @@ def test_outputs_are_files_whatever_their_names(clip, tmp_path, monkeypatch, nam
 def test_a_path_that_cannot_be_written_is_said_before_the_pass(clip, tmp_path, K):
     (tmp_path / "a.mp4").mkdir()
     started = []
-    tracker = SimpleNamespace(K=K, fps=30.0, update=lambda *_: started.append(1))
+    tracker = SimpleNamespace(K=K, fps=30.0, target=xu.XWING, update=lambda *_: started.append(1))
     for path, error, message in (
         (tmp_path / "a.mp4", IsADirectoryError, "a.mp4: is a folder"),
         (tmp_path / "none" / "b.mp4", FileNotFoundError, "no such folder to write b.mp4"),
@@ -588,7 +676,7 @@ def test_a_path_that_cannot_be_written_is_said_before_the_pass(clip, tmp_path, K
     assert not started and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_parts_of_killed_runs_are_swept(clip, tmp_path):
+def test_leftovers_of_killed_runs_are_removed(clip, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / f".a.mp4.{gone.pid}.part").write_bytes(b"of a killed run")
@@ -606,6 +694,7 @@ import resource, signal, sys, warnings
 sys.path.insert(0, {str(xu.ROOT)!r})
 import numpy as np
 from types import SimpleNamespace
+import xwing_utils as xu
 from xwing.film import film, write_clip
 from xwing.footage import Frame
 from xwing.tracking import TrackedPose
@@ -617,7 +706,8 @@ for name in ("b.gif", "b.mp4"):
         write_clip(pictures, {str(tmp_path)!r} + "/" + name)
     except OSError as error:
         print(error)
-tracker = SimpleNamespace(K=np.eye(3), fps=30, update=lambda image, seconds: TrackedPose("lost", seconds))
+tracker = SimpleNamespace(K=np.eye(3), fps=30, target=xu.XWING)
+tracker.update = lambda image, seconds: TrackedPose("lost", seconds)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     track = film(map(Frame, pictures), tracker, {str(tmp_path / "a.mp4")!r}, progress=False)
@@ -638,7 +728,11 @@ class StandIn:
     """A tracker that knows the pose and remembers what it was given."""
 
     def __init__(self, K, pose=ACROSS):
-        self.K, self.fps, self.pose, self.seen = K, 30.0, pose, []
+        self.K = K
+        self.fps = 30.0
+        self.target = xu.XWING
+        self.pose = pose
+        self.seen = []
 
     def update(self, image, seconds=None):
         self.seen.append((None if image is None else image.shape, seconds))
@@ -648,11 +742,13 @@ class StandIn:
 
 
 def test_a_film_is_made_in_one_pass_and_broken_frames_do_not_stop_it(K, mesh, tmp_path):
-    folder, tracker = tmp_path / "frames", StandIn(K)
+    tracker = StandIn(K)
+    folder = tmp_path / "frames"
     folder.mkdir()
     for i in range(12):
         Image.fromarray(np.full((256, 256, 3), 10 * i, np.uint8)).save(folder / f"{i}.png")
     (folder / "5.png").write_bytes(b"broken")
+
     track = film(Clip(folder), tracker, tmp_path / "a.mp4", mesh=mesh, progress=False)
     assert [t.status for t in track] == ["tracked"] * 5 + ["predicted"] + ["tracked"] * 6
     assert "5.png" in track[5].reason and track[0].covariance is None and track[0].velocity is None
@@ -676,12 +772,11 @@ def test_a_film_keeps_the_times_of_its_frames(K, tmp_path):
 
 
 def test_frames_that_change_their_size_lose_no_pose(K, tmp_path):
-    images, tracker = [*frames_of(4), *frames_of(3, 48), *frames_of(4)], StandIn(K)
-    track = film((Frame(image) for image in images), tracker, tmp_path / "a.mp4", progress=False)
+    images = [*frames_of(4), *frames_of(3, 48), *frames_of(4)]
+    track = film(map(Frame, images), StandIn(K), tmp_path / "a.mp4", progress=False)
     assert [t.status for t in track] == ["tracked"] * 4 + ["predicted"] * 3 + ["tracked"] * 4
-    assert (
-        "(48, 48, 3), not (32, 32, 3)" in track[4].reason and Clip(tmp_path / "a.mp4").count == 11
-    )
+    assert "(48, 48, 3), not (32, 32, 3)" in track[4].reason
+    assert Clip(tmp_path / "a.mp4").count == 11
 
 
 def test_a_film_begins_with_the_first_frame_that_can_be_read(K, tmp_path):
@@ -700,10 +795,8 @@ def test_what_was_read_before_an_error_is_filmed(K, tmp_path):
         raise OSError("the tape is torn")
 
     track = film(failing(), StandIn(K), tmp_path / "a.mp4", progress=False)
-    assert (
-        len(track) == Clip(tmp_path / "a.mp4").count == 11
-        and "the tape is torn" in track[-1].reason
-    )
+    assert len(track) == Clip(tmp_path / "a.mp4").count == 11
+    assert "the tape is torn" in track[-1].reason
 
 
 @pytest.mark.parametrize(
@@ -738,12 +831,14 @@ import resource, sys
 sys.path.insert(0, {str(xu.ROOT)!r})
 import numpy as np
 from types import SimpleNamespace
+import xwing_utils as xu
 from xwing.film import film
 from xwing.footage import Frame
 from xwing.tracking import TrackedPose
 pose = np.diag([1.0, 1, 1, 1])
 pose[2, 3] = 1
-tracker = SimpleNamespace(K=np.array([[200.0, 0, 128], [0, 200, 128], [0, 0, 1]]), fps=30)
+K = np.array([[200.0, 0, 128], [0, 200, 128], [0, 0, 1]])
+tracker = SimpleNamespace(K=K, fps=30, target=xu.XWING)
 tracker.update = lambda image, seconds: TrackedPose("tracked", seconds, pose)
 for count in (100, 1500):
     frames = (Frame(np.zeros((256, 256, 3), np.uint8)) for _ in range(count))
@@ -758,12 +853,8 @@ for count in (100, 1500):
 
 
 def test_no_warning_and_no_error_goes_unseen(K, mesh, tmp_path):
+    frames = map(Frame, frames_of(5, 64))
+    tracker = StandIn(K, HEAD_ON)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        film(
-            map(Frame, frames_of(5, 64)),
-            StandIn(K, HEAD_ON),
-            tmp_path / "a.mp4",
-            mesh=mesh,
-            progress=False,
-        )
+        film(frames, tracker, tmp_path / "a.mp4", mesh=mesh, progress=False)

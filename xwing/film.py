@@ -1,14 +1,17 @@
-"""The shot: laser bolts, overlays, and the pictures written as GIF or MP4.
+"""The shot: frames with their laser bolts, written as GIF or MP4.
 
-Every bolt keeps the course on which it was fired, whatever the ship does next. It is drawn as a tapered light
-in perspective, hidden where the mesh lies before it; all that this needs of a frame is the ship's pose.
-`animate` draws a finished track; `film` tracks, draws and writes in one pass, with constant memory.
+All that a bolt needs of a frame is the target's pose. `animate` takes the poses of a finished
+track, draws the bolts and writes a file in real time, whatever its rate. `film` tracks, draws and
+writes in one pass: frames are read, tracked, drawn and encoded at the same time, each by a thread
+that works a frame or two ahead of the next one, so that memory stays constant however long the clip
+is. A file is replaced only when it is whole.
 """
 
 import collections
 import dataclasses
 import errno
 import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -21,76 +24,148 @@ from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.footage import Clip, Frame, frames_at
-from xwing.lasers import Lasers, _check_positive, _with_bolts
+from xwing.lasers import Lasers, check_positive, draw_shot
+from xwing.mesh import Mesh
 
-ENCODING, CLOCK = (
-    {"preset": "veryfast", "crf": "17"},
-    Fraction(1, 90_000),
-)  # of x264; seconds that MP4s count
-NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
+ENCODING = {"preset": "veryfast", "crf": "17"}  # of x264
+CLOCK = Fraction(1, 90_000)  # seconds, the unit in which an MP4 file counts time
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+PALETTE_PICTURES = 24  # of a GIF, from which its palette is made
 
 
-def animate(frames, poses, K, path, fps=25, source_fps=30, lasers=None, mesh=None, progress=False):
-    """Write a clip with laser bolts, in real time: frames are left out or shown twice where rates differ.
+# ------------------------------------------------------------ a finished track
+
+
+def animate(
+    frames: Clip | Iterable,
+    poses: Sequence,
+    K: np.ndarray,
+    path: str | Path,
+    fps: float = 25,
+    source_fps: float = 30,
+    lasers: Lasers | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+    target: xu.Target = xu.XWING,
+) -> None:
+    """Write a clip with laser bolts, in real time.
+
+    Where the rates of the frames and of the file differ, frames are left out or shown twice.
 
     Args:
-        frames: a `Clip`, or N images (H, W, 3) uint8 or paths. What cannot be read repeats the frame before.
-        poses: N (4, 4) or None; a frame without a pose fires no bolts. K: (3, 3) camera matrix.
+        frames: a `Clip`, or N images (H, W, 3) uint8 or paths. A frame that cannot be read is
+            replaced by the frame before it.
+        poses: N poses (4, 4), model -> OpenCV camera, or None; a frame without a pose fires no
+            bolts.
+        K: (3, 3) camera matrix.
         path: `.gif` or `.mp4`; replaced only when the whole clip is made.
-        fps: frames a second of the file; source_fps: of the frames, where they have no time stamps.
-        lasers: `Lasers`, or None for the usual ones; mesh: `Mesh` or None, the hull that hides bolts.
+        fps: frames a second of the file.
+        source_fps: frames a second of `frames`, where they have no time stamps.
+        lasers: settings of the bolts, or None for the usual ones.
+        mesh: the hull that hides bolts, or None.
+        progress: show a progress bar.
+        target: whose cannons fire; a target without lasers fires none.
     Raises:
-        ValueError: numbers, a rate (in a GIF at most 100), a suffix or a first frame that will not do.
+        ValueError: a number or the suffix is not one of those above, the rate of a GIF is above
+            100, the numbers of frames and poses differ, or no frame can be read.
+        OSError: the path is a folder, its folder is missing, or there is no room.
     """
-    path, fps = _check_target(path, fps)
-    _check_positive("source_fps", source_fps)
-    K, frames = xu.check_camera_matrix(K), frames if isinstance(frames, Clip) else list(frames)
+    path, fps = _check_output(path, fps)
+    check_positive("source_fps", source_fps)
+    K = xu.check_camera_matrix(K)
+
+    if not isinstance(frames, Clip):
+        frames = list(frames)
     count = frames.count if isinstance(frames, Clip) else len(frames)
+    poses = _check_poses(poses, count)
+
+    has_times = isinstance(frames, Clip) and frames.fps
+    seconds = frames.seconds if has_times else np.arange(count) / source_fps
+    indices = frames_in_real_time(seconds, fps)
+
+    lasers = lasers or Lasers()
+    shot = lasers.shot(target=target)
+    pictures = (
+        draw_shot(image, bolts, lasers, mesh, pose, K, target)
+        for image, bolts, pose in _shown_frames(frames, poses, seconds, indices, shot)
+    )
+    write_clip(pictures, path, fps, progress, len(indices))
+
+
+def _check_poses(poses, count):
+    """A list of poses (4, 4) or None, or the error if they do not fit the frames."""
     if count != len(poses) or not count:
         raise ValueError(
             f"expected a pose or None for each frame, got {count} frames and {len(poses)} poses"
         )
-    poses = [
-        p if p is None else xu.check_array(p, (4, 4), f"pose of frame {i}")
-        for i, p in enumerate(poses)
+    return [
+        pose if pose is None else xu.check_array(pose, (4, 4), f"pose of frame {i}")
+        for i, pose in enumerate(poses)
     ]
-    seconds = (
-        frames.seconds if isinstance(frames, Clip) and frames.fps else np.arange(count) / source_fps
-    )
-    indices = frames_in_real_time(seconds, fps)
-    shots = _shots(frames, poses, K, seconds, indices, lasers or Lasers(), mesh)
-    write_clip(tqdm(shots, path.name, len(indices), unit="frame", disable=not progress), path, fps)
 
 
-def frames_in_real_time(seconds, fps):
-    """(T,) numbers of the frames, taken at `seconds` (N,), that a file of `fps` frames a second shows."""
+def frames_in_real_time(seconds: Sequence[float], fps: float) -> np.ndarray:
+    """Choose the frames that a file shows at its own rate.
+
+    Args:
+        seconds: (N,) when each frame was taken, rising.
+        fps: frames a second of the file.
+    Returns:
+        (T,) numbers of the frames; the last frame is shown for the median time between two frames.
+    """
     step = np.median(np.diff(seconds)) if len(seconds) > 1 else 1 / fps
-    ticks = np.arange(
-        0, seconds[-1] + step - 1e-9, 1 / fps
-    )  # and some files tell the time in milliseconds
-    return np.searchsorted(seconds, ticks + min(6e-4, step / 4), side="right") - 1
+    ticks = np.arange(0, seconds[-1] + step - 1e-9, 1 / fps)
+
+    # Some files tell the time in milliseconds, so a frame counts as taken if it is due within one.
+    tolerance = min(6e-4, step / 4)
+    return np.searchsorted(seconds, ticks + tolerance, side="right") - 1
 
 
-def _shots(frames, poses, K, seconds, indices, lasers, mesh):
-    """Yield the chosen frames with their bolts; those that are left out count for the shot too."""
-    shot, done, bolts = lasers.shot(), 0, None
+def _shown_frames(frames, poses, seconds, indices, shot):
+    """Yield image, bolts and pose of each chosen frame; the shot steps through all frames."""
+    done = 0
+    bolts = None
     for i, image in zip(indices, frames_at(frames, indices)):
-        for pose, moment in zip(poses[done : i + 1], seconds[done : i + 1]):
-            bolts, done = shot.step(pose, moment), i + 1
-        yield _with_bolts(image, bolts, lasers, mesh, poses[i], K)
+        while done <= i:
+            bolts = shot.step(poses[done], seconds[done])
+            done += 1
+        yield image, bolts, poses[i]
 
 
-def write_clip(pictures, path, fps=25):
-    """Write pictures (H, W, 3) uint8 of one size as a `.gif` or `.mp4`, as `animate` does."""
-    path, fps = _check_target(path, fps)
+# ------------------------------------------------------------ files
+
+
+def write_clip(
+    pictures: Iterable[np.ndarray],
+    path: str | Path,
+    fps: float = 25,
+    progress: bool = False,
+    count: int | None = None,
+) -> None:
+    """Write pictures as a GIF or MP4 file.
+
+    Args:
+        pictures: (H, W, 3) uint8 of one size.
+        path: `.gif` or `.mp4`; replaced only when the whole clip is made.
+        fps: frames a second of the file; a GIF counts hundredths of a second.
+        progress: show a progress bar.
+        count: of the pictures, for the bar, where they have no length.
+    Raises:
+        ValueError: the suffix or the rate is not possible, there is no picture, or their sizes
+            differ.
+        OSError: the path is a folder, its folder is missing, or there is no room.
+    """
+    path, fps = _check_output(path, fps)
+    pictures = tqdm(pictures, path.name, count, unit="frame", disable=not progress)
     with xu.part_files(path) as (part,):
         if path.suffix == ".gif":
-            _write_gif(pictures, part, fps)
+            _write_gif(pictures, part, fps, progress)
         else:
             _write_mp4(((picture, None) for picture in pictures), part, fps)
 
 
-def _check_target(path, fps, suffixes=(".gif", ".mp4")):
+def _check_output(path, fps, suffixes=(".gif", ".mp4")):
     """The path of a clip to write and its true rate, or the error that would come in the end."""
     path = Path(path)
     if path.suffix not in suffixes:
@@ -101,28 +176,35 @@ def _check_target(path, fps, suffixes=(".gif", ".mp4")):
         raise FileNotFoundError(
             f"{path.parent}: no such folder to write {path.name} to; make it first"
         )
-    if not 0 < fps < np.inf or (path.suffix == ".gif" and fps > 100):
+
+    gif = path.suffix == ".gif"
+    if not 0 < fps < np.inf or (gif and fps > 100):
         raise ValueError(
             f"fps: expected a positive rate, in a GIF at most 100 frames a second, got {fps}"
         )
-    return path, 100 / round(100 / fps) if path.suffix == ".gif" else fps  # a GIF counts hundredths
+    return path, 100 / round(100 / fps) if gif else fps  # a GIF counts hundredths
 
 
-def _write_gif(pictures, path, fps):
-    """One palette for the whole clip, so that its colours do not flicker; it loops for ever."""
+def _write_gif(pictures, path, fps, progress):
+    """Write a GIF that loops for ever; one palette for the whole clip avoids flicker."""
     pictures = list(pictures)
     if not pictures:
         raise ValueError("expected at least one picture, got none")
-    sample = pictures[:: max(1, len(pictures) // 24)]
+
+    sample = pictures[:: max(1, len(pictures) // PALETTE_PICTURES)]
     palette = _clip_palette(np.concatenate([picture.reshape(-1, 3) for picture in sample]))
-    first, *more = (
-        Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures
+
+    bar = tqdm(pictures, "GIF colours", unit="frame", disable=not progress)
+    quantised = (
+        Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE)
+        for picture in bar
     )
+    first = next(quantised)
     first.save(
         path,
         "GIF",
         save_all=True,
-        append_images=more,
+        append_images=quantised,
         duration=round(1000 / fps),
         loop=0,
         disposal=1,
@@ -130,73 +212,108 @@ def _write_gif(pictures, path, fps):
 
 
 def _clip_palette(pixels):
-    """A PIL image with 256 colours for (N, 3) uint8 pixels: half for the few of ship and bolts."""
+    """A PIL image with 256 colours for pixels (N, 3) uint8.
+
+    The ship and its bolts fill few pixels of most frames, and a common palette would leave few
+    colours to them. Bright or reddish pixels therefore get one half of the colours, all others the
+    other half.
+    """
     warm = (pixels.max(1) > 130) | (pixels[:, 0] > pixels[:, 2].astype(int) + 8)
-    strips = [Image.fromarray(part[None]) for part in (pixels[warm], pixels[~warm]) if len(part)]
-    halves = [
-        strip.quantize(128, Image.Quantize.MEDIANCUT).getpalette()[: 3 * 128] for strip in strips
-    ]
+
+    colours = []
+    for part in (pixels[warm], pixels[~warm]):
+        if len(part):
+            strip = Image.fromarray(part[None]).quantize(128, Image.Quantize.MEDIANCUT)
+            colours += strip.getpalette()[: 3 * 128]
+
     palette = Image.new("P", (1, 1))
-    palette.putpalette(sum(halves, []))
+    palette.putpalette(colours)
     return palette
 
 
 def _write_mp4(pictures, path, fps):
-    """H.264 of pairs: a picture and the second from which it is seen, or None for the usual time."""
-    now, shape = 0.0, None
-    try:  # FFmpeg gets an open file, so that no name is a protocol
+    """Write an H.264 file of pairs: a picture, and the second from which it is seen or None."""
+    try:  # FFmpeg gets an open file, so that it takes no name for a protocol.
         with path.open("w+b") as file, av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream(
-                "libx264", Fraction(fps).limit_denominator(10_000), ENCODING
-            )
-            stream.codec_context.time_base, stream.codec_context.thread_count = CLOCK, 2
-            for picture, seconds in pictures:
-                odd = [(0, side % 2) for side in picture.shape[:2]]  # H.264 takes even sizes only
-                frame = av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(np.pad(picture, [*odd, (0, 0)]))
-                )
-                if shape is None:
-                    shape, stream.width, stream.height = picture.shape, frame.width, frame.height
-                elif picture.shape != shape:
-                    raise ValueError(
-                        f"expected pictures of one size, got {shape} and then {picture.shape}"
-                    )
-                else:
-                    now = now + 1 / fps if seconds is None else max(seconds, now + 1e-4)
-                frame.pts, frame.time_base = round(now / CLOCK), CLOCK
-                container.mux(stream.encode(frame))
-            if shape is None:
-                raise ValueError("expected at least one picture, got none")
-            container.mux(stream.encode())
+            _encode(pictures, container, fps)
     except av.FFmpegError as error:
-        raise error.__context__ or error from None  # what the file said
+        raise error.__context__ or error from None  # what the file system said, where it did
 
 
-def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
-    """Track a clip and write it with its bolts as it is read: one pass, constant memory, clips of any length.
+def _encode(pictures, container, fps):
+    """Encode pairs, see `_write_mp4`, into an open file; None is one frame's time later."""
+    stream = container.add_stream("libx264", Fraction(fps).limit_denominator(10_000), ENCODING)
+    stream.codec_context.time_base = CLOCK
+    stream.codec_context.thread_count = 2
+
+    shape = None
+    now = 0.0
+    for picture, seconds in pictures:
+        frame = _even_frame(picture)
+        if shape is None:
+            shape = picture.shape
+            stream.width = frame.width
+            stream.height = frame.height
+        elif picture.shape != shape:
+            raise ValueError(f"expected pictures of one size, got {shape} and then {picture.shape}")
+        elif seconds is None:
+            now += 1 / fps
+        else:
+            now = max(seconds, now + 1e-4)  # a clock that runs backwards must not
+
+        frame.pts = round(now / CLOCK)
+        frame.time_base = CLOCK
+        container.mux(stream.encode(frame))
+
+    if shape is None:
+        raise ValueError("expected at least one picture, got none")
+    container.mux(stream.encode())
+
+
+def _even_frame(picture):
+    """A picture (H, W, 3) for PyAV; a black line makes odd sizes even, as H.264 needs them."""
+    height, width = picture.shape[:2]
+    padded = np.pad(picture, [(0, height % 2), (0, width % 2), (0, 0)])
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(padded))
+
+
+# ------------------------------------------------------------ one pass
+
+
+def film(
+    clip: Clip | Iterable[Frame],
+    tracker,
+    path: str | Path,
+    lasers: Lasers | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> list:
+    """Track a clip and write it with its bolts while it is read: one pass, constant memory.
 
     Args:
-        clip: `Clip`, or an iterable of `Frame`. Where reading it fails the film ends, and the track says why.
-        tracker: has `K`, `fps` and `update(image, seconds)`, see `Tracker`.
-        path: `.mp4`, replaced only when whole, its frames at their own times; lasers, mesh: see `animate`.
+        clip: `Clip`, or an iterable of `Frame`. Where reading it fails, the film ends, and the
+            track says why.
+        tracker: has `K`, `fps`, `target` and `update(image, seconds)`, see `Tracker`.
+        path: `.mp4`, replaced only when whole. Frames show at their own times.
+        lasers: settings of the bolts, or None for the usual ones.
+        mesh: the hull that hides bolts, or None.
+        progress: show a progress bar.
     Returns:
-        list of `TrackedPose` without covariance and velocity; a warning where there is no room for the film.
+        list of `TrackedPose`, without covariance and velocity. Where there is no room for the film,
+        it is not written, a warning says so, and the track is whole.
     Raises:
-        ValueError: another suffix, or no frame can be read. OSError: no such folder, not a file.
+        ValueError: the suffix is another, or no frame can be read.
+        OSError: the path is a folder, or its folder is missing.
     """
-    track, (path, fps) = (
-        [],
-        _check_target(path, getattr(clip, "fps", None) or tracker.fps, (".mp4",)),
-    )
-    bar = dict(
-        desc="tracking", total=getattr(clip, "count", None), unit="frame", disable=not progress
-    )
-    pictures = iter(
-        tqdm(_prefetch(_filmed(clip, tracker, fps, lasers or Lasers(), mesh, track)), **bar)
-    )
-    with threadpool_limits(
-        1, "blas"
-    ):  # frames are read, tracked, drawn and written at the same time
+    fps = getattr(clip, "fps", None) or tracker.fps
+    path, fps = _check_output(path, fps, (".mp4",))
+
+    track = []
+    pictures = _prefetch(_film_pictures(clip, tracker, fps, lasers or Lasers(), mesh, track))
+    count = getattr(clip, "count", None)
+    pictures = iter(tqdm(pictures, "tracking", count, unit="frame", disable=not progress))
+
+    with threadpool_limits(1, "blas"):  # the steps of the pass have threads of their own
         try:
             with xu.part_files(path) as (part,):
                 _write_mp4(pictures, part, fps)
@@ -208,46 +325,62 @@ def film(clip, tracker, path, lasers=None, mesh=None, progress=True):
     return track
 
 
-def _filmed(clip, tracker, fps, lasers, mesh, track):
-    """Yield each picture and its seconds, and put each `TrackedPose` on `track`."""
-    shot, unread = lasers.shot(fps), []
-    for image, seconds, tracked in _prefetch(
-        _followed(_prefetch(_to_the_fault(clip)), tracker, fps)
-    ):
+def _film_pictures(clip, tracker, fps, lasers, mesh, track):
+    """Yield each picture and its seconds, and append each `TrackedPose` to `track`."""
+    shot = lasers.shot(fps, tracker.target)
+    tracked_frames = _tracked_frames(_prefetch(_until_error(clip)), tracker, fps)
+
+    waiting = []  # seconds of frames before the first that can be read; they show that one
+    for image, seconds, tracked in _prefetch(tracked_frames):
         track.append(tracked)
-        bolts, unread = shot.step(tracked.pose, seconds), [*unread, seconds]
-        if image is not None:  # what could not be read at the start shows the first frame
-            picture = _with_bolts(image, bolts, lasers, mesh, tracked.pose, tracker.K)
-            yield from ((picture, moment) for moment in unread)
-            unread = []
+        bolts = shot.step(tracked.pose, seconds)
+        waiting.append(seconds)
+        if image is None:
+            continue
+
+        picture = draw_shot(image, bolts, lasers, mesh, tracked.pose, tracker.K, tracker.target)
+        for moment in waiting:
+            yield picture, moment
+        waiting = []
 
 
-def _followed(frames, tracker, fps):
-    """Yield the image of each frame, or the last one that could be read, its seconds and `TrackedPose`."""
+def _tracked_frames(frames, tracker, fps):
+    """Yield the image of each frame, its seconds and its `TrackedPose`.
+
+    A frame that cannot be read, or that has another size, shows the last image before it.
+    """
     image = None
     for number, frame in enumerate(frames):
-        if image is not None and frame.image is not None and frame.image.shape != image.shape:
-            frame = Frame(
-                None, frame.seconds, f"its shape is {frame.image.shape}, not {image.shape}"
-            )
+        readable = frame.image is not None
+        if readable and image is not None and frame.image.shape != image.shape:
+            fault = f"its shape is {frame.image.shape}, not {image.shape}"
+            frame = Frame(None, frame.seconds, fault)
+
         seconds = number / fps if frame.seconds is None else frame.seconds
         tracked = tracker.update(frame.image, seconds)
-        known = {"covariance": None, "velocity": None, "reason": frame.fault or tracked.reason}
+        tracked = dataclasses.replace(
+            tracked, covariance=None, velocity=None, reason=frame.fault or tracked.reason
+        )
+
         image = image if frame.image is None else frame.image
-        yield image, seconds, dataclasses.replace(tracked, **known)
+        yield image, seconds, tracked
 
 
 def _prefetch(items, ahead=2):
-    """Yield what an iterable gives, made by a thread of its own while the one before is used."""
-    items, end = iter(items), object()
+    """Yield what an iterable gives, made by a thread of its own while the item before is used."""
+    items = iter(items)
+    end = object()
     with ThreadPoolExecutor(1) as thread:
         coming = collections.deque(thread.submit(next, items, end) for _ in range(ahead))
-        while (item := coming.popleft().result()) is not end:
+        while True:
+            item = coming.popleft().result()
+            if item is end:
+                return
             coming.append(thread.submit(next, items, end))
             yield item
 
 
-def _to_the_fault(clip):
+def _until_error(clip):
     """The frames of a clip; an error while it is read becomes the fault of its last frame."""
     try:
         yield from clip
