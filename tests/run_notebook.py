@@ -1,7 +1,8 @@
-"""Execute notebooks without a browser: `python tests/run_notebook.py --limit 900 notebooks/pnp.ipynb`.
+"""Execute notebooks without a browser: `python tests/run_notebook.py --inplace NOTEBOOK ...`.
 
-Every cell has a limit. Where one takes longer or fails, or the kernel does not start, the last line names the
-notebook and the cell, and the exit status is 1. (`jupyter nbconvert` does not tell the cell's number.)
+Every cell has a time limit. Where a cell takes longer or fails, or the kernel does not start, the
+last line names the notebook and the cell, and the exit status is 1. (`jupyter nbconvert` does not
+tell the cell's number.)
 """
 
 import argparse
@@ -16,8 +17,16 @@ from nbclient.exceptions import CellTimeoutError
 KERNEL_SECONDS = 120  # in which a kernel must have started
 
 
-def run_notebook(path, target, limit):
-    """Execute one notebook in its own folder and write it to `target`; return "", or what went wrong."""
+def run_notebook(path: Path, target: Path, limit: int) -> str:
+    """Execute one notebook in its own folder and write it to another file, or the same.
+
+    Args:
+        path: of the notebook.
+        target: of the executed notebook; it is written only if all cells ran.
+        limit: seconds that one cell may take.
+    Returns:
+        "", or one line that says what went wrong.
+    """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -28,26 +37,33 @@ def run_notebook(path, target, limit):
     try:
         client.execute()
     except Exception as error:
-        if client.code_cells_executed == 0:
-            atexit.unregister(
-                client._cleanup_kernel
-            )  # it would only complain that there is no kernel
-            return f"{path}: the kernel did not start: {error}"
-        code = [
-            cell.source
-            for cell in notebook.cells
-            if cell.cell_type == "code" and cell.source.strip()
-        ]
-        number = client.code_cells_executed
-        if isinstance(error, CellTimeoutError):
-            fault = f"took longer than {limit} s and was ended (--limit SECONDS, make ... LIMIT=SECONDS)"
-        else:
-            print(error, file=sys.stderr)
-            fault = "failed, see above"
-        return f"{path}: cell [{number}] {fault}; its first line: {code[number - 1].strip().splitlines()[0]}"
+        return f"{path}: {_fault(client, notebook, error, limit)}"
+
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
     return ""
+
+
+def _fault(client, notebook, error, limit):
+    """What ended the execution of a notebook, in one line."""
+    number = client.code_cells_executed
+    if number == 0:
+        # At exit the client would only complain that there is no kernel.
+        atexit.unregister(client._cleanup_kernel)
+        return f"the kernel did not start: {error}"
+
+    if isinstance(error, CellTimeoutError):
+        fault = (
+            f"took longer than {limit} s and was ended (--limit SECONDS, make ... LIMIT=SECONDS)"
+        )
+    else:
+        print(error, file=sys.stderr)
+        fault = "failed, see above"
+
+    code = [cell.source.strip() for cell in notebook.cells if cell.cell_type == "code"]
+    code = [source for source in code if source]  # empty cells are not executed
+    first_line = code[number - 1].splitlines()[0]
+    return f"cell [{number}] {fault}; its first line: {first_line}"
 
 
 def main():
@@ -62,11 +78,11 @@ def main():
         "--output-dir", type=Path, help="write the executed notebooks into this folder"
     )
     options = parser.parse_args()
+
     for path in options.notebooks:
         print(f"running {path}", flush=True)
-        fault = run_notebook(
-            path, path if options.inplace else options.output_dir / path.name, options.limit
-        )
+        target = path if options.inplace else options.output_dir / path.name
+        fault = run_notebook(path, target, options.limit)
         if fault:
             sys.exit(fault)
 

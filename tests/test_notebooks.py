@@ -1,4 +1,4 @@
-"""Notebooks without a browser: nothing in them hangs, and the command that runs them says where it stops."""
+"""Notebooks without a browser: nothing in them hangs, and their runner says where it stops."""
 
 import json
 import os
@@ -25,9 +25,9 @@ viewer(pictures, start=3)"""
 
 
 def notebook(path, *cells):
-    nbformat.write(
-        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path
-    )
+    """Write a notebook of code cells; return its path."""
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     return path
 
 
@@ -43,9 +43,8 @@ def move_slider(widget, frame):
 def test_no_notebook_uses_a_widget_that_captures_output(root, name):
     cells = json.loads((root / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert not re.search(
-        r"\b(interact|interactive|interact_manual|interactive_output|Output)\b", code
-    )
+    widgets = r"\b(interact|interactive|interact_manual|interactive_output|Output)\b"
+    assert not re.search(widgets, code)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,9 +70,8 @@ def test_viewer_shows_each_picture_within_50_ms():
     for frame in (11, 0, 5, 4):
         jpegs[frame], seconds = move_slider(widget, frame)
         assert seconds < 0.05
-    assert len(set(jpegs.values())) == 4 and all(
-        jpeg.startswith(b"\xff\xd8") for jpeg in jpegs.values()
-    )
+    assert len(set(jpegs.values())) == 4
+    assert all(jpeg.startswith(b"\xff\xd8") for jpeg in jpegs.values())
 
 
 @pytest.mark.parametrize(
@@ -105,9 +103,8 @@ def test_runner_waits_for_no_kernel_for_ever(tmp_path, monkeypatch):
     content = nbformat.read(path, as_version=4)
     content.metadata["kernelspec"] = {"name": "silent", "display_name": "silent"}
     nbformat.write(content, path)
-    assert "the kernel did not start" in run_notebook.run_notebook(
-        path, tmp_path / "out.ipynb", limit=5
-    )
+    fault = run_notebook.run_notebook(path, tmp_path / "out.ipynb", limit=5)
+    assert "the kernel did not start" in fault
 
 
 def test_everything_is_pinned_and_both_opencv_are_one_version(root):
@@ -119,7 +116,7 @@ def test_everything_is_pinned_and_both_opencv_are_one_version(root):
 
 @pytest.fixture(scope="module")
 def clips(root, tmp_path_factory):
-    """A flight as a video, and one that shows nothing."""
+    """A folder with a flight as a video, and with a video that shows nothing."""
     folder = tmp_path_factory.mktemp("clips")
     frames = [xu.read_image(path) for path in xu.list_frames(root / "data" / "frames")[60:120]]
     write_clip(frames, folder / "flight.mp4", 30)
@@ -139,16 +136,8 @@ def clips(root, tmp_path_factory):
 def test_pnp_runs_with_other_settings(root, clips, tmp_path, settings, says):
     settings = {**settings, "SOURCE": str(clips / settings["SOURCE"]), "SMOKE": "1"}
     environment = {**os.environ, **{f"XWING_{name}": value for name, value in settings.items()}}
-    command = [
-        sys.executable,
-        "tests/run_notebook.py",
-        "--limit",
-        "300",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "notebooks/pnp.ipynb"], cwd=root, env=environment, capture_output=True, text=True
-    )
+    runner = [sys.executable, "tests/run_notebook.py", "--limit", "300"]
+    command = [*runner, "--output-dir", str(tmp_path), "notebooks/pnp.ipynb"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in (tmp_path / "pnp.ipynb").read_text()
