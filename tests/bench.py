@@ -210,7 +210,7 @@ def stages(count):
     for path in paths[30 : 30 + count]:
         image = timed("read_jpeg", xu.read_image, path)
         square = letterbox(image, detector.search_size)[0]
-        close = xu.crop(image, (64, 64), 128)
+        close = xu.crop_image(image, (64, 64), 128)
         timed("network_192_px", detector.heatmaps, square[None])
         timed("network_128_px", detector.heatmaps, close[None])
 
