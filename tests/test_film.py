@@ -250,9 +250,14 @@ def test_a_target_without_lasers_fires_none(K, clip, tmp_path):
     assert all(shot.step(ACROSS).shape == (0, 2, 3) for _ in range(20))
 
     frames, poses, K = clip
+    K = xu.crop_camera(K, scale=32 / 256)  # the frames of the clip are small
     animate(frames, poses, K, tmp_path / "unarmed.gif", target=unarmed)
     animate(frames, [None] * len(frames), K, tmp_path / "no_pose.gif")
-    assert (tmp_path / "unarmed.gif").read_bytes() == (tmp_path / "no_pose.gif").read_bytes()
+    animate(frames, poses, K, tmp_path / "armed.gif")
+    unarmed, no_pose, armed = (
+        (tmp_path / f"{name}.gif").read_bytes() for name in ("unarmed", "no_pose", "armed")
+    )
+    assert unarmed == no_pose != armed
 
 
 def test_a_target_in_other_units_gives_the_same_pictures(K, mesh):
@@ -277,12 +282,28 @@ def test_a_target_in_other_units_gives_the_same_pictures(K, mesh):
 
         unit = np.repeat([1.0, factor], 3)
         covariance = np.diag(np.repeat([1e-4, 2e-4], 3))
-        velocity = np.array([0, 0, 0, 0.3, 0.3, -1.8])
+        speed = (pose[2, 3] - 0.04) / overlay.SECONDS_AHEAD  # the way ends before the near plane
+        velocity = np.array([0, 0, 0, 0.01, 0.01, -speed])
         shown = draw_tracked(image, TrackedPose("tracked", 0, pose, covariance, velocity), K)
         tracked = TrackedPose(
             "tracked", 0, large_pose, covariance * np.outer(unit, unit), velocity * unit
         )
         np.testing.assert_array_equal(draw_tracked(image, tracked, K, large), shown)
+
+
+@pytest.mark.parametrize(
+    "depth,shows",
+    [(0.03, False), (0.3, True), (0.302, True), (0.31, False)],
+    ids=["before the near plane", "free", "within the tolerance", "hidden"],
+)
+def test_near_plane_and_tolerance_follow_the_size_of_the_target(K, depth, shows):
+    """A bolt at some depth (in model units) meets a hull at 0.3 units, in both units of length."""
+    for factor in (1.0, 1024.0):
+        bolt = factor * np.array([[[-0.02 * depth, 0, depth], [0.02 * depth, 0, depth]]])
+        hull = np.full((256, 256), 0.3 * factor)
+        image = np.zeros((256, 256, 3), np.uint8)
+        drawn = draw_bolts(image, bolt, K, hull, target=scaled(xu.XWING, factor))
+        assert drawn.any() == shows
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 51, 299])
