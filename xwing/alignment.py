@@ -59,6 +59,7 @@ class Aligner:
             K: (3, 3) pixels.
             covariance: (6, 6) of the pose, or None; with it, what the pixels leave open stays as it
                 is.
+
         Returns:
             pose (4, 4) and covariance (6, 6), or None where too little of the target shows or the
             pose is not determined.
@@ -83,6 +84,7 @@ class Aligner:
             covariance: (6, 6) of the prediction, or None.
             usual: fraction of the contrast that the track explained lately. Where the pose explains
                 less, the steps begin again on a coarse picture.
+
         Returns:
             PoseEstimate, accepted if it explains enough of the contrast.
         """
@@ -119,6 +121,7 @@ class Aligner:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) pixels.
+
         Returns:
             Two pictures (h, w, 3) uint8 of the working size, or None where too little shows.
         """

@@ -91,6 +91,7 @@ def cut_view(
         blur: pixels of the frame, standard deviation of the Gaussian filter that it was taken
             through.
         extra_blur: pixels of the view, standard deviation of a Gaussian filter to apply.
+
     Returns:
         View, or None where less than MIN_VIEW_SIZE of it would lie inside the frame.
     """
@@ -194,6 +195,7 @@ class LinearShader:
             view: `View`; its size, camera matrix and blur are used.
             pose: (4, 4) model -> OpenCV camera.
             true_paint: whether the mesh is painted as its materials say, or in any other way.
+
         Returns:
             Drawing.
         """
@@ -239,6 +241,7 @@ class LinearShader:
             drawing: `Drawing`.
             noise: grey levels, the least spread of what remains unexplained.
             behind: (h, w, 3) linear light of the background; None guesses it around the drawing.
+
         Returns:
             Painting.
         """
@@ -297,6 +300,7 @@ def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     Args:
         light: (h, w, 3) float32, linear light.
         coverage: (h, w) float32, fraction of each pixel that the target covers.
+
     Returns:
         (h, w, 3) float32, linear light.
     """
@@ -319,6 +323,7 @@ def smooth_sky(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     Args:
         image: (h, w, 3) float32 grey levels.
         pixels: (P,) flat pixels of the image.
+
     Returns:
         (P, 3) grey levels of the sky that is fitted to these pixels.
     """

@@ -68,6 +68,7 @@ def robust_weight(residual: np.ndarray, spread: float, effective_sample_ratio: f
         residual: (P, 3) differences in grey levels.
         spread: grey levels, standard deviation of the small ones among them.
         effective_sample_ratio: fraction of the pixels that count as independent of each other.
+
     Returns:
         (P,) float32, for squares of grey levels.
     """
@@ -95,6 +96,7 @@ def pixel_flow(
         depth: (h, w) float32 model units.
         K: (3, 3) camera matrix of the picture.
         centre: (3,) float32 position of the target in camera axes, about which it is turned.
+
     Returns:
         points (P, 3) in camera axes, from the centre; d column (6, P) and d row (6, P) for a step
         of `xwing_utils.move_pose`.
@@ -350,6 +352,7 @@ class Refiner:
             coarse: whether the coarse picture is used instead of the fine one.
             expected: (4, 4) pose that the covariance is about; None: `pose`.
             drawings: how often the target may be drawn; None: as the settings say.
+
         Returns:
             Refined, or None where too little of the target shows or the pose is not determined.
         """
@@ -390,6 +393,7 @@ class Refiner:
             poses: (4, 4) or N (4, 4): the view contains the target at each of them.
             K: (3, 3) camera matrix.
             coarse: whether the view is shrunk and blurred further.
+
         Returns:
             View, or None where too little would show, or the target reaches behind the camera.
         """
@@ -424,6 +428,7 @@ class Refiner:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) camera matrix.
+
         Returns:
             Painting or None.
         """

@@ -59,6 +59,7 @@ def evidence(agreement: float, margin: float, votes: list) -> np.ndarray:
         agreement: 0 to 1, see `edge_agreement`.
         margin: log-likelihood by which its best rival explains the pixels worse.
         votes: bool for each estimate of the network, whether it is about the same pose.
+
     Returns:
         (4,): one, the agreement, the logarithm of the margin, votes for less votes against.
     """
@@ -83,8 +84,10 @@ def edge_agreement(
         coverage: (h, w) float32, fraction of each pixel that the drawing covers. Only edges there,
             and a few pixels around, count.
         settings: `VerificationSettings`; None: the defaults.
+
     Returns:
         0 to 1.
+
     Source: Steger, ISPRS Archives 34(3A), 2002; Hinterstoisser et al., IEEE TPAMI 34(5), 2012.
     """
     settings = settings or VerificationSettings()
@@ -157,6 +160,7 @@ class Verifier:
             estimate: `PoseEstimate` from the keypoints.
             K: (3, 3) camera matrix.
             others: further `PoseEstimate` for the same frame, such as those of `rotated_views`.
+
         Returns:
             PoseEstimate of the best pose, accepted if it is probably right.
         """
@@ -190,6 +194,7 @@ class Verifier:
             image: (H, W, 3) uint8.
             estimates: `PoseEstimate` with poses, all for this frame; the first is the most trusted.
             K: (3, 3) camera matrix.
+
         Returns:
             Judgement, or None where there are no estimates or too little of the target shows.
         """
@@ -228,6 +233,7 @@ class Verifier:
             poses: N (4, 4), model -> OpenCV camera.
             K: (3, 3) camera matrix.
             coarse: whether the coarse picture is used.
+
         Returns:
             costs (N,), infinite where the target does not show, and the cost of the sky: negative
             log-likelihoods over the same pixels, except for a constant.
@@ -374,6 +380,7 @@ def rotated_views(
         images: (N, S, S, 3) uint8.
         K: (3, 3) camera matrix, or (N, 3, 3).
         target: `Target` that the model was trained for.
+
     Returns:
         N lists of three `PoseEstimate`, in the axes of the frames before they are rotated.
     """
@@ -403,6 +410,7 @@ def verify_frames(aligner, images: np.ndarray, estimates: list, K: np.ndarray, m
         estimates: N `PoseEstimate` from the keypoints.
         K: (3, 3) camera matrix.
         model: from `load_model`.
+
     Returns:
         N `PoseEstimate`, as of `Aligner.verify`.
     """
