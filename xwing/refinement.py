@@ -126,10 +126,12 @@ def pixel_flow(
 class Template:
     """A painting as P points of the surface, and how their colours change with the pose.
 
-    All arrays are float32.
+    All arrays but the pose are float32. The painting itself is not kept: it is large.
     """
 
-    painting: Painting
+    view: View
+    pose: np.ndarray  # (4, 4) at which it was painted
+    spread: float  # grey levels, standard deviation of what the painting does not explain
     diameter: float  # model units, of the target
     pixels: np.ndarray  # (P,) flat pixels of the view
     points: np.ndarray  # (P, 3) camera axes, from the position of the target
@@ -141,15 +143,14 @@ class Template:
 
         None where a point lies behind the camera or extremely far away.
         """
-        drawn = self.painting.drawing.pose
-        turn = np.float32(pose[:3, :3] @ drawn[:3, :3].T)
+        turn = np.float32(pose[:3, :3] @ self.pose[:3, :3].T)
         points = self.points @ turn.T + np.float32(pose[:3, 3])
 
         nearest = points[:, 2].min() / self.diameter
         furthest = points[:, 2].max() / self.diameter
         if not (nearest > meshes.NEAR and furthest < MAX_DISTANCE):  # true for NaN as well
             return None
-        return points @ np.float32(self.painting.view.K[:2].T) / points[:, 2:]
+        return points @ np.float32(self.view.K[:2].T) / points[:, 2:]
 
     def residual(self, positions: np.ndarray) -> np.ndarray:
         """Return the frame at some positions (P, 2) less the colours: (P, 3) grey levels."""
@@ -157,8 +158,9 @@ class Template:
         # the points are looked up in rows of 1024.
         rows = -(-len(positions) // 1024)
         centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
-        image = self.painting.view.image
-        seen = cv2.remap(image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        seen = cv2.remap(
+            self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+        )
         return seen.reshape(-1, 3)[: len(positions)] - self.colours
 
 
@@ -233,10 +235,12 @@ class _Descent:
         self.prior = prior
         self.settings = settings
         self.damping = 1e-3
+        self.scale = _step_scale(template.diameter)
+        self.scales = np.outer(self.scale, self.scale)
 
     def run(self):
         """Step until nothing is gained: `Refined`, or None where the template cannot be placed."""
-        start = self._fit(self.template.painting.drawing.pose)
+        start = self._fit(self.template.pose)
         if start is None:
             return None
         fit = start
@@ -259,14 +263,14 @@ class _Descent:
             return None
 
         residual = self.template.residual(positions)
-        spread = self.template.painting.spread
-        cost = robust_cost(residual, spread, self.settings.effective_sample_ratio)
+        ratio = self.settings.effective_sample_ratio
+        cost = robust_cost(residual, self.template.spread, ratio)
         return _Fit(pose, positions, residual, cost + self.prior.cost(pose))
 
     def _normal_equations(self, fit):
         """Information (6, 6) about a step from there, and gradient (6,) of the log-likelihood."""
-        spread = self.template.painting.spread
-        weight = robust_weight(fit.residual, spread, self.settings.effective_sample_ratio)
+        ratio = self.settings.effective_sample_ratio
+        weight = robust_weight(fit.residual, self.template.spread, ratio)
         jacobian = self.template.jacobian
         weighted = jacobian * np.tile(weight, 3)
 
@@ -292,10 +296,9 @@ class _Descent:
 
     def _step(self, information, gradient):
         """The damped step (6,), solved for in radians and diameters."""
-        information = _in_diameters(information, self.template.diameter)
+        information = self.scales * information
         damped = information + self.damping * np.diag(np.diag(information) + 1e-9)
-        scale = _step_scale(self.template.diameter)
-        return scale * np.linalg.solve(damped, scale * gradient)
+        return self.scale * np.linalg.solve(damped, self.scale * gradient)
 
 
 # ============================================================ refining
@@ -450,7 +453,16 @@ class Refiner:
         jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
         jacobian = jacobian.reshape(18, len(pixels))
         jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
-        return Template(painting, self.diameter, pixels, points, colours, jacobian.reshape(6, -1))
+        return Template(
+            view,
+            drawing.pose,
+            painting.spread,
+            self.diameter,
+            pixels,
+            points,
+            colours,
+            jacobian.reshape(6, -1),
+        )
 
     def _explained_by_colours(self, jacobian, colours, painting, pixels):
         """The part of a jacobian (18, P) that other colours and another light explain as well.

@@ -42,7 +42,7 @@ class VerificationSettings:
     ruled_out_margin: float = 30.0  # log-likelihood: rivals that are worse by this are dropped
 
     # What makes a pose probable.
-    strong_edge: float = 60.0  # slope (Sobel, grey levels) from which a drawn edge counts fully
+    strong_edge: float = 60.0  # slope (Sobel, grey levels) from which drawn edges count fully
     min_edge: float = 12.0  # slope below which a frame has no edge
     evidence_weights: tuple = (-25.39, 26.88, 1.45, 0.47)  # log-odds, by tools/fit_evidence.py
     min_probability: float = 0.8  # from which the pose of a single frame is accepted
@@ -219,8 +219,8 @@ class Verifier:
         """Return the fraction of the contrast that a refined pose explains; 0 for None."""
         if refined is None:
             return 0.0
-        image = refined.template.painting.view.image
-        sky = self._sky_cost(image, refined.template.pixels)
+        template = refined.template
+        sky = self._sky_cost(template.view.image, template.pixels)
         return (sky - self._cost(refined.residual)) / max(sky, self.settings.min_contrast)
 
     def photometric_costs(
