@@ -28,14 +28,14 @@ SIMILAR_FINE = 3.0  # degrees: the same, on the fine picture
 class VerificationSettings:
     """What decides which poses are tried for a frame, and whether the best one is accepted.
 
-    The cost of explaining the pixels by a smooth sky alone is called their contrast. A pose explains
-    the fraction of it that its drawing saves.
+    What it costs to explain the pixels by a smooth sky alone is called their contrast. A pose
+    explains the fraction of it that its drawing saves.
     """
 
     # Which poses are tried.
     min_explained_contrast: float = 0.42  # fraction that a pose must explain at least
-    well_explained: float = 0.65  # fraction from which nothing else is tried
-    usual_ratio: float = 0.9  # of what a track explained lately: nor is it from there
+    well_explained: float = 0.65  # fraction from which no other pose or picture is tried
+    usual_ratio: float = 0.9  # of what a track explained lately, from which it is well explained
     min_contrast: float = 45.0  # log-likelihood: with less contrast there is nothing to explain
     confident_margin: float = 10.0  # log-likelihood margin from which keypoints need explain less
     nearby_angles: tuple = (12.0, 25.0)  # degrees, of further starts where too little is explained
