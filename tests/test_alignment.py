@@ -1,4 +1,6 @@
-"""Poses refined on the pixels: against true poses, against flips, and where there is nothing to refine on."""
+"""Poses refined on the pixels: against true poses, flips, and frames without the ship."""
+
+import dataclasses
 
 import cv2
 import numpy as np
@@ -6,15 +8,20 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import alignment, verification
-from xwing.alignment import MIN_EXPLAINED_CONTRAST, Aligner, verify_frames
-from xwing.mesh import load_mesh
-from xwing.verification import MIN_PROBABILITY, edge_agreement
+from xwing import verification
+from xwing.alignment import Aligner, VerificationSettings, verify_frames
+from xwing.refinement import Refiner
+from xwing.verification import Verifier, edge_agreement, evidence
 
 
 @pytest.fixture(scope="module")
-def aligner(root):
-    return Aligner(load_mesh(root / "data" / "xwing.obj"))
+def aligner():
+    return Aligner(xu.XWING)
+
+
+def with_settings(aligner, **changes):
+    """An aligner for the same mesh whose `VerificationSettings` differ from the defaults."""
+    return Aligner(aligner.mesh, verification=VerificationSettings(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def estimate(pose, margin=20.0, runner_up=None):
 
 
 def tilted(pose, tilt, roll):
-    """The pose with the ship in its place and its long axis as in the picture, but tilted and rolled."""
+    """Tilt and roll the ship in its place; its long axis keeps its direction in the picture."""
     centre = pose[:3, :3] @ xu.BOUNDING_BOX.mean(0) + pose[:3, 3]
     across, wrong = np.cross(pose[:3, 1], centre), pose.copy()
     turn = Rotation.from_rotvec(np.radians(tilt) * across / np.linalg.norm(across)).as_matrix()
@@ -89,29 +96,29 @@ def test_a_prediction_is_refined_on_the_fine_level(aligner, frames, K):
         found = aligner.track(
             image, moved(truth, 1.5, 0.003, i), K, np.diag([1e-3] * 3 + [1e-4] * 3)
         )
-        assert found.accepted and found.explained_contrast > MIN_EXPLAINED_CONTRAST
+        least = aligner.verifier.settings.min_explained_contrast
+        assert found.accepted and found.explained_contrast > least
         assert xu.rotation_error(found.pose, truth) < 2 and found.covariance.shape == (6, 6)
 
 
-@pytest.mark.parametrize("share,tried", [(1.0, False), (1.2, True)])
+@pytest.mark.parametrize("ratio,tried", [(1.0, False), (1.2, True)])
 def test_a_coarse_picture_is_tried_where_less_is_explained_than_usual(
-    aligner, frames, K, monkeypatch, share, tried
+    aligner, frames, K, monkeypatch, ratio, tried
 ):
-    image, truth = frames[0][0], frames[1][0]
-    monkeypatch.setattr(alignment, "WELL_EXPLAINED", 0.99)
-    explained, levels, refine = (
-        aligner.track(image, truth, K).explained_contrast,
-        [],
-        Aligner._refine,
-    )
+    image = frames[0][0]
+    truth = frames[1][0]
+    strict = with_settings(aligner, well_explained=0.99)
+    explained = strict.track(image, truth, K).explained_contrast
+    levels = []
+    refine = Refiner.refine
 
-    def watched(self, image, pose, K, level, *arguments, **options):
-        levels.append(level)
-        return refine(self, image, pose, K, level, *arguments, **options)
+    def watched(self, *arguments, coarse=False, **options):
+        levels.append("coarse" if coarse else "fine")
+        return refine(self, *arguments, coarse=coarse, **options)
 
-    monkeypatch.setattr(Aligner, "_refine", watched)
-    aligner.track(image, truth, K, usual=share * explained)
-    assert levels == [alignment.FINE] + tried * [alignment.COARSE, alignment.FINE]
+    monkeypatch.setattr(Refiner, "refine", watched)
+    strict.track(image, truth, K, usual=ratio * explained)
+    assert levels == ["fine"] + tried * ["coarse", "fine"]
 
 
 @pytest.mark.parametrize("width,height,scale", [(1024, 1024, 4), (600, 300, 1)])
@@ -153,7 +160,7 @@ def test_a_nose_that_nearly_touches_the_camera_cannot_be_aligned(aligner, frames
     """It is drawn, but a step of the pose would put it behind the camera."""
     near = np.eye(4)
     near[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]  # nose on
-    near[2, 3] = 0.006 - (aligner.ship.triangles.reshape(-1, 3) @ near[2, :3]).min()
+    near[2, 3] = 0.006 - (aligner.mesh.triangles.reshape(-1, 3) @ near[2, :3]).min()
     assert not aligner.track(frames[0][0], near, K).accepted
     assert not aligner.verify(frames[0][0], estimate(near), K).accepted
 
@@ -161,7 +168,7 @@ def test_a_nose_that_nearly_touches_the_camera_cannot_be_aligned(aligner, frames
 # ------------------------------------------------------------ judging
 
 
-def test_the_true_pose_explains_more_than_what_it_is_mistaken_for(aligner, frames, K):
+def test_the_true_pose_explains_more_than_what_it_is_ambiguous_with(aligner, frames, K):
     for image, truth in zip(*frames):
         costs, sky = aligner.photometric_costs(image, xu.ambiguous_poses(truth), K)
         assert costs.argmin() == 0 and costs[0] < sky
@@ -170,52 +177,63 @@ def test_the_true_pose_explains_more_than_what_it_is_mistaken_for(aligner, frame
 def test_a_flipped_estimate_is_put_right(aligner, frames, K):
     right = 0
     for image, truth in zip(*frames):
-        found = aligner.verify(image, estimate(truth @ xu.HALF_ROLL, 2.0, truth), K)
+        flipped = truth @ xu.XWING.lookalikes[0]
+        found = aligner.verify(image, estimate(flipped, 2.0, truth), K)
         right += found.accepted and xu.rotation_error(found.pose, truth) < 2
     assert right >= 9
 
 
-def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K, monkeypatch):
-    def right():
+def test_what_a_pose_is_ambiguous_with_is_known_from_the_target(aligner, frames, K):
+    """A target without lookalikes has no rivals, so its flipped poses stay as they are."""
+    assert aligner.target is xu.XWING and Aligner(aligner.mesh).target is xu.XWING
+    plain = dataclasses.replace(xu.XWING, lookalikes=np.zeros((0, 4, 4)), flat_axis=None)
+    alone = Verifier(aligner.refiner, plain)
+    for image, truth in zip(*(part[:3] for part in frames)):
+        flipped = estimate(truth @ xu.XWING.lookalikes[0], 20.0)
+        assert xu.rotation_error(alone.verify(image, flipped, K).pose, truth) > 90
+
+
+def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K):
+    def right(aligner):
         starts = [estimate(tilted(truth, 0, 35), 2.0) for truth in frames[1]]
         found = [aligner.verify(image, start, K) for image, start in zip(frames[0], starts)]
         return sum(
             f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1])
         )
 
-    assert right() >= 9
-    monkeypatch.setattr(alignment, "NEARBY", ())
-    assert right() < 8
+    assert right(aligner) >= 9
+    assert right(with_settings(aligner, nearby_angles=())) < 8
 
 
 @pytest.mark.parametrize("margin,turn", [(2.0, 0), (0.0, 0), (0.0, 180)])
-def test_pixels_that_are_sure_of_a_pose_outvote_keypoints_that_say_nothing(
-    aligner, frames, K, margin, turn
-):
+def test_confident_pixels_overrule_keypoints_that_say_nothing(aligner, frames, K, margin, turn):
     start = tilted(frames[1][0], 0, turn)
     found = aligner.verify(frames[0][0], estimate(start, margin, frames[1][0]), K)
     assert found.accepted and xu.rotation_error(found.pose, frames[1][0]) < 2
 
 
-def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K, monkeypatch):
+def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K):
     image, truth = frames[0][0], frames[1][0]
     found = aligner.verify(image, estimate(truth, 2.0), K)
-    assert found.accepted and MIN_PROBABILITY <= found.probability <= 1 and not found.reason
-    monkeypatch.setattr(alignment, "EVIDENCE", np.full(4, -1.0))
-    rejected = aligner.verify(image, estimate(truth, 2.0), K)
+    least = aligner.verifier.settings.min_probability
+    assert found.accepted and least <= found.probability <= 1 and not found.reason
+
+    against = with_settings(aligner, evidence_weights=(-1.0, -1.0, -1.0, -1.0))
+    rejected = against.verify(image, estimate(truth, 2.0), K)
     assert not rejected.accepted and rejected.probability < 0.1
     assert "of its edges are in the frame" in rejected.reason
 
 
 def test_every_piece_of_evidence_counts():
-    one, *rest = verification._evidence(0.5, 3.0, [True])
+    one, *rest = evidence(0.5, 3.0, [True])
     assert one == 1 and rest == pytest.approx([0.5, np.log1p(3), 1])
     votes = [True, False, False, False]
-    assert verification._evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
-    assert (verification.EVIDENCE[1:] > 0).all() and verification.EVIDENCE[0] < 0
+    assert evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
+    constant, *weights = VerificationSettings().evidence_weights
+    assert min(weights) > 0 and constant < 0
 
 
-def test_other_looks_put_a_frame_right_and_make_it_surer(aligner, frames, K):
+def test_other_views_put_a_frame_right_and_make_it_more_probable(aligner, frames, K):
     for image, truth in zip(*(part[:4] for part in frames)):
         wrong, good = estimate(tilted(truth, 50, 100), 0.5), estimate(moved(truth, 3, 0.005, 1))
         found = [aligner.verify(image, wrong, K, others) for others in ([], [good], [good] * 3)]
@@ -224,6 +242,11 @@ def test_other_looks_put_a_frame_right_and_make_it_surer(aligner, frames, K):
         nothing = xu.PoseEstimate(None, reason="3 points fix no pose; 4 are needed")
         found = aligner.verify(image, nothing, K, [good])
         assert found.accepted and xu.rotation_error(found.pose, truth) < 2
+
+
+def edges_that_agree(aligner, image, pose, K):
+    painting = aligner.refiner.paint_pose(image, pose, K)
+    return edge_agreement(painting.view.image, painting.picture, painting.drawing.coverage)
 
 
 @pytest.mark.parametrize("pattern", ["plain", "stripes", "other paint"])
@@ -237,17 +260,14 @@ def test_edges_agree_in_any_paint_but_not_elsewhere(aligner, frames, K, pattern)
         if pattern == "other paint":
             changed = np.ascontiguousarray(255 - image[..., ::-1])
         right, beside = (
-            edge_agreement(*aligner._painted(changed, moved(truth, turn, 0, 0), K))
-            for turn in (0, 25)
+            edges_that_agree(aligner, changed, moved(truth, turn, 0, 0), K) for turn in (0, 25)
         )
         assert 0 <= beside < right - 0.05 and right > 0.5
 
 
 def test_no_edges_agree_where_there_are_none(aligner, frames, K):
-    assert (
-        edge_agreement(*aligner._painted(np.full((256, 256, 3), 90, np.uint8), frames[1][0], K))
-        == 0
-    )
+    flat = np.full((256, 256, 3), 90, np.uint8)
+    assert edges_that_agree(aligner, flat, frames[1][0], K) == 0
 
 
 @pytest.mark.parametrize(
@@ -259,16 +279,15 @@ def test_no_edges_agree_where_there_are_none(aligner, frames, K):
         (0.99, 0.98, 20.0, True),
     ],
 )
-def test_sure_keypoints_are_searched_around_only_where_they_explain_too_little(
+def test_confident_keypoints_are_searched_around_only_where_they_explain_too_little(
     aligner, frames, K, monkeypatch, well, least, margin, searched
 ):
     calls = []
-    monkeypatch.setattr(alignment, "WELL_EXPLAINED", well)
-    monkeypatch.setattr(alignment, "MIN_EXPLAINED_CONTRAST", least)
     monkeypatch.setattr(
-        Aligner, "_search", lambda *arguments, **options: calls.append(arguments) or []
+        Verifier, "_search", lambda *arguments, **options: calls.append(arguments) or []
     )
-    aligner.verify(frames[0][0], estimate(frames[1][0], margin), K)
+    changed = with_settings(aligner, well_explained=well, min_explained_contrast=least)
+    changed.verify(frames[0][0], estimate(frames[1][0], margin), K)
     assert bool(calls) == searched
 
 
@@ -293,22 +312,19 @@ def test_an_estimate_without_a_pose_comes_back(aligner, frames, K):
 
 
 def test_many_frames_are_verified_as_each_alone(aligner, frames, K, monkeypatch):
-    """And looked at again where the pose is not sure: here the second of three."""
+    """A frame whose pose is uncertain, here the second of three, is verified again."""
     images, poses = np.array(frames[0][:3]), frames[1][:3]
     estimates = [estimate(moved(pose, 2, 0.005, i)) for i, pose in enumerate(poses)]
     estimates[1] = estimate(tilted(poses[1], 50, 100), 0.5)
     alone, asked = [aligner.verify(image, one, K) for image, one in zip(images, estimates)], []
-    assert [one.probability >= verification.SURE_PROBABILITY for one in alone] == [
-        True,
-        False,
-        True,
-    ]
+    enough = aligner.verifier.settings.confident_probability
+    assert [one.probability >= enough for one in alone] == [True, False, True]
 
-    def turned_looks(model, images, K):
+    def rotated_views(model, images, K, target):
         asked.append((model, images, K))
         return [[estimate(poses[1])] * 3]
 
-    monkeypatch.setattr(verification, "turned_looks", turned_looks)
+    monkeypatch.setattr(verification, "rotated_views", rotated_views)
     together = verify_frames(aligner, images, estimates, K, "model")
     assert len(asked) == 1 and asked[0][0] == "model" and np.array_equal(asked[0][1], images[1:2])
     alone[1] = aligner.verify(images[1], estimates[1], K, [estimate(poses[1])] * 3)
@@ -322,3 +338,61 @@ def test_what_a_pose_explains_looks_like_the_frame(aligner, frames, K):
     assert seen.shape == drawn.shape and seen.dtype == drawn.dtype == np.uint8
     bright = seen.max(-1) > 100
     assert np.abs(seen[bright].astype(int) - drawn[bright]).mean() < 25
+
+
+# ------------------------------------------------------------ units
+
+
+def results(aligner, factor, image, start, K):
+    """What align, track and verify find for a mesh scaled by a factor, in the units before.
+
+    Poses (3, 4, 4), standard deviations (3, 6) and the probability.
+    """
+    units = np.outer(np.repeat([1.0, factor], 3), np.repeat([1.0, factor], 3))
+    covariance = np.diag([2e-3] * 3 + [1e-4] * 3) * units
+    pose = xu.scale_pose(start, factor)
+    flipped = estimate(pose @ xu.XWING.lookalikes[0], 2.0)
+
+    tracked = aligner.track(image, pose, K, covariance)
+    judged = aligner.verify(image, dataclasses.replace(flipped, covariance=covariance), K)
+    found = [aligner.align(image, pose, K), *((f.pose, f.covariance) for f in (tracked, judged))]
+
+    poses = np.array([xu.scale_pose(pose, 1 / factor) for pose, _ in found])
+    deviations = np.array([np.sqrt(np.diag(covariance / units)) for _, covariance in found])
+    return poses, deviations, judged.probability
+
+
+def differences(aligner, factor, frames, K):
+    """How `results` for N frames differ where the mesh is scaled by a factor.
+
+    Poses (N, 3, 6) in radians and diameters, the ratio of their standard deviations less one
+    (N, 3, 6), and probabilities (N,).
+    """
+    vertices = factor * aligner.mesh.vertices
+    scaled = Aligner(dataclasses.replace(aligner.mesh, vertices=vertices))
+    diameters = np.repeat([1.0, 1 / aligner.mesh.diameter], 3)
+    rows = []
+    for i, (image, truth) in enumerate(zip(*frames)):
+        start = moved(truth, 3, 0.008, i)
+        poses, deviations, probability = results(aligner, 1.0, image, start, K)
+        others, other_deviations, other_probability = results(scaled, factor, image, start, K)
+        steps = [xu.pose_step(*pair) * diameters for pair in zip(others, poses)]
+        rows.append((steps, other_deviations / deviations - 1, other_probability - probability))
+    return [np.abs(np.array(part)) for part in zip(*rows)]
+
+
+@pytest.mark.parametrize("factor", [1024.0, 1 / 1024])
+def test_a_mesh_in_other_units_gives_the_same_poses(aligner, frames, K, factor):
+    """A power of two changes no digit of a number, so nothing else may change either."""
+    few = [part[:4] for part in frames]
+    poses, deviations, probability = differences(aligner, factor, few, K)
+    assert poses.max() < 1e-6 and deviations.max() < 1e-6 and probability.max() < 1e-6
+
+
+def test_a_mesh_in_millimetres_gives_nearly_the_same_poses(aligner, frames, K):
+    """All numbers are rounded in other places, so a few poses take one step more or less."""
+    poses, deviations, probability = differences(aligner, 1000.0, frames, K)
+    largest = np.degrees(poses[..., :3].max(-1))
+    assert (np.median(largest, axis=0) < 0.01).all() and largest.max() < 0.1, largest
+    assert np.median(poses[..., 3:]) < 1e-4 and np.median(deviations) < 1e-3
+    assert probability.max() < 1e-2

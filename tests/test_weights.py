@@ -1,4 +1,4 @@
-"""The weights that come with the project find corners and poses in frames that they were not trained on."""
+"""The shipped weights find corners and poses in frames that they were not trained on."""
 
 import json
 
@@ -8,7 +8,6 @@ import pytest
 import xwing_utils as xu
 from xwing import evaluation, metrics, scenery, verification
 from xwing.alignment import Aligner
-from xwing.mesh import load_mesh
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def weights(root):
 
 @pytest.fixture(scope="module")
 def measured(root):
-    """What was measured when the weights were shipped, over whole sets: figures and their intervals."""
+    """The figures that were measured over whole sets when the weights were shipped."""
     return json.loads((root / "weights" / "xwing_eval.json").read_text())
 
 
@@ -31,8 +30,8 @@ def model(weights):
 
 
 @pytest.fixture(scope="module")
-def aligner(root):
-    return Aligner(load_mesh(root / "data" / "xwing.obj"))
+def aligner():
+    return Aligner(xu.XWING)
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +61,27 @@ def test_the_pixels_make_poses_as_exact_as_measured(model, root, aligner, measur
     assert figures["box_corner_px_median"] < 1.5 * whole["box_corner_px_median"]
 
 
-def test_turned_frames_show_the_ship_where_it_is(model, found):
-    """Poses in the frame's own axes, close to the true ones in nearly all looks at eight frames."""
+def test_rotated_frames_show_the_ship_where_it_is(model, found):
+    """Poses are in the frame's own axes, and close to the true ones in nearly all of its views."""
     images = np.stack([xu.read_image(path) for path in found.paths[:8]])
-    looks, truth = verification.turned_looks(model, images, found.K), found.true_poses
-    assert np.shape(looks) == (8, 3)
+    views = verification.rotated_views(model, images, found.K)
+    assert np.shape(views) == (8, 3)
     right = [
-        metrics.within([look.pose for look in each], [true] * 3) for each, true in zip(looks, truth)
+        metrics.recalled([view.pose for view in each], [true] * 3)
+        for each, true in zip(views, found.true_poses)
     ]
     assert np.sum(right) >= 22
 
 
 def test_no_ship_is_seen_where_there_is_none(model, aligner):
-    """Backgrounds in which unsure keypoints make poses, which the pixels then judge."""
-    draws, K = (
-        (np.random.default_rng([9, i]) for i in (27, 44, 89, 120, 137, 158)),
-        xu.lens_camera(256, 256),
-    )
+    """In these backgrounds uncertain keypoints make poses, which the pixels then judge."""
+    draws = [np.random.default_rng([9, i]) for i in (27, 44, 89, 120, 137, 158)]
+    K = xu.lens_camera(256, 256)
     images = np.stack([scenery.random_background(256, 256, rng) for rng in draws])
     keypoints = xu.read_keypoints(xu.predict_heatmaps(model, images, channels=36), model.settings)
     estimates = [
-        xu.estimate_pose(points, K, sure, sigma) for points, sure, sigma in zip(*keypoints)
+        xu.estimate_pose(points, K, confidence, sigma)
+        for points, confidence, sigma in zip(*keypoints)
     ]
     verified = verification.verify_frames(aligner, images, estimates, K, model)
     assert sum(v.probability >= 0 for v in verified) >= 3 and not any(v.accepted for v in verified)

@@ -1,16 +1,16 @@
-"""The numbers behind `Aligner.verify`: `python tools/fit_evidence.py [FOLDER ...]`.
+"""Fit the weights of the evidence in `Aligner.verify`: `python tools/fit_evidence.py [FOLDER ...]`.
 
-Single frames are judged once by what the network finds in them, and once more with what it finds in the
-turned frames: squares drawn with the ship, drawn scenes without it, and data/shifted. A logistic model is
-fitted to whether the best pose is right (within RIGHT degrees), given what speaks for it
-(`verification._evidence`). For each limit on the probability the right and the wrong poses are counted that
-`verify_frames` would accept, in brackets the flipped ones. Other folders in the data format are only
-measured. No frame of data/test or data/looks takes part.
+Single frames are judged twice: by what the network finds in them, and together with what it finds
+in the rotated frames. The frames are squares drawn with the ship, drawn scenes without it, and
+data/shifted. A logistic model is fitted to whether the best pose is right (within RIGHT degrees),
+given the evidence for it (`verification.evidence`). For each limit on the probability the tool
+prints how many right and wrong poses `verify_frames` would accept, and in brackets how many are
+flipped. Other folders in the data format are only measured. No frame of data/test or data/looks
+takes part.
 """
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import cv2
 import joblib
@@ -23,133 +23,166 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import xwing_utils as xu  # noqa: E402
-from xwing import alignment, metrics, verification  # noqa: E402
-from xwing.mesh import load_mesh  # noqa: E402
+from xwing import metrics  # noqa: E402
+from xwing.alignment import Aligner  # noqa: E402
 from xwing.synthesis import Synthesiser  # noqa: E402
+from xwing.verification import VerificationSettings, rotated_views  # noqa: E402
 
-DRAWN, EMPTY, SEEDS = 256, 160, (777, 4242)  # frames, and what they are drawn from
+DRAWN = 256  # frames with the ship
+EMPTY = 160  # frames without it
+DRAWN_SEED = 777
+EMPTY_SEED = 4242
 RIGHT = 8.0  # degrees
-LIMITS = 0.6, 0.7, 0.75, 0.8, 0.85, 0.9
+LIMITS = 0.6, 0.7, 0.75, 0.8, 0.85, 0.9  # on the probability
 RIDGE = 0.1  # penalty on the coefficients of standardised evidence
 
 
 class EmptySynthesiser(Synthesiser):
-    """Draws all but the ship."""
+    """Draws everything except the ship."""
 
     def shown(self, pose, scale):
         return super().shown(pose, scale)[:0]
 
 
 def drawn_frames(synthesiser, seed, count, ship=True):
-    """Images, true poses or None, and camera matrices of squares that would show four corners or more."""
-    rng, found = np.random.default_rng(seed), []
+    """Draw squares that would show four corners or more: images, true poses or None, and K."""
+    rng = np.random.default_rng(seed)
+    found = []
     while len(found) < count:
         image, pose, K = synthesiser(xu.FRAME_SIZE, rng)
         if xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4:
-            found.append((image.clip(0, 255).astype(np.uint8), pose if ship else None, K))
+            image = image.clip(0, 255).astype(np.uint8)
+            found.append((image, pose if ship else None, K))
     return found
 
 
 def folder_frames(folder):
-    (paths, matrices), (view, projection) = xu.load_dataset(folder), xu.load_camera(folder)
+    """Read a folder in the data format: images, true poses and K."""
+    paths, matrices = xu.load_dataset(folder)
+    view, projection = xu.load_camera(folder)
     K = xu.camera_matrix(projection, xu.FRAME_SIZE, xu.FRAME_SIZE)
     return [(xu.read_image(p), xu.pose_in_camera(view, m), K) for p, m in zip(paths, matrices)]
 
 
-def all_looks(model, images, cameras):
-    """Four `PoseEstimate` for each of N images: of the frame as it is, and turned."""
-    found = xu.read_keypoints(
-        xu.predict_heatmaps(model, images, channels=len(xu.KEYPOINTS)), model.settings
-    )
+def all_views(model, images, cameras):
+    """Four `PoseEstimate` for each of N images: of the frame as it is, and of the rotated ones."""
+    heatmaps = xu.predict_heatmaps(model, images, channels=len(xu.KEYPOINTS))
+    keypoints = xu.read_keypoints(heatmaps, model.settings)
     first = [
-        xu.estimate_pose(points, K, *sureness) for K, points, *sureness in zip(cameras, *found)
+        xu.estimate_pose(points, K, confidence, sigma)
+        for K, points, confidence, sigma in zip(cameras, *keypoints)
     ]
-    return [
-        [one, *others]
-        for one, others in zip(first, verification.turned_looks(model, images, cameras))
-    ]
+    rotated = rotated_views(model, images, cameras)
+    return [[one, *others] for one, others in zip(first, rotated)]
 
 
-def judged(aligner, image, truth, K, looks):
-    """What speaks for the best pose and its error, from the first look and from all; None without a pose."""
-    cv2.setNumThreads(1)
-    rows, measure = [], verification._evidence
-    for others in ((), looks[1:]):
-        with mock.patch.object(alignment, "_evidence", side_effect=measure) as watched:
-            found = aligner.verify(image, looks[0], K, others)
-        error = (
-            180.0 if truth is None or found.pose is None else xu.rotation_error(found.pose, truth)
-        )
-        rows.append((measure(*watched.call_args.args), error) if watched.called else None)
+def judged(aligner, image, truth, K, views):
+    """Judge a frame by the first view and by all: the evidence and the error of both best poses.
+
+    None stands for a judgement that found no pose.
+    """
+    cv2.setNumThreads(1)  # the frames are what is divided among the cores
+    rows = []
+    for chosen in (views[:1], views):
+        estimates = [view for view in chosen if view.pose is not None]
+        judgement = aligner.verifier.judge(image, estimates, K)
+        if judgement is None:
+            rows.append(None)
+            continue
+
+        wrong = truth is None  # no pose is right where there is no ship
+        error = 180.0 if wrong else xu.rotation_error(judgement.best.pose, truth)
+        rows.append((judgement.evidence, error))
     return rows
 
 
-def fit(x, right):
-    """Log-odds (D,) of a logistic model of evidence (N, D), the first of which is one."""
-    mean, scale = x.mean(0) * (x.std(0) > 0), np.where(x.std(0) > 0, x.std(0), 1)
-    z, penalised = (x - mean) / scale, x.std(0) > 0
+def judge_frames(aligner, model, frames):
+    """Judge all frames on all cores: a list of what `judged` returns."""
+    images, truth, cameras = zip(*frames)
+    views = []
+    for i in range(0, len(images), 32):
+        batch = slice(i, i + 32)
+        views += all_views(model, np.array(images[batch]), np.array(cameras[batch]))
 
-    def loss(w):
-        logit = z @ w
-        gradient = z.T @ (expit(logit) - right) + 2 * RIDGE * penalised * w
-        return np.logaddexp(0, logit).sum() - right @ logit + RIDGE * penalised @ w**2, gradient
-
-    w = minimize(loss, np.zeros(x.shape[1]), jac=True).x / scale
-    return w - np.eye(len(w))[0] * (w @ mean)
+    tasks = (
+        joblib.delayed(judged)(aligner, *frame) for frame in zip(images, truth, cameras, views)
+    )
+    return joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks)
 
 
-def accepted(rows, odds, limit):
-    """Right, wrong and flipped poses that would be accepted, as text."""
+def fit(evidence, right):
+    """Fit the log-odds (D,) of a logistic model to evidence (N, D), whose first column is one."""
+    deviation = evidence.std(0)
+    varies = deviation > 0
+    scale = np.where(varies, deviation, 1)
+    mean = evidence.mean(0) * varies
+    standardised = (evidence - mean) / scale
+
+    def loss(weights):
+        logit = standardised @ weights
+        gradient = standardised.T @ (expit(logit) - right) + 2 * RIDGE * varies * weights
+        penalty = RIDGE * varies @ weights**2
+        return np.logaddexp(0, logit).sum() - right @ logit + penalty, gradient
+
+    weights = minimize(loss, np.zeros(evidence.shape[1]), jac=True).x / scale
+    weights[0] -= weights @ mean
+    return weights
+
+
+def fit_rows(rows):
+    """Fit the weights of the evidence to the rows of some sets of frames; see `judged`."""
+    fitted = [one for pairs in rows for pair in pairs for one in pair if one]
+    evidence = np.array([features for features, _ in fitted])
+    right = np.array([error < RIGHT for _, error in fitted], float)
+    return fit(evidence, right)
+
+
+def accepted(rows, weights, limit):
+    """Count the right, the wrong and the flipped poses that would be accepted, as text."""
+    confident = VerificationSettings().confident_probability
     errors = []
     for first, all_together in rows:
-        sure = first is not None and expit(odds @ first[0]) >= verification.SURE_PROBABILITY
-        last = first if sure else all_together
-        errors += [last[1]] if last is not None and expit(odds @ last[0]) >= limit else []
+        enough = first is not None and expit(weights @ first[0]) >= confident
+        last = first if enough else all_together
+        if last is not None and expit(weights @ last[0]) >= limit:
+            errors.append(last[1])
+
     errors = np.array(errors)
     return f"{(errors < RIGHT).sum()} + {(errors >= RIGHT).sum()} ({(errors > 90).sum()})"
 
 
+def print_quality(name, pairs, weights):
+    """Print how often the best pose is right, and how well the evidence tells."""
+    for k, kind in enumerate(("first view", "all views")):
+        found = [pair[k] for pair in pairs if pair[k]]
+        right = np.array([error < RIGHT for _, error in found])
+        score = np.array([weights @ features for features, _ in found])
+        area = metrics.roc(score, right)[2] if right.any() else np.nan
+        counts = f"best pose right in {right.sum()} of {len(pairs)}"
+        print(f"{name}, {kind}: {counts}, ROC area {area:.3f}")
+
+
 def main():
-    ship, model = (
-        load_mesh(xu.ROOT / "data" / "xwing.obj"),
-        xu.load_model(ROOT / "weights/xwing.weights.h5"),
-    )
-    aligner, shifted = alignment.Aligner(ship), str(ROOT / "data" / "shifted")
+    aligner = Aligner(xu.XWING)
+    model = xu.load_model(ROOT / "weights" / "xwing.weights.h5")
+    shifted = str(ROOT / "data" / "shifted")
+    empty = EmptySynthesiser(aligner.mesh)
     sets = {
-        "drawn": drawn_frames(Synthesiser(ship), SEEDS[0], DRAWN),
-        "without the ship": drawn_frames(EmptySynthesiser(ship), SEEDS[1], EMPTY, ship=False),
+        "drawn": drawn_frames(Synthesiser(aligner.mesh), DRAWN_SEED, DRAWN),
+        "without the ship": drawn_frames(empty, EMPTY_SEED, EMPTY, ship=False),
+        shifted: folder_frames(shifted),
     }
-    sets |= {folder: folder_frames(folder) for folder in (shifted, *sys.argv[1:])}
-    rows = {}
-    for name, frames in sets.items():
-        images, truth, cameras = zip(*frames)
-        looks = [
-            look
-            for i in range(0, len(images), 32)
-            for look in all_looks(
-                model, np.array(images[i : i + 32]), np.array(cameras[i : i + 32])
-            )
-        ]
-        tasks = (
-            joblib.delayed(judged)(aligner, *frame) for frame in zip(images, truth, cameras, looks)
-        )
-        rows[name] = joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks)
-    fitted = [one for name in list(sets)[:3] for pair in rows[name] for one in pair if one]
-    odds = fit(
-        np.array([one[0] for one in fitted]), np.array([one[1] < RIGHT for one in fitted], float)
-    )
-    print("EVIDENCE =", odds.round(2).tolist())
+    fitted = list(sets)
+    sets |= {folder: folder_frames(folder) for folder in sys.argv[1:]}
+
+    rows = {name: judge_frames(aligner, model, frames) for name, frames in sets.items()}
+    weights = fit_rows([rows[name] for name in fitted])
+    print("evidence_weights =", weights.round(2).tolist())
     for name, pairs in rows.items():
-        for k, looks in enumerate(("first look", "all looks")):
-            kind = [pair[k] for pair in pairs if pair[k]]
-            right = np.array([one[1] < RIGHT for one in kind])
-            score = np.array([odds @ one[0] for one in kind])
-            area = metrics.roc(score, right)[2] if right.any() else np.nan
-            print(
-                f"{name}, {looks}: best pose right in {right.sum()} of {len(pairs)}, ROC area {area:.3f}"
-            )
+        print_quality(name, pairs, weights)
+
     table = {
-        name: [accepted(pairs, odds, limit) for limit in LIMITS] for name, pairs in rows.items()
+        name: [accepted(pairs, weights, limit) for limit in LIMITS] for name, pairs in rows.items()
     }
     print(pd.DataFrame(table, LIMITS).T.to_string())
 

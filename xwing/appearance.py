@@ -1,4 +1,15 @@
-"""What each pixel should look like at a pose: linear light, colours, light and background."""
+"""What each pixel should look like at a pose: linear light, colours, light and background.
+
+The shape of the target is known, so a pose says which pixel shows which surface. How the target is
+painted and lit is not known. In linear light, however, both enter the picture linearly: as one
+colour for each material, and as light that varies smoothly with the direction of the surface. A
+pose is therefore drawn as a sum whose coefficients are open (`LinearShader.draw`), and the
+coefficients are solved for, such that the drawing explains the frame best (`LinearShader.paint`).
+What the target does not cover is guessed from the pixels around it.
+
+Sums are formed in linear light, because a pixel that shows two surfaces mixes their light.
+Differences are measured in grey levels, because the noise of a frame is about even there.
+"""
 
 import dataclasses
 
@@ -6,33 +17,105 @@ import cv2
 import numpy as np
 
 import xwing_utils as xu
-from xwing.mesh import _normals, draw_triangles, visibility
+from xwing.mesh import Mesh, draw_triangles, triangle_normals, visibility
 
 SUPERSAMPLING = 2  # samples per pixel and direction
-
-
 MIN_DETAIL = 0.25  # samples: triangles that show less wherever they are seen from are not drawn
+OCCLUSION = 0.9  # fraction of the light that other parts of the target keep away
+VIEW_MARGIN = 6  # pixels of a view around the target
+MIN_VIEW_SIZE = 8  # pixels: a view that is narrower or lower shows too little
+
+# ============================================================ linear light
 
 
-OCCLUSION = 0.9  # share of the light that other parts of the ship keep away
+def to_light(grey: np.ndarray) -> np.ndarray:
+    """Convert grey levels to linear light, 0 to 1, float32.
 
-
-def to_light(grey):
-    """Linear light, 0 to 1, of grey levels, as float32 (sRGB, IEC 61966-2-1, but for its straight part)."""
+    Source: sRGB, IEC 61966-2-1, without its straight part near black.
+    """
     return ((np.float32(grey) + np.float32(14)) / np.float32(269)) ** np.float32(2.4)
 
 
-def to_grey(light):
-    """The inverse of `to_light`, for light (h, w, 3) float32."""
+def to_grey(light: np.ndarray) -> np.ndarray:
+    """Convert linear light (h, w, 3) float32 to grey levels; the inverse of `to_light`."""
     return cv2.pow(cv2.max(light, 0.0), 1 / 2.4) * np.float32(269) - np.float32(14)
 
 
-def grey_slope(light):
-    """(P,) d grey / d light of colours (P, 3); where it is dark, that of grey 40: noise has no slope."""
+def grey_slope(light: np.ndarray) -> np.ndarray:
+    """Return d grey / d light (P,) at the brightness of colours (P, 3).
+
+    Where it is darker than grey level 40 the slope of grey level 40 is used: noise has no slope.
+    """
     brightness = light @ np.full(3, 1 / 3, np.float32)
-    return np.float32(269 / 2.4) * np.maximum(brightness, np.float32(0.027)) ** np.float32(
-        1 / 2.4 - 1
-    )
+    brightness = np.maximum(brightness, np.float32(0.027))
+    return np.float32(269 / 2.4) * brightness ** np.float32(1 / 2.4 - 1)
+
+
+def mean_square(colours: np.ndarray) -> np.ndarray:
+    """Return the mean square (P,) over the three channels of colours (P, 3)."""
+    # The function mean of numpy is slow where it averages only three numbers.
+    return np.einsum("pc,pc->p", colours, colours) / np.float32(3)
+
+
+_LIGHT_OF_GREY = to_light(np.arange(256))
+
+
+# ============================================================ the view of a frame
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The part of a frame around the target, shrunk."""
+
+    image: np.ndarray  # (h, w, 3) float32 grey levels
+    light: np.ndarray  # (h, w, 3) float32, the same in linear light
+    K: np.ndarray  # (3, 3) camera matrix of this part
+    blur: float  # pixels of the view, standard deviation of the filter that it was taken through
+
+
+def cut_view(
+    image: np.ndarray,
+    pixels: np.ndarray,
+    K: np.ndarray,
+    shrink: int,
+    blur: float,
+    extra_blur: float = 0.0,
+) -> View | None:
+    """Cut out the part of a frame around some pixels, and shrink it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        pixels: (P, 2) positions in the frame that the view should contain, with a margin.
+        K: (3, 3) camera matrix of the frame.
+        shrink: factor by which the view is smaller than the frame.
+        blur: pixels of the frame, standard deviation of the Gaussian filter that it was taken
+            through.
+        extra_blur: pixels of the view, standard deviation of a Gaussian filter to apply.
+
+    Returns:
+        View, or None where less than MIN_VIEW_SIZE of it would lie inside the frame.
+    """
+    size = np.array(image.shape[1::-1]) // shrink
+    pixels = pixels / shrink
+    low = np.floor(pixels.min(0) - VIEW_MARGIN).clip(0, size).astype(int)
+    high = np.ceil(pixels.max(0) + VIEW_MARGIN).clip(0, size).astype(int)
+    if (high - low < MIN_VIEW_SIZE).any():
+        return None
+
+    left, top = low * shrink
+    right, bottom = high * shrink
+    light = cv2.LUT(image[top:bottom, left:right], _LIGHT_OF_GREY)
+    light = cv2.resize(light, (high - low).tolist(), interpolation=cv2.INTER_AREA)
+
+    blur = blur / shrink
+    if extra_blur:
+        light = cv2.GaussianBlur(light, (0, 0), extra_blur)
+        blur = float(np.hypot(blur, extra_blur))
+
+    return View(to_grey(light), light, xu.crop_camera(K, left, top, 1 / shrink), blur)
+
+
+# ============================================================ drawing and painting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,109 +123,217 @@ class Drawing:
     """What each pixel shows of a mesh whose colours and light are not known yet; float32."""
 
     pose: np.ndarray  # (4, 4)
-    basis: (
-        np.ndarray
-    )  # (h, w, M + 8): what multiplies the colours of the materials and the light's harmonics
-    cover: np.ndarray  # (h, w) share of the pixel
-    depth: (
-        np.ndarray
-    )  # (h, w) model units, of the nearest surface in the pixel; inf where there is none
+    shading_basis: np.ndarray  # (h, w, M + 8): factors of the M materials' colours and of the light
+    coverage: np.ndarray  # (h, w) fraction of the pixel that the target covers
+    depth: np.ndarray  # (h, w) model units, of the nearest surface; inf where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Painting:
+    """A drawing in the colours and in the light that explain a view best."""
+
+    view: View
+    drawing: Drawing
+    picture: np.ndarray  # (h, w, 3) float32 grey levels
+    spread: float  # grey levels, standard deviation of what the picture does not explain
 
 
 class LinearShader:
-    """Draws a mesh as it looks in linear light, as a sum whose coefficients are its colours and the light.
+    """Draws a mesh in linear light, as a sum whose coefficients are its colours and the light.
 
-    Each surface shows its material's colour under even light, plus light that varies smoothly with its
-    direction, times its brightness where the paint is the true one; other parts keep some of both away.
+    Each surface shows the colour of its material under even light. To this is added light that
+    varies smoothly with the direction of the surface. Where the paint is the true one, the added
+    light is multiplied by the brightness of the material. Other parts of the target keep some of
+    both kinds of light away.
 
     Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
     """
 
-    HARMONICS = 8  # of degree 1 and 2
+    HARMONICS = 8  # those of degree 1 and 2
 
-    def __init__(self, mesh):
+    def __init__(self, mesh: Mesh):
         area, openness = visibility(mesh.triangles)
         shown = area.any(1)
-        self.area, self.triangles = area[shown], np.float32(mesh.triangles[shown])
-        self.normals = _normals(self.triangles)
+        self.area = area[shown]  # (F, 2) square model units that show at most, of front and back
+        self.triangles = np.float32(mesh.triangles[shown])  # (F, 3, 3)
+
+        self.normals = triangle_normals(self.triangles)
         self.normals /= np.linalg.norm(self.normals, axis=1, keepdims=True)
-        self.offsets = (self.normals * self.triangles[:, 0]).sum(1)
-        materials = np.eye(len(mesh.names))[
-            np.tile(mesh.face_materials[shown], 2)
-        ]  # fronts, then backs
-        brightness = to_light(255 * mesh.colours.mean(1))[materials.argmax(1), None]
+        self.offsets = (self.normals * self.triangles[:, 0]).sum(1)  # of the planes from the origin
+
+        self.tables = self._shading_tables(mesh, mesh.face_materials[shown], openness[shown])
+
+        # A weak penalty draws the coefficients towards zero, those of the light more than colours.
+        penalty = [0.1] * len(mesh.names) + [1.0] * self.HARMONICS
+        self.stiffness = np.diag(np.float32(penalty)) * 255**2
+
+    def _shading_tables(self, mesh, materials, openness):
+        """What a sample adds to a drawing, in any paint and in the true paint: (2, 2 F + 1, M + 9).
+
+        The rows are the fronts of the triangles, their backs, and one of zeros for a sample that
+        shows none. The columns are those of the shading basis, and a last one for the coverage.
+        """
+        materials = np.tile(materials, 2)
+        colours = np.eye(len(mesh.names))[materials]
+        brightness = to_light(255 * mesh.colours.mean(1))[materials, None]
+
         x, y, z = np.concatenate([self.normals, -self.normals]).T
         harmonics = np.column_stack([x, y, z, x * y, y * z, x * z, x * x - y * y, 3 * z * z - 1])
-        tables = np.stack([np.hstack([materials, harmonics * light]) for light in (1, brightness)])
-        tables *= 1 - OCCLUSION * (1 - openness[shown].T.reshape(-1, 1))
-        tables = np.pad(tables, ((0, 0), (0, 0), (0, 1)), constant_values=1)
-        self.tables = np.float32(
-            np.pad(tables, ((0, 0), (0, 1), (0, 0)))
-        )  # in any paint, in the true one
 
-    def draw(self, pose, K, width, height, blur, true_paint=True):
-        """The `Drawing` at a pose (4, 4) through K (3, 3) and a Gaussian filter of so many pixels."""
+        any_paint = np.hstack([colours, harmonics])
+        true_paint = np.hstack([colours, harmonics * brightness])
+        tables = np.stack([any_paint, true_paint])
+        tables *= 1 - OCCLUSION * (1 - openness.T.reshape(-1, 1))
+
+        tables = np.pad(tables, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+        return np.float32(np.pad(tables, ((0, 0), (0, 1), (0, 0))))
+
+    def draw(self, view: View, pose: np.ndarray, true_paint: bool = True) -> Drawing:
+        """Draw the mesh at a pose (4, 4) as it would appear in a view.
+
+        Args:
+            view: `View`; its size, camera matrix and blur are used.
+            pose: (4, 4) model -> OpenCV camera.
+            true_paint: whether the mesh is painted as its materials say, or in any other way.
+
+        Returns:
+            Drawing.
+        """
+        height, width = view.image.shape[:2]
+        rows, depth = self._rasterise(view.K, pose, SUPERSAMPLING * width, SUPERSAMPLING * height)
+        rows = [part.astype(np.int32).ravel() for part in _samples_of_pixels(rows)]
+        depth = np.minimum.reduce(_samples_of_pixels(depth))
+
+        # A pixel is the mean of its samples. Row -1 of a table, for a sample that is free, is zero.
         table = self.tables[int(true_paint)]
-        s, rotation, translation = SUPERSAMPLING, np.float32(pose[:3, :3]), np.float32(pose[:3, 3])
-        back = self.normals @ (-rotation.T @ translation) < self.offsets
-        scale = s * K[0, 0] / translation[2]  # samples for one model unit
-        chosen = np.flatnonzero(
-            np.where(back, self.area[:, 1], self.area[:, 0]) * scale**2 > MIN_DETAIL
-        )
-        corners = self.triangles[chosen].reshape(-1, 3) @ rotation.T + translation
-        rows = chosen + len(self.triangles) * back[chosen]
-        corners, large = corners.reshape(-1, 3, 3), K * [[s], [s], [1]]
-        shown, depth = draw_triangles(corners, rows[:, None], large, s * width, s * height)
-        samples = [(slice(i, None, s), slice(j, None, s)) for i in range(s) for j in range(s)]
-        rows = [shown[sample][..., 0].astype(np.int32).ravel() for sample in samples]
         covered = np.flatnonzero(np.max(rows, axis=0) >= 0)
         basis = np.zeros((height * width, table.shape[1]), np.float32)
-        basis[covered] = sum(table[row[covered]] for row in rows) / np.float32(s * s)
-        basis = cv2.GaussianBlur(basis.reshape(height, width, -1), (0, 0), max(blur, 0.01))
-        depth = np.minimum.reduce([depth[sample] for sample in samples])
+        basis[covered] = sum(table[row[covered]] for row in rows) / np.float32(len(rows))
+
+        basis = basis.reshape(height, width, -1)
+        basis = cv2.GaussianBlur(basis, (0, 0), max(view.blur, 0.01))
         return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth)
 
+    def _rasterise(self, K, pose, width, height):
+        """The row of a shading table for each sample (height, width), -1 for none; their depth."""
+        rotation = np.float32(pose[:3, :3])
+        translation = np.float32(pose[:3, 3])
+        back = self.normals @ (-rotation.T @ translation) < self.offsets
 
-NOISE = 4.0  # grey levels: no pixel is trusted further than that
+        samples_per_unit = SUPERSAMPLING * K[0, 0] / translation[2]
+        area = np.where(back, self.area[:, 1], self.area[:, 0]) * samples_per_unit**2
+        chosen = np.flatnonzero(area > MIN_DETAIL)
+
+        corners = self.triangles[chosen].reshape(-1, 3) @ rotation.T + translation
+        corners = corners.reshape(-1, 3, 3)
+        rows = chosen + len(self.triangles) * back[chosen]
+        K = xu.crop_camera(K, scale=SUPERSAMPLING)
+        picture, depth = draw_triangles(corners, rows[:, None], K, width, height)
+        return picture[..., 0], depth
+
+    def paint(
+        self, view: View, drawing: Drawing, noise: float, behind: np.ndarray | None = None
+    ) -> Painting:
+        """Solve for the colours and the light with which a drawing explains a view best.
+
+        Args:
+            view: `View` that the drawing was made for.
+            drawing: `Drawing`.
+            noise: grey levels, the least spread of what remains unexplained.
+            behind: (h, w, 3) linear light of the background; None guesses it around the drawing.
+
+        Returns:
+            Painting.
+        """
+        if behind is None:
+            behind = surroundings(view.light, drawing.coverage)
+        picture = (1 - drawing.coverage[..., None]) * behind
+
+        covered = np.flatnonzero(drawing.coverage > 0.01)
+        basis = drawing.shading_basis.reshape(drawing.coverage.size, -1)[covered]
+        light = (view.light - picture).reshape(-1, 3)[covered]
+        grey_per_light = grey_slope(view.light.reshape(-1, 3)[covered])
+
+        painted, spread = self._fit_coefficients(basis, light, grey_per_light, noise)
+        picture.reshape(-1, 3)[covered] += painted
+        return Painting(view, drawing, to_grey(picture), spread)
+
+    def _fit_coefficients(self, basis, light, grey_per_light, noise):
+        """Explain light (P, 3) by a basis (P, M + 8): what is explained, (P, 3), and the spread.
+
+        The method is iteratively reweighted least squares. The spread is that of the rest, in grey
+        levels.
+        """
+        unit = np.square(grey_per_light)
+        weight = unit
+
+        for _ in range(3):
+            weighted = basis.T * weight
+            coefficients = np.linalg.solve(weighted @ basis + self.stiffness, weighted @ light)
+            painted = basis @ coefficients
+
+            squared = mean_square(light - painted) * unit
+            deviation = 1.4826 * float(np.sqrt(np.median(squared)))  # of a normal distribution
+            spread = max(noise, deviation)
+            weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
+
+        return painted, spread
 
 
-EFFECTIVE_SAMPLE_RATIO = 0.09  # share of the pixels whose errors count as independent of each other
+def _samples_of_pixels(picture):
+    """The SUPERSAMPLING^2 pictures (h, w) that consist of one sample of each pixel."""
+    steps = range(SUPERSAMPLING)
+    return [picture[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps]
 
 
-def _mean_square(colours):
-    return np.einsum("pc,pc->p", colours, colours) / np.float32(
-        3
-    )  # numpy's own sums of three are slow
+def near_target(coverage: np.ndarray) -> np.ndarray:
+    """Return which pixels (h, w) show the target, or touch one that does; by coverage (h, w)."""
+    return cv2.dilate(coverage, np.ones((3, 3))) > 0.02
 
 
-def _weight(residual, spread):
-    """(P,) information of pixels that differ by so many grey levels (P, 3), under Cauchy errors."""
-    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    return np.float32(EFFECTIVE_SAMPLE_RATIO / spread**2) / (1 + forgiven)
+# ============================================================ the background
 
 
-def _robust_cost(residual, spread):
-    """Negative log-likelihood, but for a constant, of differences (P, 3) in grey levels (Cauchy)."""
-    forgiven = _mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    return 1.5 * EFFECTIVE_SAMPLE_RATIO * xu.CAUCHY**2 * float(np.log1p(forgiven).sum(dtype=float))
+def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Guess the picture without the target: each pixel from those around it that show none of it.
 
+    Args:
+        light: (h, w, 3) float32, linear light.
+        coverage: (h, w) float32, fraction of each pixel that the target covers.
 
-def _surroundings(light, cover):
-    """The picture (h, w, 3) without the ship: each pixel from those about it that show none of it."""
-    free = np.float32(cv2.dilate(cover, np.ones((5, 5))) < 0.01)[..., None]
-    layers, total = np.concatenate([light * free, free], axis=2), np.float32([0, 0, 0, 1e-12])
+    Returns:
+        (h, w, 3) float32, linear light.
+    """
+    free = np.float32(cv2.dilate(coverage, np.ones((5, 5))) < 0.01)[..., None]
+    layers = np.concatenate([light * free, free], axis=2)
+    total = np.float32([0, 0, 0, 1e-12])
+
+    # The nearest free pixels count most. Further ones only count where there are no nearer ones.
     for reach in (3, 12, 48):
         size = 2 * reach + 1, 2 * reach + 1
-        total = total + cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT) * np.float32(
-            reach**-6.0
-        )
+        mean = cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT)
+        total = total + mean * np.float32(reach**-6.0)
+
     return total[..., :3] / total[..., 3:]
 
 
-def _smooth_sky_cost(image, pixels):
-    """The cost of an image at some flat pixels if a smooth sky is all that there is: quadratic in x and y."""
+def smooth_sky(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Explain pixels by a smooth sky alone, quadratic in x and in y: their grey levels (P, 3).
+
+    Args:
+        image: (h, w, 3) float32 grey levels.
+        pixels: (P,) flat pixels of the image.
+
+    Returns:
+        (P, 3) grey levels of the sky that is fitted to these pixels.
+    """
     row, column = np.float32(np.divmod(pixels, image.shape[1])) / max(image.shape[:2])
-    powers = (np.stack([x**0, x, x * x]) for x in (column - 0.5, row - 0.5))
-    smooth, grey = np.einsum("ip,jp->ijp", *powers).reshape(9, -1), image.reshape(-1, 3)[pixels]
-    fitted = smooth.T @ np.linalg.lstsq(smooth @ smooth.T, smooth @ grey, rcond=1e-6)[0]
-    return _robust_cost(grey - fitted, 2 * NOISE)
+    x = column - 0.5
+    y = row - 0.5
+    powers_of_x = np.stack([x**0, x, x * x])
+    powers_of_y = np.stack([y**0, y, y * y])
+    basis = np.einsum("ip,jp->ijp", powers_of_x, powers_of_y).reshape(9, -1)
+
+    grey = image.reshape(-1, 3)[pixels]
+    coefficients = np.linalg.lstsq(basis @ basis.T, basis @ grey, rcond=1e-6)[0]
+    return basis.T @ coefficients

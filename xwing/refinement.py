@@ -1,56 +1,163 @@
-"""A pose moved until drawing and frame agree (Gauss-Newton)."""
+"""A pose moved until drawing and frame agree (Gauss-Newton).
+
+What differs between the drawing of a pose and the frame says how the pose must move. Each pixel of
+the drawing is a point of the surface, so it is known how it moves in the picture with the pose, and
+the slopes of the picture say how its colour differs there. Drawing costs most of the time. Each
+drawing therefore serves several steps, as a `Template`: its points are looked up elsewhere in the
+frame where the pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. A
+pose that is further off is refined on a coarse picture first.
+
+A step of a pose is a turn in radians and a shift in model units. Whatever depends on how the two
+compare is computed in radians and diameters of the target, so that the unit of a mesh does not
+matter.
+
+Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on
+    brightness); Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are
+    eliminated).
+"""
 
 import dataclasses
 
 import cv2
 import numpy as np
+from scipy.spatial import ConvexHull
 
 import xwing_utils as xu
-from xwing import mesh
-from xwing.appearance import _robust_cost, _weight
+from xwing import mesh as meshes
+from xwing.appearance import (
+    Drawing,
+    LinearShader,
+    Painting,
+    View,
+    cut_view,
+    grey_slope,
+    mean_square,
+    near_target,
+    to_light,
+)
 
-MAX_DRAWINGS, MAX_STEPS = 4, 6  # on one level; of Gauss-Newton on one drawing
-
-
-NEGLIGIBLE_GAIN = 0.02  # log-likelihood that is not worth another step
+MAX_DISTANCE = 21285.0  # diameters: a point that is further away has run away
+MAX_STEP_TURN = 0.5  # radians about one axis: a larger step of Gauss-Newton is not believed
+MAX_CONDITION = 1e12  # of an information matrix, in radians and diameters
 
 
 @dataclasses.dataclass(frozen=True)
-class _View:
-    """The part of a frame about the ship, shrunk."""
+class RefinementSettings:
+    """What decides how a pose is refined; the defaults were chosen on validation frames."""
 
-    image: np.ndarray  # (h, w, 3) float32 grey levels
-    light: np.ndarray  # (h, w, 3) float32
-    K: np.ndarray  # (3, 3) of that part
-    blur: float  # pixels of the view, standard deviation of the Gaussian filter through which it was taken
+    noise: float = 4.0  # grey levels: no pixel is trusted further than that
+    effective_sample_ratio: float = 0.09  # fraction of the pixels that count as independent
+    working_size: int = 150  # pixels: a target that spans more is refined on a smaller picture
+    min_pixels: int = 50  # of the target, in the picture that is worked on
+    coarse_factor: int = 2  # by how much more the coarse picture is shrunk
+    coarse_blur: float = 1.0  # pixels: its blur, beside, which attracts poses from further off
+    prior_std_scale: float = 2.0  # factor on the standard deviations that a start comes with
+    max_drawings: int = 4  # on one level
+    max_steps: int = 6  # of Gauss-Newton on one drawing
+    max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn anew
+    negligible_gain: float = 0.02  # log-likelihood that is not worth another step
+
+
+# ============================================================ robust costs
+
+
+def robust_weight(residual: np.ndarray, spread: float, effective_sample_ratio: float) -> np.ndarray:
+    """Return the information (P,) of pixels whose errors have a Cauchy distribution.
+
+    Args:
+        residual: (P, 3) differences in grey levels.
+        spread: grey levels, standard deviation of the small ones among them.
+        effective_sample_ratio: fraction of the pixels that count as independent of each other.
+
+    Returns:
+        (P,) float32, for squares of grey levels.
+    """
+    forgiven = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
+    return np.float32(effective_sample_ratio / spread**2) / (1 + forgiven)
+
+
+def robust_cost(residual: np.ndarray, spread: float, effective_sample_ratio: float) -> float:
+    """Return the negative log-likelihood, except for a constant, of what `robust_weight` takes."""
+    forgiven = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
+    total = float(np.log1p(forgiven).sum(dtype=float))
+    return 1.5 * effective_sample_ratio * xu.CAUCHY**2 * total
+
+
+# ============================================================ what moves with a pose
+
+
+def pixel_flow(
+    pixels: np.ndarray, depth: np.ndarray, K: np.ndarray, centre: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Say which points of a surface some pixels show, and how these points move in the picture.
+
+    Args:
+        pixels: (P,) flat pixels of the picture.
+        depth: (h, w) float32 model units.
+        K: (3, 3) camera matrix of the picture.
+        centre: (3,) float32 position of the target in camera axes, about which it is turned.
+
+    Returns:
+        points (P, 3) in camera axes, from the centre; d column (6, P) and d row (6, P) for a step
+        of `xwing_utils.move_pose`.
+    """
+    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
+    z = depth.ravel()[pixels]
+    fx, fy, cx, cy = np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
+    x = (column + np.float32(0.5) - cx) * z / fx
+    y = (row + np.float32(0.5) - cy) * z / fy
+    points = np.column_stack([x, y, z]) - centre
+
+    # The derivatives of column and row by the point are (a, 0, c) and (0, b, d).
+    a = fx / z
+    b = fy / z
+    c = -fx * x / z**2
+    d = -fy * y / z**2
+
+    # A turn moves a point p by its cross product with p, a shift moves all points alike.
+    px, py, pz = points.T
+    zero = np.zeros_like(z)
+    column_flow = np.stack([py * c, pz * a - px * c, -py * a, a, zero, c])
+    row_flow = np.stack([py * d - pz * b, -px * d, px * b, zero, b, d])
+    return points, column_flow, row_flow
 
 
 @dataclasses.dataclass(frozen=True)
-class _Template:
-    """A painted drawing as P points of the surface, and how their colours change with the pose; float32."""
+class Template:
+    """A painting as P points of the surface, and how their colours change with the pose.
 
-    view: _View
-    pose: np.ndarray  # (4, 4)
-    pixels: np.ndarray  # (P,) flat
-    points: np.ndarray  # (P, 3) camera axes, from the ship's position
+    All arrays but the pose are float32. The painting itself is not kept: it is large.
+    """
+
+    view: View
+    pose: np.ndarray  # (4, 4) at which it was painted
+    spread: float  # grey levels, standard deviation of what the painting does not explain
+    diameter: float  # model units, of the target
+    pixels: np.ndarray  # (P,) flat pixels of the view
+    points: np.ndarray  # (P, 3) camera axes, from the position of the target
     colours: np.ndarray  # (P, 3) grey levels
-    jacobian: np.ndarray  # (6, 3 P) for a step of `xu.move_pose`, colours and light following
-    spread: float  # grey levels, of what the drawing leaves unexplained
+    jacobian: np.ndarray  # (6, 3 P) for a step of `move_pose`, when colours and light follow
 
-    def positions(self, pose):
-        """Where in the view the points lie at another pose, (P, 2) pixels; None if one lies behind."""
+    def positions(self, pose: np.ndarray) -> np.ndarray | None:
+        """Return where in the view the points lie at another pose: (P, 2) pixels.
+
+        None where a point lies behind the camera or extremely far away.
+        """
         turn = np.float32(pose[:3, :3] @ self.pose[:3, :3].T)
         points = self.points @ turn.T + np.float32(pose[:3, 3])
-        if not (points[:, 2].min() > mesh.NEAR and points[:, 2].max() < 1e4):  # so for NaN
+
+        nearest = points[:, 2].min() / self.diameter
+        furthest = points[:, 2].max() / self.diameter
+        if not (nearest > meshes.NEAR and furthest < MAX_DISTANCE):  # true for NaN as well
             return None
         return points @ np.float32(self.view.K[:2].T) / points[:, 2:]
 
-    def residual(self, positions):
-        """(P, 3) grey levels: the frame at those positions less the colours."""
-        rows = -(-len(positions) // 1024)  # OpenCV takes no row longer than 32767
-        centres = np.resize(
-            positions - np.float32(0.5), (rows, 1024, 2)
-        )  # its whole pixels are centres
+    def residual(self, positions: np.ndarray) -> np.ndarray:
+        """Return the frame at some positions (P, 2) less the colours: (P, 3) grey levels."""
+        # In OpenCV the centre of a pixel has whole coordinates. A picture is at most 32767 wide, so
+        # the points are looked up in rows of 1024.
+        rows = -(-len(positions) // 1024)
+        centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
         seen = cv2.remap(
             self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
         )
@@ -59,78 +166,334 @@ class _Template:
 
 @dataclasses.dataclass(frozen=True)
 class _Prior:
-    """Where a pose is expected, and how surely."""
+    """Where a pose is expected, and how precisely."""
 
     pose: np.ndarray  # (4, 4)
     information: np.ndarray  # (6, 6)
 
     def slope(self, pose):
+        """The derivative (6,) of the cost by a step of the pose."""
         return self.information @ xu.pose_step(pose, self.pose)
 
     def cost(self, pose):
+        """The negative log-likelihood of a pose, except for a constant."""
         return 0.5 * xu.pose_step(pose, self.pose) @ self.slope(pose)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refined:
+class Refined:
     """Where the steps on one level ended."""
 
     pose: np.ndarray  # (4, 4)
-    information: np.ndarray  # (6, 6), the inverse of its covariance
-    template: _Template  # of the last drawing
+    information: np.ndarray  # (6, 6), the inverse of the covariance
+    template: Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels that the template leaves there
     shift: float  # pixels, root mean square, from where the template was drawn
-    cost: float = (
-        np.inf
-    )  # negative log-likelihood but for a constant, where it was compared with others
+    cost: float = np.inf  # negative log-likelihood, once it is compared with that of other poses
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(6, 6): rotation vector in camera axes (radians), then translation."""
+        return _inverse(self.information, self.template.diameter)
 
 
-def _descend(template, prior):
-    """Levenberg-Marquardt on one template: `_Refined`."""
-    pose, damping = template.pose, 1e-3
-    first = positions = template.positions(pose)
-    residual = template.residual(first)
-    cost = _robust_cost(residual, template.spread) + prior.cost(pose)
-    for _ in range(MAX_STEPS):
-        weighted, moved = template.jacobian * np.tile(_weight(residual, template.spread), 3), False
-        information = np.float64(weighted @ template.jacobian.T) + prior.information
-        gradient = weighted @ residual.T.ravel() - prior.slope(pose)
-        while damping < 10 and not moved:
-            step = np.linalg.solve(
-                information + damping * np.diag(np.diag(information) + 1e-9), gradient
-            )
-            if gradient @ step < 2 * NEGLIGIBLE_GAIN:
+def _step_scale(diameter):
+    """(6,) factors from steps in radians and diameters to steps in radians and model units."""
+    return np.repeat([1.0, diameter], 3)
+
+
+def _in_diameters(information, diameter):
+    """An information matrix (6, 6) about a step in radians and diameters instead of model units."""
+    scale = _step_scale(diameter)
+    return np.outer(scale, scale) * information
+
+
+def _inverse(information, diameter):
+    """The covariance (6, 6) of an information matrix, computed in radians and diameters."""
+    scale = _step_scale(diameter)
+    return np.outer(scale, scale) * np.linalg.inv(_in_diameters(information, diameter))
+
+
+# ============================================================ steps on one template
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """How well a template fits the frame at one pose."""
+
+    pose: np.ndarray  # (4, 4)
+    positions: np.ndarray  # (P, 2) pixels of the view
+    residual: np.ndarray  # (P, 3) grey levels
+    cost: float  # negative log-likelihood, except for a constant
+
+
+class _Descent:
+    """Levenberg-Marquardt: the steps of a pose on one template, under a prior."""
+
+    def __init__(self, template, prior, settings):
+        self.template = template
+        self.prior = prior
+        self.settings = settings
+        self.damping = 1e-3
+        self.scale = _step_scale(template.diameter)
+        self.scales = np.outer(self.scale, self.scale)
+
+    def run(self):
+        """Step until nothing is gained: `Refined`, or None where the template cannot be placed."""
+        start = self._fit(self.template.pose)
+        if start is None:
+            return None
+        fit = start
+
+        for _ in range(self.settings.max_steps):
+            information, gradient = self._normal_equations(fit)
+            better = self._improve(fit, information, gradient)
+            if better is None:
                 break
-            trial = xu.move_pose(pose, step)
-            there = template.positions(trial) if np.abs(step[:3]).max() < 0.5 else None
-            if there is not None:
-                left = template.residual(there)
-                trial_cost = _robust_cost(left, template.spread) + prior.cost(trial)
-                moved = trial_cost < cost
-            damping = damping / 10 if moved else damping * 100
-        if not moved:
-            break
-        pose, positions, residual, cost = trial, there, left, trial_cost
-    shift = np.sqrt(np.square(positions - first).sum(1).mean())
-    return _Refined(pose, (information + information.T) / 2, template, residual, float(shift))
+            fit = better
+
+        shift = np.sqrt(np.square(fit.positions - start.positions).sum(1).mean())
+        information = (information + information.T) / 2
+        return Refined(fit.pose, information, self.template, fit.residual, float(shift))
+
+    def _fit(self, pose):
+        """The `_Fit` at a pose, or None where points would lie behind the camera."""
+        positions = self.template.positions(pose)
+        if positions is None:
+            return None
+
+        residual = self.template.residual(positions)
+        ratio = self.settings.effective_sample_ratio
+        cost = robust_cost(residual, self.template.spread, ratio)
+        return _Fit(pose, positions, residual, cost + self.prior.cost(pose))
+
+    def _normal_equations(self, fit):
+        """Information (6, 6) about a step from there, and gradient (6,) of the log-likelihood."""
+        ratio = self.settings.effective_sample_ratio
+        weight = robust_weight(fit.residual, self.template.spread, ratio)
+        jacobian = self.template.jacobian
+        weighted = jacobian * np.tile(weight, 3)
+
+        information = np.float64(weighted @ jacobian.T) + self.prior.information
+        gradient = weighted @ fit.residual.T.ravel() - self.prior.slope(fit.pose)
+        return information, gradient
+
+    def _improve(self, fit, information, gradient):
+        """The `_Fit` after a step that lowers the cost, or None; other steps are damped more."""
+        while self.damping < 10:
+            step = self._step(information, gradient)
+            if gradient @ step < 2 * self.settings.negligible_gain:
+                return None
+
+            believed = np.abs(step[:3]).max() < MAX_STEP_TURN
+            trial = self._fit(xu.move_pose(fit.pose, step)) if believed else None
+            if trial is not None and trial.cost < fit.cost:
+                self.damping /= 10
+                return trial
+            self.damping *= 100
+
+        return None
+
+    def _step(self, information, gradient):
+        """The damped step (6,), solved for in radians and diameters."""
+        information = self.scales * information
+        damped = information + self.damping * np.diag(np.diag(information) + 1e-9)
+        return self.scale * np.linalg.solve(damped, self.scale * gradient)
 
 
-def pixel_flow(pixels, depth, K, centre):
-    """Points (P, 3) of the surface that flat pixels (P,) of a depth (h, w) show, from a centre (3,) in camera
-    axes, and how they move in the picture: d column and d row by a step of `xu.move_pose`, (6, P) each."""
-    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
-    z, (fx, fy, cx, cy) = depth.ravel()[pixels], np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
-    x, y = (column + np.float32(0.5) - cx) * z / fx, (row + np.float32(0.5) - cy) * z / fy
-    points, none = np.column_stack([x, y, z]) - centre, np.zeros_like(z)
-    px, py, pz = points.T
-    a, b, c, d = (
-        fx / z,
-        fy / z,
-        -fx * x / z**2,
-        -fy * y / z**2,
-    )  # d / d point = (a, 0, c) and (0, b, d)
-    return (
-        points,
-        np.stack([py * c, pz * a - px * c, -py * a, a, none, c]),
-        np.stack([py * d - pz * b, -px * d, px * b, none, b, d]),
-    )
+# ============================================================ refining
+
+
+class Refiner:
+    """Moves poses of one target until its drawing and the frame agree.
+
+    Args:
+        mesh: `Mesh` of the target.
+        blur: pixels of a frame, standard deviation of the filter that it was taken through, beside
+            the square of the pixel.
+        settings: `RefinementSettings`.
+    """
+
+    def __init__(
+        self, mesh: meshes.Mesh, blur: float = 0.4, settings: RefinementSettings | None = None
+    ):
+        self.shader = LinearShader(mesh)
+        self.outline = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # what may lie outermost
+        self.diameter = mesh.diameter
+        self.blur = blur
+        self.settings = settings or RefinementSettings()
+
+    def align(
+        self,
+        image: np.ndarray,
+        pose: np.ndarray,
+        K: np.ndarray,
+        covariance: np.ndarray | None = None,
+    ) -> Refined | None:
+        """Refine a pose on a coarse picture, then on a fine one; see `refine` for the arguments."""
+        rough = self.refine(image, pose, K, covariance, coarse=True)
+        start = pose if rough is None else rough.pose  # a small target shows on the fine level only
+        return self.refine(image, start, K, covariance, expected=pose)
+
+    def refine(
+        self,
+        image: np.ndarray,
+        pose: np.ndarray,
+        K: np.ndarray,
+        covariance: np.ndarray | None = None,
+        coarse: bool = False,
+        expected: np.ndarray | None = None,
+        drawings: int | None = None,
+    ) -> Refined | None:
+        """Move a pose on one level.
+
+        Args:
+            image: (H, W, 3) uint8.
+            pose: (4, 4) model -> OpenCV camera, where the steps begin.
+            K: (3, 3) camera matrix.
+            covariance: (6, 6) of the expected pose, or None where nothing is known of it.
+            coarse: whether the coarse picture is used instead of the fine one.
+            expected: (4, 4) pose that the covariance is about; None: `pose`.
+            drawings: how often the target may be drawn; None: as the settings say.
+
+        Returns:
+            Refined, or None where too little of the target shows or the pose is not determined.
+        """
+        prior = self._prior(pose if expected is None else expected, covariance)
+
+        for _ in range(drawings or self.settings.max_drawings):
+            view = self.view(image, pose, K, coarse)
+            drawing = None if view is None else self.draw(view, pose)
+            if drawing is None:
+                return None
+
+            template = self._template(self.paint(view, drawing))
+            refined = _Descent(template, prior, self.settings).run()
+            if refined is None:
+                return None
+
+            pose = refined.pose
+            if refined.shift < self.settings.max_shift:
+                break
+
+        condition = np.linalg.cond(_in_diameters(refined.information, self.diameter))
+        return refined if condition < MAX_CONDITION else None
+
+    def _prior(self, pose, covariance):
+        information = np.zeros((6, 6))
+        if covariance is not None:
+            precise = _inverse(covariance, 1 / self.diameter)  # the other way round: information
+            information += precise / self.settings.prior_std_scale**2
+        return _Prior(pose, information)
+
+    def view(
+        self, image: np.ndarray, poses: np.ndarray, K: np.ndarray, coarse: bool = False
+    ) -> View | None:
+        """Cut out the part of a frame around the target, and shrink it to the working size.
+
+        Args:
+            image: (H, W, 3) uint8.
+            poses: (4, 4) or N (4, 4): the view contains the target at each of them.
+            K: (3, 3) camera matrix.
+            coarse: whether the view is shrunk and blurred further.
+
+        Returns:
+            View, or None where too little would show, or the target reaches behind the camera.
+        """
+        poses = np.reshape(poses, (-1, 4, 4))
+        pixels = np.array([xu.project_pose(self.outline, pose, K) for pose in poses])
+        if not np.isfinite(pixels).all():
+            return None
+
+        span = np.ptp(pixels.clip(0, image.shape[1::-1]), axis=1).max()
+        shrink = max(1, int(np.ceil(span / self.settings.working_size)))
+        extra_blur = 0.0
+        if coarse:
+            shrink *= self.settings.coarse_factor
+            extra_blur = self.settings.coarse_blur
+        return cut_view(image, pixels.reshape(-1, 2), K, shrink, self.blur, extra_blur)
+
+    def draw(self, view: View, pose: np.ndarray, true_paint: bool = True) -> Drawing | None:
+        """Draw a pose (see `LinearShader.draw`); None where too little shows or it is too near."""
+        drawing = self.shader.draw(view, pose, true_paint)
+        enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
+        beyond = drawing.depth.min() > meshes.NEAR * self.diameter
+        return drawing if enough and beyond else None
+
+    def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
+        """Solve for the colours and the light of a drawing; see `LinearShader.paint`."""
+        return self.shader.paint(view, drawing, self.settings.noise, behind)
+
+    def paint_pose(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> Painting | None:
+        """Draw a pose in whatever paint explains the frame best; None where too little shows.
+
+        Args:
+            image: (H, W, 3) uint8.
+            pose: (4, 4) model -> OpenCV camera.
+            K: (3, 3) camera matrix.
+
+        Returns:
+            Painting or None.
+        """
+        view = self.view(image, pose, K)
+        drawing = None if view is None else self.draw(view, pose, true_paint=False)
+        return None if drawing is None else self.paint(view, drawing)
+
+    def _template(self, painting):
+        """The `Template` of a painting, with the pixels beside the target: it may move there."""
+        view = painting.view
+        drawing = painting.drawing
+        depth = _depth_around(drawing.depth)
+        pixels = np.flatnonzero(near_target(drawing.coverage) & np.isfinite(depth))
+        colours = painting.picture.reshape(-1, 3)[pixels]
+
+        position = np.float32(drawing.pose[:3, 3])
+        points, column_flow, row_flow = pixel_flow(pixels, depth, view.K, position)
+        slope_x, slope_y = _slopes(painting.picture, pixels)
+        jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
+        jacobian = jacobian.reshape(18, len(pixels))
+        jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
+        return Template(
+            view,
+            drawing.pose,
+            painting.spread,
+            self.diameter,
+            pixels,
+            points,
+            colours,
+            jacobian.reshape(6, -1),
+        )
+
+    def _explained_by_colours(self, jacobian, colours, painting, pixels):
+        """The part of a jacobian (18, P) that other colours and another light explain as well.
+
+        They would be solved for anew after each step, so this part says nothing about the pose.
+        """
+        ratio = self.settings.effective_sample_ratio
+        residual = painting.view.image.reshape(-1, 3)[pixels] - colours
+        weight = robust_weight(residual, painting.spread, ratio)
+
+        slope = grey_slope(to_light(colours.clip(0)))
+        basis = painting.drawing.shading_basis
+        basis = basis.reshape(-1, basis.shape[-1])[pixels] * slope[:, None]
+        weighted = basis.T * weight
+        stiffness = self.shader.stiffness * np.float32(ratio / painting.spread**2)
+
+        coefficients = np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian.T)
+        return coefficients.T @ basis.T
+
+
+def _depth_around(depth):
+    """Depth (h, w) of a drawing and of two pixels beside it: a rim moves with its nearer side."""
+    near = cv2.erode(depth, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
+    wide = cv2.erode(near, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
+    return np.where(np.isfinite(near), near, wide)
+
+
+def _slopes(picture, pixels):
+    """Slopes of a picture (h, w, 3) to the right and down at flat pixels: (3, P) each."""
+    difference = np.float32([-0.5, 0, 0.5])
+    same = np.float32([1])
+    right = cv2.sepFilter2D(picture, -1, difference, same)
+    down = cv2.sepFilter2D(picture, -1, same, difference)
+    return right.reshape(-1, 3)[pixels].T, down.reshape(-1, 3)[pixels].T

@@ -1,92 +1,441 @@
-"""Rival poses, evidence, and the probability that a pose is right."""
+"""Rival poses, evidence, and the probability that a pose is right.
+
+A pose that has been refined may still be the wrong one, because a target may look nearly alike from
+two sides. So the poses that it is ambiguous with are refined as well, and all of them are drawn
+over the same pixels, as if the target could be painted in any way. The one that explains these
+pixels best wins. Three kinds of evidence then say whether the winner is right: how far its edges
+are those of the frame, by how much its rivals explain the pixels worse, and how many of the
+network's estimates agree with it. A logistic model turns them into a probability.
+"""
+
+import dataclasses
 
 import cv2
 import joblib
 import numpy as np
+from scipy.special import expit
 
 import xwing_utils as xu
+from xwing.appearance import near_target, smooth_sky, surroundings
+from xwing.refinement import Refined, Refiner, robust_cost
 
-EVIDENCE = np.array(
-    [-25.39, 26.88, 1.45, 0.47]
-)  # log-odds for each of `_evidence`: tools/fit_evidence.py
-
-
-MIN_PROBABILITY = 0.8  # of being right, from which a single frame's pose is accepted
-
-
-SURE_PROBABILITY = 0.95  # below which a frame is worth more looks
+SAME_POSE = 30.0  # degrees: poses that are turned by less against each other are no rivals
+SIMILAR_COARSE = 10.0  # degrees: such poses lead to the same one, from a coarse picture on
+SIMILAR_FINE = 3.0  # degrees: the same, on the fine picture
 
 
-def _evidence(agreement, margin, same):
-    """What speaks for a pose, (4,): one; how far its edges are the frame's; by how much its rivals explain
-    the pixels worse; how many looks found it less those that found another."""
-    return np.array([1, agreement, np.log1p(np.clip(margin, 0, 100)), 2 * sum(same) - len(same)])
+@dataclasses.dataclass(frozen=True)
+class VerificationSettings:
+    """What decides which poses are tried for a frame, and whether the best one is accepted.
+
+    What it costs to explain the pixels by a smooth sky alone is called their contrast. A pose
+    explains the fraction of it that its drawing saves.
+    """
+
+    # Which poses are tried.
+    min_explained_contrast: float = 0.42  # fraction that a pose must explain at least
+    well_explained: float = 0.65  # fraction from which no other pose or picture is tried
+    usual_ratio: float = 0.9  # of what a track explained lately, from which it is well explained
+    min_contrast: float = 45.0  # log-likelihood: with less contrast there is nothing to explain
+    confident_margin: float = 10.0  # log-likelihood margin from which keypoints need explain less
+    nearby_angles: tuple = (12.0, 25.0)  # degrees, of further starts where too little is explained
+    ruled_out_margin: float = 30.0  # log-likelihood: rivals that are worse by this are dropped
+
+    # What makes a pose probable.
+    strong_edge: float = 60.0  # slope (Sobel, grey levels) from which drawn edges count fully
+    min_edge: float = 12.0  # slope below which a frame has no edge
+    evidence_weights: tuple = (-25.39, 26.88, 1.45, 0.47)  # log-odds, by tools/fit_evidence.py
+    min_probability: float = 0.8  # from which the pose of a single frame is accepted
+    confident_probability: float = 0.95  # below which the network also sees the frame rotated
 
 
-def _suppress_similar(ranked, degrees):
-    """Of `_Refined`, best first, those that are turned by more than an angle against every better one."""
-    kept = []
-    for candidate in ranked:
-        apart = all(xu.rotation_error(candidate.pose, better.pose) > degrees for better in kept)
-        kept += [candidate] if apart else []
-    return kept
+# ============================================================ evidence
 
 
-def turned_looks(model, images, K):
-    """What a network finds in images (N, S, S, 3) uint8 turned by a quarter, a half and three quarters: three
-    `PoseEstimate` for each, in its own axes, of other errors. K: (3, 3), or (N, 3, 3)."""
-    turned = np.concatenate([np.rot90(images, turns, (1, 2)) for turns in (1, 2, 3)])
-    maps = np.split(xu.predict_heatmaps(model, turned, channels=len(xu.KEYPOINTS)), 3)
-    maps = np.concatenate([np.rot90(part, -turns, (1, 2)) for turns, part in enumerate(maps, 1)])
-    found = zip(np.resize(K, (len(maps), 3, 3)), *xu.read_keypoints(maps, model.settings))
-    looks = [xu.estimate_pose(points, camera, *sureness) for camera, points, *sureness in found]
-    return [looks[i :: len(images)] for i in range(len(images))]
+def evidence(agreement: float, margin: float, votes: list) -> np.ndarray:
+    """Put together what speaks for a pose: the features of the logistic model.
+
+    Args:
+        agreement: 0 to 1, see `edge_agreement`.
+        margin: log-likelihood by which its best rival explains the pixels worse.
+        votes: bool for each estimate of the network, whether it is about the same pose.
+
+    Returns:
+        (4,): one, the agreement, the logarithm of the margin, votes for less votes against.
+    """
+    log_margin = np.log1p(np.clip(margin, 0, 100))
+    return np.array([1, agreement, log_margin, 2 * sum(votes) - len(votes)])
 
 
-def verify_frames(aligner, images, estimates, K, model):
-    """`Aligner.verify` on all cores for images (N, S, S, 3) uint8 and N estimates, with `turned_looks` by the
-    model where the pose is not sure without: a list."""
+def edge_agreement(
+    seen: np.ndarray,
+    drawn: np.ndarray,
+    coverage: np.ndarray,
+    settings: VerificationSettings | None = None,
+) -> float:
+    """Measure how much of a drawing's edges a frame has too, however strong they are there.
 
-    def verify(*arguments):
-        cv2.setNumThreads(1)  # the frames are what is shared out
-        return aligner.verify(*arguments)
+    It is the mean cosine between the directions of both. Patterns of the paint, shadows and other
+    light add edges to a frame, but take few away.
 
-    def verify_rows(rows, others):
-        tasks = (
-            joblib.delayed(verify)(images[i], estimates[i], K, o) for i, o in zip(rows, others)
-        )
-        return zip(rows, joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks))  # none on disk
+    Args:
+        seen: (h, w, 3) float32 grey levels of the frame.
+        drawn: (h, w, 3) float32 grey levels of the drawing.
+        coverage: (h, w) float32, fraction of each pixel that the drawing covers. Only edges there,
+            and a few pixels around, count.
+        settings: `VerificationSettings`; None: the defaults.
 
-    found = dict(verify_rows(range(len(images)), [()] * len(images)))
-    unsure = [i for i in found if not found[i].probability >= SURE_PROBABILITY]
-    found |= verify_rows(unsure, turned_looks(model, images[unsure], K)) if unsure else {}
-    return list(found.values())
+    Returns:
+        0 to 1.
 
-
-STRONG_EDGE, MIN_EDGE = (
-    60.0,
-    12.0,
-)  # slopes (Sobel, grey levels): none counts more, none below is an edge
-
-
-def edge_agreement(seen, drawn, cover):
-    """How much of a drawing's edges (h, w, 3) a frame (h, w, 3) has too, however strong they are there: the
-    mean cosine between their directions, 0 to 1, about what the drawing covers (h, w).
-
-    Patterns of the paint, shadows and other light add edges to a frame, but take few away.
     Source: Steger, ISPRS Archives 34(3A), 2002; Hinterstoisser et al., IEEE TPAMI 34(5), 2012.
     """
-    seen, drawn = _steepest_slopes(seen), _steepest_slopes(drawn)
-    length, strength = np.linalg.norm(drawn, axis=0), np.linalg.norm(seen, axis=0)
-    weight = np.minimum(length, STRONG_EDGE) * (cv2.dilate(cover, np.ones((7, 7))) > 0.01)
+    settings = settings or VerificationSettings()
+    seen = _steepest_slopes(seen)
+    drawn = _steepest_slopes(drawn)
+    length = np.linalg.norm(drawn, axis=0)
+    strength = np.linalg.norm(seen, axis=0)
+
+    around = cv2.dilate(coverage, np.ones((7, 7))) > 0.01
+    weight = np.minimum(length, settings.strong_edge) * around
     cosine = np.abs((drawn * seen).sum(0)) / (length * strength + 1e-3)
-    return float((weight * cosine * (strength > MIN_EDGE)).sum() / (weight.sum() + 1e-3))
+    agreement = (weight * cosine * (strength > settings.min_edge)).sum()
+    return float(agreement / (weight.sum() + 1e-3))
 
 
 def _steepest_slopes(image):
     """(2, h, w) slopes to the right and down, of each pixel's steepest colour."""
     smooth = cv2.GaussianBlur(image, (0, 0), 0.7)
     slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
-    return np.take_along_axis(slopes, np.square(slopes).sum(0).argmax(-1)[None, ..., None], 3)[
-        ..., 0
+    steepest = np.square(slopes).sum(0).argmax(-1)
+    return np.take_along_axis(slopes, steepest[None, ..., None], axis=3)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """The best pose for a frame, and what speaks for it."""
+
+    best: Refined
+    runner_up: np.ndarray | None  # (4, 4) the best different pose
+    margin: float  # log-likelihood by which the runner-up explains the pixels worse
+    edge_agreement: float  # 0 to 1, see `edge_agreement`
+    votes: list  # bool for each estimate, whether it is about the same pose
+    explained_contrast: float  # fraction of the contrast that the best pose explains
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """(4,), see `evidence`."""
+        return evidence(self.edge_agreement, self.margin, self.votes)
+
+
+# ============================================================ rival poses
+
+
+class Verifier:
+    """Finds the best pose for a frame among those that its estimates may be, and judges it.
+
+    Args:
+        refiner: `Refiner` of the target.
+        target: `Target`: which poses are ambiguous.
+        settings: `VerificationSettings`.
+    """
+
+    def __init__(
+        self,
+        refiner: Refiner,
+        target: xu.Target = xu.XWING,
+        settings: VerificationSettings | None = None,
+    ):
+        self.refiner = refiner
+        self.target = target
+        self.settings = settings or VerificationSettings()
+
+    def verify(
+        self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
+    ) -> xu.PoseEstimate:
+        """Refine and judge the estimate for a single frame on its pixels.
+
+        Args:
+            image: (H, W, 3) uint8.
+            estimate: `PoseEstimate` from the keypoints.
+            K: (3, 3) camera matrix.
+            others: further `PoseEstimate` for the same frame, such as those of `rotated_views`.
+
+        Returns:
+            PoseEstimate of the best pose, accepted if it is probably right.
+        """
+        estimates = [one for one in (estimate, *others) if one.pose is not None]
+        judgement = self.judge(image, estimates, K)
+        if judgement is None:
+            reason = estimate.reason or "too little of the ship is in sight"
+            return dataclasses.replace(estimate, accepted=False, reason=reason)
+
+        probability = float(expit(judgement.evidence @ self.settings.evidence_weights))
+        accepted = probability >= self.settings.min_probability
+        edges = f"{judgement.edge_agreement:.0%} of its edges are in the frame"
+        reason = "" if accepted else f"right with a probability of {probability:.2f}: {edges}"
+        return dataclasses.replace(
+            estimate,
+            pose=judgement.best.pose,
+            covariance=judgement.best.covariance,
+            accepted=accepted,
+            reason=reason,
+            reprojection=estimate.reprojection if judgement.votes[0] else np.nan,
+            log_likelihood_margin=judgement.margin,
+            explained_contrast=judgement.explained_contrast,
+            probability=probability,
+            runner_up=judgement.runner_up,
+        )
+
+    def judge(self, image: np.ndarray, estimates: list, K: np.ndarray) -> Judgement | None:
+        """Find the best pose for a frame and collect the evidence for it.
+
+        Args:
+            image: (H, W, 3) uint8.
+            estimates: `PoseEstimate` with poses, all for this frame; the first is the most trusted.
+            K: (3, 3) camera matrix.
+
+        Returns:
+            Judgement, or None where there are no estimates or too little of the target shows.
+        """
+        found = self._candidates(image, estimates, K) if estimates else []
+        if not found:
+            return None
+
+        leader = self._rank(image, found, K)[0][0]
+        found += self._refine_rivals(image, leader, K)
+        ranked, explained = self._rank(image, found, K)
+        best, *rivals = _drop_similar(ranked, SAME_POSE)
+
+        # Without a rival on the pixels, what the keypoints said of the runner-up remains.
+        runner_up = rivals[0].pose if rivals else estimates[0].runner_up
+        margin = rivals[0].cost - best.cost if rivals else estimates[0].log_likelihood_margin
+
+        votes = [xu.rotation_error(best.pose, one.pose) < SAME_POSE for one in estimates]
+        agreement = self._edge_agreement(image, best.pose, K)
+        return Judgement(best, runner_up, margin, agreement, votes, explained)
+
+    def explained_contrast(self, refined: Refined | None) -> float:
+        """Return the fraction of the contrast that a refined pose explains; 0 for None."""
+        if refined is None:
+            return 0.0
+        template = refined.template
+        sky = self._sky_cost(template.view.image, template.pixels)
+        return (sky - self._cost(refined.residual)) / max(sky, self.settings.min_contrast)
+
+    def photometric_costs(
+        self, image: np.ndarray, poses: list, K: np.ndarray, coarse: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """Measure how badly some poses, and a smooth sky, explain a frame.
+
+        Args:
+            image: (H, W, 3) uint8.
+            poses: N (4, 4), model -> OpenCV camera.
+            K: (3, 3) camera matrix.
+            coarse: whether the coarse picture is used.
+
+        Returns:
+            costs (N,), infinite where the target does not show, and the cost of the sky: negative
+            log-likelihoods over the same pixels, except for a constant.
+        """
+        costs = np.full(len(poses), np.inf)
+        view = self.refiner.view(image, poses, K, coarse)
+        if view is None:
+            return costs, 0.0
+
+        drawings = [self.refiner.draw(view, pose, true_paint=False) for pose in poses]
+        shown = [i for i, drawing in enumerate(drawings) if drawing is not None]
+        if not shown:
+            return costs, 0.0
+
+        coverage = np.max([drawings[i].coverage for i in shown], axis=0)
+        behind = surroundings(view.light, coverage)
+        pixels = np.flatnonzero(near_target(coverage))
+        seen = view.image.reshape(-1, 3)[pixels]
+        for i in shown:
+            painting = self.refiner.paint(view, drawings[i], behind)
+            costs[i] = self._cost(seen - painting.picture.reshape(-1, 3)[pixels])
+        return costs, self._sky_cost(view.image, pixels)
+
+    def _candidates(self, image, estimates, K):
+        """The `Refined` poses that the estimates may stand for.
+
+        A single estimate that explains the frame is enough. Otherwise all estimates and their
+        runners-up are tried, and what these are ambiguous with. Where the best of them explains too
+        little, poses nearby are tried as well.
+        """
+        first = self.refiner.align(image, estimates[0].pose, K, estimates[0].covariance)
+        if len(estimates) == 1 and self._explains_enough(first, estimates[0]):
+            return [first]
+
+        poses = [pose for one in estimates for pose in (one.pose, one.runner_up)]
+        starts = self._ambiguous([pose for pose in poses if pose is not None])
+        found = self._search(image, starts, K, 2 * len(estimates))
+        if first is not None:
+            found.append(first)
+
+        ranked, explained = self._rank(image, found, K)
+        if ranked and explained < self.settings.min_explained_contrast:
+            found += self._search_nearby(image, found, ranked[0].pose, K)
+        return found
+
+    def _explains_enough(self, refined, estimate):
+        """Whether a refined pose explains the frame; less is enough for confident keypoints."""
+        enough = self.settings.min_explained_contrast
+        if estimate.log_likelihood_margin < self.settings.confident_margin:
+            enough = self.settings.well_explained
+        return refined is not None and self.explained_contrast(refined) >= enough
+
+    def _ambiguous(self, poses):
+        """Some poses, each followed by those that it is ambiguous with."""
+        return [start for pose in poses for start in xu.ambiguous_poses(pose, self.target)]
+
+    def _search(self, image, starts, K, count, drawings=None):
+        """The best few of what some poses lead to, on a coarse picture and then on the fine one."""
+        found = self._refine_all(image, starts, K, coarse=True, drawings=drawings)
+        ranked, _ = self._rank(image, found, K, coarse=True)
+        best = _drop_similar(ranked, SIMILAR_COARSE)[:count]
+        return self._refine_all(image, [candidate.pose for candidate in best], K)
+
+    def _search_nearby(self, image, found, pose, K):
+        """What turns of a pose lead to, and what the best of all is then ambiguous with."""
+        axes = np.hstack([pose[:3, :3].T, np.zeros((3, 3))])  # of the target, as steps of a pose
+        steps = [
+            angle * axis
+            for angle in np.radians(self.settings.nearby_angles)
+            for axis in (*axes, *-axes)
+        ]
+        turned = [xu.move_pose(pose, step) for step in steps]
+        nearby = self._search(image, turned, K, 2, drawings=2)
+
+        best = self._rank(image, found + nearby, K)[0][0]
+        return nearby + self._search(image, self._ambiguous([best.pose])[1:], K, 2)
+
+    def _refine_rivals(self, image, leader, K):
+        """What the leader is ambiguous with, refined fully where it may still win."""
+        once = self._refine_all(image, self._ambiguous([leader.pose])[1:], K, drawings=1)
+        ranked, _ = self._rank(image, [leader, *once], K)
+
+        limit = ranked[0].cost + self.settings.ruled_out_margin
+        close = [one.pose for one in _drop_similar(ranked, SIMILAR_FINE) if one.cost < limit]
+        return once + self._refine_all(image, close, K)
+
+    def _refine_all(self, image, poses, K, coarse=False, drawings=None):
+        """`Refined` of those poses that can be refined on one level."""
+        refined = [
+            self.refiner.refine(image, pose, K, coarse=coarse, drawings=drawings) for pose in poses
+        ]
+        return [one for one in refined if one is not None]
+
+    def _rank(self, image, candidates, K, coarse=False):
+        """`Refined` with their costs, best first, and the fraction that the best explains."""
+        if not candidates:
+            return [], 0.0
+
+        poses = [candidate.pose for candidate in candidates]
+        costs, sky = self.photometric_costs(image, poses, K, coarse)
+        explained = float((sky - costs.min()) / max(sky, self.settings.min_contrast))
+        ranked = [dataclasses.replace(c, cost=cost) for cost, c in zip(costs.tolist(), candidates)]
+        return sorted(ranked, key=lambda candidate: candidate.cost), explained
+
+    def _edge_agreement(self, image, pose, K):
+        painting = self.refiner.paint_pose(image, pose, K)
+        if painting is None:
+            return 0.0
+        coverage = painting.drawing.coverage
+        return edge_agreement(painting.view.image, painting.picture, coverage, self.settings)
+
+    def _sky_cost(self, image, pixels):
+        seen = image.reshape(-1, 3)[pixels]
+        return self._cost(seen - smooth_sky(image, pixels))
+
+    def _cost(self, residual):
+        """The cost of differences (P, 3), with a spread that is the same for all poses."""
+        settings = self.refiner.settings
+        return robust_cost(residual, 2 * settings.noise, settings.effective_sample_ratio)
+
+
+def _drop_similar(ranked, degrees):
+    """Of `Refined`, best first, those that are turned further against every better one."""
+    kept = []
+    for candidate in ranked:
+        errors = [xu.rotation_error(candidate.pose, better.pose) for better in kept]
+        if all(error > degrees for error in errors):
+            kept.append(candidate)
+    return kept
+
+
+# ============================================================ many frames
+
+
+def rotated_views(
+    model, images: np.ndarray, K: np.ndarray, target: xu.Target = xu.XWING
+) -> list[list]:
+    """Estimate poses in frames that are rotated by one, two and three quarters of a turn.
+
+    The network makes other errors in a rotated frame (test-time augmentation).
+
+    Args:
+        model: from `load_model`.
+        images: (N, S, S, 3) uint8.
+        K: (3, 3) camera matrix, or (N, 3, 3).
+        target: `Target` that the model was trained for.
+
+    Returns:
+        N lists of three `PoseEstimate`, in the axes of the frames before they are rotated.
+    """
+    quarters = (1, 2, 3)
+    rotated = np.concatenate([np.rot90(images, turns, axes=(1, 2)) for turns in quarters])
+    heatmaps = xu.predict_heatmaps(model, rotated, channels=len(target.keypoints))
+    heatmaps = [
+        np.rot90(part, -turns, axes=(1, 2))
+        for turns, part in zip(quarters, np.split(heatmaps, len(quarters)))
     ]
+
+    keypoints = xu.read_keypoints(np.concatenate(heatmaps), model.settings)
+    cameras = np.resize(K, (len(rotated), 3, 3))
+    estimates = [
+        xu.estimate_pose(points, camera, confidence, sigma, target=target)
+        for camera, points, confidence, sigma in zip(cameras, *keypoints)
+    ]
+    return [estimates[i :: len(images)] for i in range(len(images))]
+
+
+def verify_frames(aligner, images: np.ndarray, estimates: list, K: np.ndarray, model) -> list:
+    """Verify many frames on all cores; those that stay uncertain again, with `rotated_views`.
+
+    Args:
+        aligner: `Aligner`.
+        images: (N, S, S, 3) uint8.
+        estimates: N `PoseEstimate` from the keypoints.
+        K: (3, 3) camera matrix.
+        model: from `load_model`.
+
+    Returns:
+        N `PoseEstimate`, as of `Aligner.verify`.
+    """
+    found = _verify_in_parallel(aligner, images, estimates, K, [()] * len(images))
+
+    enough = aligner.verifier.settings.confident_probability
+    uncertain = [i for i, one in enumerate(found) if not one.probability >= enough]  # also NaN
+    if uncertain:
+        views = rotated_views(model, images[uncertain], K, aligner.target)
+        first = [estimates[i] for i in uncertain]
+        again = _verify_in_parallel(aligner, images[uncertain], first, K, views)
+        for i, one in zip(uncertain, again):
+            found[i] = one
+
+    return found
+
+
+def _verify_in_parallel(aligner, images, estimates, K, others):
+    tasks = (
+        joblib.delayed(_verify)(aligner, *frame, K, views)
+        for *frame, views in zip(images, estimates, others)
+    )
+    return joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks)  # None: no arrays on disk
+
+
+def _verify(aligner, image, estimate, K, others):
+    cv2.setNumThreads(1)  # the frames are what is divided among the cores
+    return aligner.verify(image, estimate, K, others)
