@@ -1,14 +1,15 @@
 """Scenes of the set `data/looks/`: a painted ship among other things, in a place, before a camera.
 
-The other sets show a ship that is cut out and laid over a sky. Here one ray-traced scene holds everything.
-The ship has textured paint (camouflage, stripes, rust, checks, panels) on plastic, metal, primer or lacquer.
-Around it is a desert, a hangar, a cloudy sky, a studio or a field of rocks, with coloured spotlights, suns and
-lamps, things behind the ship and now and then one in front of it. The lens defocuses, the shutter stays open,
-and the picture has noise, a vignette and its own exposure. Only the mesh and the way in which poses are drawn
-are shared with the other sets.
+The other sets show a ship that is cut out and laid over a sky. Here one ray-traced scene holds
+everything. The ship has textured paint (camouflage, stripes, rust, checks, panels) on plastic,
+metal, primer or lacquer. Around it is a desert, a hangar, a cloudy sky, a studio or a field of
+rocks, with coloured spotlights, suns and lamps, things behind the ship and now and then one in
+front of it. The lens defocuses, the shutter stays open, and the picture has noise, a vignette and
+its own exposure. Only the mesh and the way in which poses are drawn are shared with the other
+sets.
 
-A scene is a function of one random generator, so the order of the draws is part of the committed set: a draw
-that is moved, added or left out changes every frame.
+A scene is a function of one random generator, so the order of the draws is part of the committed
+set: a draw that is moved, added or left out changes every frame.
 """
 
 import colorsys
@@ -34,7 +35,9 @@ def noise(
     octaves: int = 5,
     roughness: float = 0.55,
 ) -> np.ndarray:
-    """Draw fractal noise in [0, 1], (size, size): random grids, each twice as fine as the one before, added up.
+    """Draw fractal noise in [0, 1], (size, size).
+
+    It is the sum of random grids, each twice as fine as the one before.
 
     Args:
         rng: the scene's random generator.
@@ -52,7 +55,7 @@ def noise(
 
 
 def colour(rng: np.random.Generator, saturation=(0.3, 0.95), value=(0.15, 0.85), hue=(0, 1)):
-    """Draw a linear RGB colour, (3,), whose hue, saturation and value lie between the given limits."""
+    """Draw a linear RGB colour, (3,), with hue, saturation and value between the given limits."""
     hsv = [rng.uniform(*limits) for limits in (hue, saturation, value)]
     return np.array(colorsys.hsv_to_rgb(*hsv)) ** 2.2
 
@@ -129,7 +132,7 @@ def _blotches(rng):
 
 
 def paint(rng: np.random.Generator, true: np.ndarray) -> np.ndarray:
-    """Draw (M, TEXELS, TEXELS, 3) linear textures for the materials whose own colours are `true` (M, 3)."""
+    """Draw linear textures (M, TEXELS, TEXELS, 3) for materials whose own colours are `true`."""
     pattern = rng.choice(list(PATTERNS), p=list(PATTERNS.values()))
     first, second = masks(rng, pattern)
     first_ink, second_ink = _inks(rng, pattern)
@@ -160,7 +163,7 @@ def _inks(rng, pattern):
 
 
 def texture(mi, image: np.ndarray, scale: float = 1.0) -> dict:
-    """Return a Mitsuba texture of linear values, (H, W, 3), repeated `scale` times over a unit of uv."""
+    """Return a Mitsuba texture of linear values (H, W, 3), `scale` times over a unit of uv."""
     return {
         "type": "bitmap",
         "bitmap": mi.Bitmap(np.ascontiguousarray(image, np.float32)),
@@ -179,7 +182,7 @@ FINISHES = {  # name -> probability
 
 
 def surface(rng: np.random.Generator):
-    """Draw one finish for all of a ship's paints: a function from a texture to a Mitsuba material."""
+    """Draw one finish for a whole ship: a function from a texture to a Mitsuba material."""
     finish = rng.choice(list(FINISHES), p=list(FINISHES.values()))
     roughness = float(rng.uniform(0.05, 0.4))
     return functools.partial(_material, finish, roughness)
@@ -268,10 +271,20 @@ PLACES = {
 
 
 class Place:
-    """What is around the ship: `shapes` for Mitsuba. The place's y axis is up, its origin is the ship."""
+    """What is around the ship, as `shapes` for Mitsuba.
+
+    The y axis of the place points up, and its origin is the ship.
+    """
 
     def __init__(self, mi, rng: np.random.Generator, position: np.ndarray, kind: str | None = None):
-        """Draw the surroundings of a ship at `position` (3,) in world axes; kind: one of PLACES, or drawn."""
+        """Draw the surroundings of a ship.
+
+        Args:
+            mi: Mitsuba with a variant set.
+            rng: the scene's random generator.
+            position: (3,) the ship's position in world axes.
+            kind: one of PLACES; None draws it.
+        """
         self.mi = mi
         self.rng = rng
 
@@ -423,7 +436,7 @@ class Place:
         }
 
     def coat(self, cells: int = 8, scale: float = 1.0) -> dict:
-        """Draw a material of two colours that are mixed by noise (of so many `cells`) or by checks."""
+        """Draw a material of two colours, mixed by noise (from a grid of `cells`) or by checks."""
         rng = self.rng
         first = colour(rng, (0, 0.6), (0.25, 0.9))
         second = colour(rng, (0, 0.6), (0.25, 0.9))
@@ -451,7 +464,11 @@ class Place:
             self.put(kind, turned, self.coat(4))
 
     def add_occluder(self, distance: float):
-        """Now and then add a small thing between the camera, at that distance, and an edge of the ship."""
+        """Now and then add a small thing between the camera and an edge of the ship.
+
+        Args:
+            distance: from the camera to the ship in model units.
+        """
         rng = self.rng
         if rng.random() < 0.2:
             fraction = rng.uniform(0.4, 0.75)  # of the way from the camera to the ship
@@ -462,7 +479,15 @@ class Place:
             self.thing(centre, size, ["sphere", "cube", "cylinder"])
 
     def ground(self, bsdf: dict, depth: float) -> float:
-        """Add a plane `depth` below the ship, or lower where the camera would be under it; return its depth."""
+        """Add a plane `depth` below the ship, or lower so that the camera is above it.
+
+        Args:
+            bsdf: its material.
+            depth: model units.
+
+        Returns:
+            The depth at which it lies.
+        """
         depth = max(depth, 0.15 - self.eye[1])
         flat = [[12, 0, 0, 0], [0, 0, 12, -depth], [0, -12, 0, 0], [0, 0, 0, 1]]
         self.put("rectangle", flat, bsdf)
@@ -471,7 +496,7 @@ class Place:
     # ------------------------------------------------------------ light and sky
 
     def sun(self, low: float, high: float):
-        """Add a hard light from above, of a warm or cold colour and a strength between the limits."""
+        """Add a hard light from above, warm or cold, of a strength between the limits."""
         towards = self.rng.normal(size=3) * [1, 0.4, 1] + [0, 1, 0] + 0.5 * self.eye
         warmth = self.rng.normal(0, 0.12) * np.array([1, 0, -1])
         light = np.exp(warmth) * self.rng.uniform(low, high)
@@ -482,7 +507,7 @@ class Place:
         }
 
     def surroundings(self, image: np.ndarray):
-        """Add light and a picture from all round: a map (H, 2 H, 3), the zenith in its first row."""
+        """Add light and a picture from all round: a map (H, 2 H, 3), its first row the zenith."""
         self.shapes["around"] = {
             "type": "envmap",
             "bitmap": self.mi.Bitmap(np.ascontiguousarray(image, np.float32)),
@@ -529,12 +554,12 @@ class Place:
 
 
 def mirrored(half: np.ndarray) -> np.ndarray:
-    """Return half a panorama, (H, W, 3), beside its mirror image, so that its left and right edges meet."""
+    """Return half a panorama (H, W, 3) beside its mirror image, so that its ends meet."""
     return np.concatenate([half, half[:, ::-1]], 1)
 
 
 def placed(scale, centre) -> np.ndarray:
-    """Return the (4, 4) matrix that scales, by one number or (3,), and then moves the origin to `centre`."""
+    """Return the (4, 4) matrix that scales, by one number or (3,), then moves to `centre`."""
     matrix = np.diag([*np.broadcast_to(scale, 3), 1.0])
     matrix[:3, 3] = centre
     return matrix
@@ -557,7 +582,7 @@ def segment_distance(point: np.ndarray, end: np.ndarray) -> float:
 def exposures(
     mi, mesh, matrix: np.ndarray, rng: np.random.Generator, size: int, fov: float
 ) -> np.ndarray:
-    """Draw a scene and ray-trace it: (size, size, 3) linear, the mean of several instants where things move.
+    """Draw a scene and ray-trace it.
 
     Args:
         mi: Mitsuba with a variant set.
@@ -566,6 +591,11 @@ def exposures(
         rng: the scene's random generator.
         size: width and height in pixels.
         fov: horizontal field of view in degrees.
+
+    Returns:
+        (size, size, 3) linear light. Where things move it is the mean of several instants. In a
+        hangar with several lamps its noise differs from run to run: Mitsuba puts lamps that are
+        shapes in an order of its own.
     """
     textures = paint(rng, np.clip(mesh.colours, 0, 1) ** 2.2)
     finish = surface(rng)

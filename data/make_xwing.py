@@ -1,8 +1,9 @@
 """Write `xwing.obj` and `xwing.mtl`: a procedural X-wing with its S-foils locked (wings closed).
 
-The model frame has x across the wings, -y towards the nose and +z up; lengths are in the model unit of the
-pose matrices. The mesh is a list of flat-shaded parts with one material each. Its bounding box is the box
-whose corners are the first eight keypoints. `python data/make_xwing.py` writes both files again.
+The model frame has x across the wings, -y towards the nose and +z up; lengths are in the model
+unit of the pose matrices. The mesh is a list of flat-shaded parts with one material each. Its
+bounding box is the box whose corners are the first eight keypoints. `python data/make_xwing.py`
+writes both files again.
 """
 
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which tells the way
-# up. Left and right are mirror images, so a mirrored frame is also a valid frame of the ship.
+# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which
+# tells the way up. Left and right are mirror images, so a mirrored frame is also a valid frame.
 COLOURS = {
     "hull": (0.84, 0.81, 0.75),
     "belly": (0.50, 0.50, 0.51),
@@ -165,7 +166,7 @@ def canopy(ship: ShipBuilder):
 
 
 def _canopy_section(k, grow=0.0):
-    """(4, 3) points of the canopy's section at a station, from one side over the top to the other."""
+    """(4, 3) points of the canopy's section at a station, from side to side over the top."""
     y, width, top, base = CANOPY_STATIONS[k]
     return np.array(
         [

@@ -1,13 +1,17 @@
-"""Render X-wing frames with known model matrices: `python data/render.py FOLDER --count 512 --seed 1`.
+"""Render X-wing frames with known model matrices.
 
-Every image is a pure function of (seed, index): it does not depend on the count, on the order or on the number
-of workers. Mitsuba 3 ray-traces the ship on the CPU, without a display. The sky behind it is 3-D noise and
-stars, evaluated along the viewing direction of each pixel, so it has no seams and no poles. A folder holds
-`camera_info.json`, the pairs `I.jpg` and `I_mat.json`, and `render_info.json`, which says how it was made.
-Files appear atomically and complete pairs are kept, so a run that was killed is resumed by starting it again.
+    python data/render.py FOLDER --count 512 --seed 1
 
-Random draws come from one generator for each image. Their order is part of every committed set: a draw that is
-moved, added or left out changes the pictures.
+Every image is a pure function of (seed, index): it does not depend on the count, on the order or
+on the number of workers. Mitsuba 3 ray-traces the ship on the CPU, without a display. The sky
+behind it is 3-D noise and stars, evaluated along the viewing direction of each pixel, so it has no
+seams and no poles. A folder holds `camera_info.json`, the pairs `I.jpg` and `I_mat.json`, and
+`render_info.json`, which says how it was made. Files appear atomically and complete pairs are
+kept, so a run that was killed is resumed by starting it again.
+
+Random draws come from one generator for each image. Their order is part of every committed set: a
+draw that is moved, added or left out changes the pictures. One thing does vary between runs: the
+ray tracer's noise in a hangar with several lamps, see `looks.exposures`.
 """
 
 import argparse
@@ -37,7 +41,8 @@ SHIP = HERE / "xwing.obj"
 COMMITTED = "sample", "test", "shifted", "looks", "frames"  # sets that come with the project
 SIZE = 256  # pixels, width and height of a frame
 SAMPLES = 16  # rays a pixel
-CAMERA = {  # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up
+# OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up.
+CAMERA = {
     "camera_world_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]],
     "model_view_matrix": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]],
     "projection_matrix": [
@@ -56,8 +61,9 @@ FOCAL = CAMERA["projection_matrix"][0][0]  # in half frame widths
 def random_pose(rng: np.random.Generator) -> np.ndarray:
     """Draw a (4, 4) model matrix.
 
-    The rotation is uniform on SO(3). The projected centre is uniform over the middle 87.5 % of the frame in x
-    and y. z is exactly 0 for half of the frames, and uniform in [-0.4, 0.3] model units for the others.
+    The rotation is uniform on SO(3). The projected centre is uniform over the middle 87.5 % of the
+    frame in x and y. z is exactly 0 for half of the frames, and uniform in [-0.4, 0.3] model units
+    for the others.
 
     Source: Shoemake, Uniform Random Rotations, Graphics Gems III (scipy's Rotation.random).
     """
@@ -75,7 +81,8 @@ def random_pose(rng: np.random.Generator) -> np.ndarray:
 class Flight:
     """A clip of 10 seconds: where the ship flies and rolls, before which sky and in which light."""
 
-    waypoints: tuple  # rows of second, centre in the frame (x, y in [-1, 1], y up), distance in model units
+    # Rows of second, centre in the frame (x, y in [-1, 1], y up), distance in model units.
+    waypoints: tuple
     rolls: tuple  # rows of second, degrees about the heading
     smoothing: float  # seconds over which the nose follows the path
     sky: str  # one of SKIES
@@ -86,7 +93,8 @@ class Flight:
     samples: int = SAMPLES  # rays a pixel
 
 
-CALM = Flight(  # banks, one full barrel roll, leaves the frame once
+# It banks, makes one full barrel roll and leaves the frame once.
+CALM = Flight(
     waypoints=(
         (0, -0.55, 0.52, 1.37),
         (1.2, -0.25, 0.34, 1.22),
@@ -121,7 +129,9 @@ CALM = Flight(  # banks, one full barrel roll, leaves the frame once
     sky_turn=(0.02, 0.06, 0.015),
     light=(-0.4, 0.8, 0.45),
 )
-WILD = Flight(  # two to three times as fast, closer and farther, rolls either way, leaves the frame once
+# Two to three times as fast as CALM, closer and farther, with rolls either way; it leaves the frame
+# once.
+WILD = Flight(
     waypoints=(
         (0, 0.6, -0.45, 1.9),
         (0.7, 0.05, -0.05, 1.35),
@@ -162,7 +172,8 @@ WILD = Flight(  # two to three times as fast, closer and farther, rolls either w
     sky_turn=(-0.10, 0.15, 0.06),
     light=(0.6, 0.5, 0.6),
 )
-WIDE = dataclasses.replace(  # as CALM, in 16:9
+# As CALM, in 16:9.
+WIDE = dataclasses.replace(
     CALM,
     waypoints=tuple((t, x, y * 9 / 16, z) for t, x, y, z in CALM.waypoints),
     width=1280,
@@ -174,8 +185,8 @@ WIDE = dataclasses.replace(  # as CALM, in 16:9
 def flight_poses(flight: Flight = CALM, count: int = 300, fps: float = 30) -> np.ndarray:
     """Return the (count, 4, 4) model matrices of a smooth flight.
 
-    The nose follows the path's tangent, smoothed over time, and always points a little away from the camera.
-    The roll follows a spline of its own.
+    The nose follows the path's tangent, smoothed over time, and always points a little away from
+    the camera. The roll follows a spline of its own.
 
     Args:
         flight: the path and the rolls.
@@ -216,7 +227,7 @@ def _smoothed_heading(path, seconds, smoothing):
 
 
 def _axes_along(heading):
-    """(N, 3, 3) rotations of a ship without roll whose nose, -y in the model, points along (N, 3)."""
+    """(N, 3, 3) rotations, without roll, that point the nose (-y in the model) along (N, 3)."""
     right = np.cross(heading, [0, 1, 0])
     right /= np.linalg.norm(right, axis=1, keepdims=True)
     return np.stack([-right, -heading, np.cross(right, heading)], -1)  # x is the pilot's left
@@ -226,7 +237,7 @@ def _axes_along(heading):
 
 
 def view_rays(width: int, height: int) -> np.ndarray:
-    """Return unit vectors through the pixel centres, (height, width, 3): x right, y up, -z forward."""
+    """Return unit vectors (height, width, 3) through pixel centres: x right, y up, -z forward."""
     x = ((np.arange(width) + 0.5) / width * 2 - 1) / FOCAL
     y = -((np.arange(height) + 0.5) / height * 2 - 1) / FOCAL * height / width
     rays = np.stack(np.broadcast_arrays(x[None, :], y[:, None], -1.0), -1)
@@ -340,7 +351,13 @@ class Sky:
         return np.clip((total / total_weight - 0.5) * 1.9 + 0.5, 0, 1).astype(np.float32)
 
     def draw(self, width: int, height: int, rotation: np.ndarray) -> np.ndarray:
-        """Draw display values in [0, 1], (height, width, 3); `rotation` turns camera axes into the sky's."""
+        """Draw display values (height, width, 3) in [0, 1].
+
+        Args:
+            width: pixels.
+            height: pixels.
+            rotation: (3, 3) from camera axes to the sky's.
+        """
         view = width, height, rotation
         warp = np.stack([self.noise(channel, *view, 2) for channel in (0, 1, 2)], -1) * 0.9
         clouds = self.noise(3, *view, 6, warp)
@@ -381,7 +398,7 @@ class Sky:
 
 
 class PictureSky:
-    """A real picture as the sky: the Hubble Deep Field, the Moon or gravel, turned, scaled and tinted."""
+    """A real picture as the sky: Hubble Deep Field, Moon or gravel, turned, scaled and tinted."""
 
     def __init__(self, rng: np.random.Generator):
         import skimage.data  # its wheel brings these three pictures along
@@ -431,7 +448,14 @@ class Look:
 
 
 def random_look(rng: np.random.Generator, materials: list) -> Look:
-    """Draw a `Look`: soft, nearly shadowless light for three frames of four, else stronger from a side."""
+    """Draw a `Look`.
+
+    Three of four have soft light, nearly without shadows; the others stronger light from a side.
+
+    Args:
+        rng: the frame's random generator.
+        materials: the mesh's materials.
+    """
     soft = rng.random() < 0.75
     direction = rng.normal(size=3)
     ambient = rng.uniform(0.75, 1.25) if soft else rng.uniform(0.10, 0.45)
@@ -452,7 +476,7 @@ def random_look(rng: np.random.Generator, materials: list) -> Look:
 
 
 def shifted_look(rng: np.random.Generator, materials: list) -> Look:
-    """Draw a `Look` unlike those of `random_look`: a picture behind, a hard sun with shadows, other paint."""
+    """Draw a `Look` unlike those of `random_look`: a picture behind, a hard sun, other paint."""
     direction = rng.normal(size=3)
     grey = rng.uniform(0.5, 1.2)
     return Look(  # Python evaluates the arguments, and so draws, in this order
@@ -512,7 +536,7 @@ class Renderer:
 
     def __init__(self, mesh_path: str | Path = SHIP, surface: str = "principled"):
         """Load a mesh; surface: one of SURFACES."""
-        # A program that uses both must import drjit before TensorFlow: otherwise it aborts when it ends.
+        # drjit is imported before TensorFlow where a program uses both: else it aborts at its end.
         import drjit
         import mitsuba as mi
 
@@ -583,7 +607,7 @@ class Renderer:
         return np.round(linear_to_srgb(linear) * 255).astype(np.uint8)
 
     def _shape(self, material):
-        """One material's triangles as a Mitsuba mesh, and its parameters, which a frame's look changes."""
+        """One material's triangles as a Mitsuba mesh, and the parameters that a look changes."""
         mi = self.mi
         of_material = self.mesh.faces[self.mesh.face_materials == material]
         used, faces = np.unique(of_material, return_inverse=True)
@@ -613,7 +637,7 @@ class Renderer:
             parameters.update()
 
     def _lights(self, matrix, look):
-        """The lights in model axes: a sun and a constant sky, or a map of ambient light and a cosine lobe."""
+        """The lights in model axes: a sun and a constant sky, or a map with a cosine lobe."""
         direction = matrix[:3, :3].T @ look.light_direction
         if np.isinf(look.light_focus):
             sun = {
@@ -630,7 +654,7 @@ class Renderer:
         return {"light": {"type": "envmap", "bitmap": bitmap}}
 
     def _crop(self, matrix, width, height):
-        """The pixel rectangle (left, top, right, bottom) that holds the ship, or None outside the frame."""
+        """The ship's rectangle (left, top, right, bottom) in pixels; None outside the frame."""
         x, y, z = (self.mesh.vertices @ matrix[:3, :3].T + matrix[:3, 3] - [0, 0, 1]).T
         if z.max() > -0.05:
             raise ValueError(
@@ -646,7 +670,7 @@ class Renderer:
         return (left, top, right, bottom) if left < right and top < bottom else None
 
     def _sensor(self, matrix, width, height, crop, samples):
-        """Mitsuba's camera for a rectangle of the frame; its own axes have x to the left and z forward."""
+        """Mitsuba's camera for a rectangle of the frame; its axes are x to the left, z forward."""
         left, top, right, bottom = crop
         to_world = [[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]]
         to_model = np.linalg.inv(matrix) @ to_world  # the mesh stands still and the camera moves
@@ -704,7 +728,10 @@ def random_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
 
 
 def shifted_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
-    """Render as `random_frame` does, in a look that no training frame has, at twice the size, scaled down."""
+    """Render as `random_frame` does, in a look that no training frame has.
+
+    The frame is rendered at twice the size and scaled down.
+    """
     ship = renderer(mesh_path, "plastic")
     rng = np.random.default_rng([seed, index])
     matrix = random_pose(rng)
@@ -723,7 +750,7 @@ def looks_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
 
 
 def flight_frame(seed: int, index: int, mesh_path: str | Path = SHIP, flight: Flight = CALM):
-    """Render frame `index` of a flight, as `random_frame` does, before the slowly turning sky of `seed`."""
+    """Render frame `index` of a flight; the sky, from `seed`, turns slowly behind it."""
     ship = renderer(mesh_path)
     look = random_look(np.random.default_rng([seed]), ship.materials)
     look = dataclasses.replace(
@@ -776,15 +803,15 @@ def render_set(
         mesh_path: the mesh to render.
         workers: processes of this machine; -1 is one a core.
         progress: whether to show a progress bar.
-        dask: address of the scheduler of a Dask cluster, whose workers render in place of this machine's. They
-            need this project at the same path and see the same folder.
+        dask: address of the scheduler of a Dask cluster, whose workers render in place of this
+            machine's. They need this project at the same path and see the same folder.
 
     Returns:
         The number of frames that were rendered.
 
     Raises:
-        ValueError: an unknown kind, a count or seed out of range, a folder with frames of another seed, kind
-            or mesh, or one into which another process renders.
+        ValueError: an unknown kind, a count or seed out of range, a folder with frames of another
+            seed, kind or mesh, or one into which another process renders.
         OSError: the folder cannot be written; the frames that are complete stay.
     """
     _check_request(kind, seed, count)
@@ -828,7 +855,7 @@ def _check_request(kind, seed, count):
 
 
 def _refuse_committed(folder, seed, kind):
-    """Raise ValueError where these frames are those of a committed set, and the folder is not that set's."""
+    """Raise ValueError if another folder, of a committed set, has these frames."""
     for name in COMMITTED:
         path = HERE / name / "render_info.json"
         if not path.exists() or folder.resolve() == path.parent:
@@ -855,10 +882,10 @@ def _locked(folder):
 
 
 def _claim(folder, kind, seed, mesh_path, mesh):
-    """Write `render_info.json` and the camera, unless the folder holds other frames: then ValueError.
+    """Write `render_info.json` and the camera; ValueError if the folder holds other frames.
 
-    Also removes what killed runs have left. Sets that are older than the digest of a mesh are taken to show the
-    mesh of their name.
+    It also removes leftovers of killed runs. Sets that are older than the digest of a mesh are
+    taken to show the mesh of their name.
     """
     frame = FLIGHTS.get(kind, CALM)  # for its size and samples
     info = {
