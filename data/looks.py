@@ -594,8 +594,7 @@ def exposures(
 
     Returns:
         (size, size, 3) linear light. Where things move it is the mean of several instants. In a
-        hangar with several lamps its noise differs from run to run: Mitsuba puts lamps that are
-        shapes in an order of its own.
+        hangar with several lamps Mitsuba's noise differs from run to run, even with one seed.
     """
     textures = paint(rng, np.clip(mesh.colours, 0, 1) ** 2.2)
     finish = surface(rng)
