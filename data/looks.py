@@ -1,13 +1,19 @@
-"""Scenes for the frames that are looked at once: a painted ship between things, in a place, before a camera.
+"""Scenes of the set `data/looks/`: a painted ship among other things, in a place, before a camera.
 
-The other sets show a ship cut out and laid over a sky. Here one ray-traced scene holds everything: the
-ship with textured paint (camouflage, stripes, rust, checks, panels) on plastic, metal, primer or lacquer; a
-desert, a hangar, a cloudy sky, a studio or a field of rocks round it; coloured spots, suns and lamps; things
-behind it and now and then one before it; a lens that defocuses, a shutter that stays open, exposure, noise
-and a vignette. Nothing but the mesh and the way poses are drawn is shared with the other sets.
+The other sets show a ship that is cut out and laid over a sky. Here one ray-traced scene holds
+everything. The ship has textured paint (camouflage, stripes, rust, checks, panels) on plastic,
+metal, primer or lacquer. Around it is a desert, a hangar, a cloudy sky, a studio or a field of
+rocks, with coloured spotlights, suns and lamps, things behind the ship and now and then one in
+front of it. The lens defocuses, the shutter stays open, and the picture has noise, a vignette and
+its own exposure. Only the mesh and the way in which poses are drawn are shared with the other
+sets.
+
+A scene is a function of one random generator, so the order of the draws is part of the committed
+set: a draw that is moved, added or left out changes every frame.
 """
 
 import colorsys
+import functools
 
 import cv2
 import numpy as np
@@ -15,98 +21,149 @@ from scipy.spatial.transform import Rotation
 
 SAMPLES = 12  # rays a pixel
 TEXELS = 128  # side of a paint's texture
-CAMERA = np.array([0, 0, 1.0])  # the eye in world axes; it looks down -z
+UV_LENGTH = 0.345  # model units over which a texture repeats once: the length of the ship
+CAMERA = np.array([0, 0, 1.0])  # the camera's position in world axes; it looks down -z
 
 
 # ---------------------------------------------------------------- paint
 
 
-def noise(rng, size, cells=4, octaves=5, roughness=0.55):
-    """Fractal noise in [0, 1], (size, size): random grids, each twice as fine as the one before, added up."""
-    total = sum(
-        roughness**k
-        * cv2.resize(
-            rng.random((cells * 2**k, cells * 2**k)), (size, size), interpolation=cv2.INTER_CUBIC
-        )
-        for k in range(octaves)
-    )
+def noise(
+    rng: np.random.Generator,
+    size: int,
+    cells: int = 4,
+    octaves: int = 5,
+    roughness: float = 0.55,
+) -> np.ndarray:
+    """Draw fractal noise in [0, 1], (size, size).
+
+    It is the sum of random grids, each twice as fine as the one before.
+
+    Args:
+        rng: the scene's random generator.
+        size: width and height of the result.
+        cells: width and height of the coarsest grid.
+        octaves: number of grids.
+        roughness: weight of a grid relative to the one before.
+    """
+    total = 0
+    for octave in range(octaves):
+        side = cells * 2**octave
+        grid = cv2.resize(rng.random((side, side)), (size, size), interpolation=cv2.INTER_CUBIC)
+        total = total + roughness**octave * grid
     return (total - total.min()) / np.ptp(total)
 
 
-def colour(rng, saturation=(0.3, 0.95), value=(0.15, 0.85), hue=(0, 1)):
-    """A random linear RGB colour, (3,)."""
+def colour(rng: np.random.Generator, saturation=(0.3, 0.95), value=(0.15, 0.85), hue=(0, 1)):
+    """Draw a linear RGB colour, (3,), with hue, saturation and value between the given limits."""
     hsv = [rng.uniform(*limits) for limits in (hue, saturation, value)]
     return np.array(colorsys.hsv_to_rgb(*hsv)) ** 2.2
 
 
-def base_colours(rng, true):
-    """(M, 3) linear colours for the materials whose own are `true`."""
+def base_colours(rng: np.random.Generator, true: np.ndarray) -> np.ndarray:
+    """Draw (M, 3) linear colours for the materials whose own colours are `true`."""
     count = len(true)
     scheme = rng.choice(["true", "primer", "one", "toy", "each"], p=[0.3, 0.2, 0.15, 0.2, 0.15])
+
     if scheme == "true":
         return true * np.exp(rng.normal(0, 0.12, (count, 1)))
+
     if scheme == "primer":
-        return np.repeat(rng.uniform(0.08, 0.7) * np.exp(rng.normal(0, 0.15, (count, 1))), 3, 1)
+        greys = rng.uniform(0.08, 0.7) * np.exp(rng.normal(0, 0.15, (count, 1)))
+        return np.repeat(greys, 3, 1)
+
     if scheme == "one":
         return colour(rng) * np.exp(rng.normal(0, 0.2, (count, 1)))
+
     if scheme == "toy":  # a few bright plastics
-        palette = np.array(
-            [colour(rng, (0.6, 1.0), (0.5, 1.0)) for _ in range(3)] + [[0.8, 0.8, 0.8]]
-        )
+        bright = [colour(rng, (0.6, 1.0), (0.5, 1.0)) for _ in range(3)]
+        palette = np.array([*bright, [0.8, 0.8, 0.8]])
         return palette[rng.integers(0, 4, count)]
+
     return np.array([colour(rng, (0, 0.9), (0.1, 1.0)) for _ in true])
 
 
-def masks(rng, pattern):
-    """Where a pattern's first and second colour lie: two (TEXELS, TEXELS) arrays in [0, 1]."""
+PATTERNS = {  # name -> probability
+    "plain": 0.32,
+    "camouflage": 0.16,
+    "stripes": 0.12,
+    "checks": 0.08,
+    "rust": 0.16,
+    "panels": 0.16,
+}
+
+
+def masks(rng: np.random.Generator, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw where a pattern's first and second colour lie: two (TEXELS, TEXELS) arrays in [0, 1]."""
     y, x = np.mgrid[:TEXELS, :TEXELS] / TEXELS
+    nowhere = np.zeros_like(x)
+
     if pattern == "camouflage":
-        return [
-            np.clip((noise(rng, TEXELS, 5, 3) - rng.uniform(0.5, 0.6)) * 40, 0, 1) for _ in "ab"
-        ]
+        return _blotches(rng), _blotches(rng)
+
     if pattern == "stripes":
-        angle, bands = rng.uniform(0, np.pi), rng.integers(3, 12)
-        wave = np.sin(2 * np.pi * bands * (x * np.cos(angle) + y * np.sin(angle)))
-        return [np.clip(wave * 8 - 4, 0, 1), np.zeros_like(x)]
+        angle = rng.uniform(0, np.pi)
+        bands = rng.integers(3, 12)
+        across = x * np.cos(angle) + y * np.sin(angle)
+        wave = np.sin(2 * np.pi * bands * across)
+        return np.clip(wave * 8 - 4, 0, 1), nowhere
+
     if pattern == "checks":
         cells = rng.integers(4, 14)
-        return [((x * cells).astype(int) + (y * cells).astype(int)) % 2.0, np.zeros_like(x)]
+        return ((x * cells).astype(int) + (y * cells).astype(int)) % 2.0, nowhere
+
     if pattern == "rust":
         stain = noise(rng, TEXELS, 4, 6, 0.7)
-        return [
-            np.clip((stain - rng.uniform(0.45, 0.65)) * 6, 0, 1),
-            noise(rng, TEXELS, 24, 3) ** 6,
-        ]
+        patches = np.clip((stain - rng.uniform(0.45, 0.65)) * 6, 0, 1)
+        return patches, noise(rng, TEXELS, 24, 3) ** 6
+
     if pattern == "panels":
         plates = cv2.resize(rng.random((20, 20)), (TEXELS, TEXELS), interpolation=cv2.INTER_NEAREST)
-        return [plates * 0.7, np.maximum(x * 10 % 1 > 0.94, y * 10 % 1 > 0.94) * 0.6]
-    return [
-        np.zeros_like(x),
-        noise(rng, TEXELS, 8, 5) * rng.uniform(0, 0.3),
-    ]  # plain, a little dirty
+        seams = np.maximum(x * 10 % 1 > 0.94, y * 10 % 1 > 0.94)
+        return plates * 0.7, seams * 0.6
+
+    dirt = noise(rng, TEXELS, 8, 5)  # plain paint is a little dirty
+    return nowhere, dirt * rng.uniform(0, 0.3)
 
 
-def paint(rng, true):
-    """(M, TEXELS, TEXELS, 3) linear textures, one a material."""
-    pattern = rng.choice(
-        ["plain", "camouflage", "stripes", "checks", "rust", "panels"],
-        p=[0.32, 0.16, 0.12, 0.08, 0.16, 0.16],
-    )
+def _blotches(rng):
+    stain = noise(rng, TEXELS, 5, 3)
+    return np.clip((stain - rng.uniform(0.5, 0.6)) * 40, 0, 1)
+
+
+def paint(rng: np.random.Generator, true: np.ndarray) -> np.ndarray:
+    """Draw linear textures (M, TEXELS, TEXELS, 3) for materials whose own colours are `true`."""
+    pattern = rng.choice(list(PATTERNS), p=list(PATTERNS.values()))
     first, second = masks(rng, pattern)
-    brown = np.array([0.22, 0.07, 0.02]) * rng.uniform(0.5, 1.6)
-    inks = {
-        "rust": (brown, brown * 0.2),
-        "panels": (np.full(3, 0.05), np.full(3, 0.01)),
-        "plain": (np.zeros(3), np.full(3, 0.03)),
-    }.get(pattern, (colour(rng), colour(rng)))
+    first_ink, second_ink = _inks(rng, pattern)
+
     textures = np.tile(base_colours(rng, true)[:, None, None], (1, TEXELS, TEXELS, 1))
-    for mask, ink in zip((first, second), inks):
-        textures += mask[..., None] * (ink - textures)
+    textures += first[..., None] * (first_ink - textures)
+    textures += second[..., None] * (second_ink - textures)
     return np.clip(textures, 0.004, 0.9)
 
 
-def texture(mi, image, scale=1.0):
-    """A Mitsuba texture of linear values, (H, W, 3), repeated `scale` times over a unit of uv."""
+def _inks(rng, pattern):
+    """The linear colours, (3,), of a pattern's two masks."""
+    brown = np.array([0.22, 0.07, 0.02]) * rng.uniform(0.5, 1.6)
+    # These are drawn for every pattern, also where they are not used.
+    any_colour = colour(rng)
+    any_other_colour = colour(rng)
+
+    if pattern == "rust":
+        return brown, brown * 0.2
+    if pattern == "panels":
+        return np.full(3, 0.05), np.full(3, 0.01)
+    if pattern == "plain":
+        return np.zeros(3), np.full(3, 0.03)
+    return any_colour, any_other_colour
+
+
+# ---------------------------------------------------------------- ship
+
+
+def texture(mi, image: np.ndarray, scale: float = 1.0) -> dict:
+    """Return a Mitsuba texture of linear values (H, W, 3), `scale` times over a unit of uv."""
     return {
         "type": "bitmap",
         "bitmap": mi.Bitmap(np.ascontiguousarray(image, np.float32)),
@@ -115,53 +172,70 @@ def texture(mi, image, scale=1.0):
     }
 
 
-def surface(rng):
-    """One finish for all of a ship's paints: a function from a texture to a Mitsuba material."""
-    kind = rng.choice(
-        ["primer", "plastic", "lacquer", "satin", "metal"], p=[0.2, 0.3, 0.2, 0.15, 0.15]
-    )
-    rough = float(rng.uniform(0.05, 0.4))
-    finish = {
-        "primer": lambda t: {"type": "diffuse", "reflectance": t},
-        "plastic": lambda t: {
+FINISHES = {  # name -> probability
+    "primer": 0.2,
+    "plastic": 0.3,
+    "lacquer": 0.2,
+    "satin": 0.15,
+    "metal": 0.15,
+}
+
+
+def surface(rng: np.random.Generator):
+    """Draw one finish for a whole ship: a function from a texture to a Mitsuba material."""
+    finish = rng.choice(list(FINISHES), p=list(FINISHES.values()))
+    roughness = float(rng.uniform(0.05, 0.4))
+    return functools.partial(_material, finish, roughness)
+
+
+def _material(finish, roughness, paint):
+    """The Mitsuba material of a finish, whose colour is the texture `paint`."""
+    if finish == "primer":
+        bsdf = {"type": "diffuse", "reflectance": paint}
+    elif finish == "plastic":
+        bsdf = {
             "type": "roughplastic",
-            "alpha": rough,
-            "diffuse_reflectance": t,
+            "alpha": roughness,
+            "diffuse_reflectance": paint,
             "nonlinear": True,
-        },
-        "lacquer": lambda t: {
+        }
+    elif finish == "lacquer":
+        bsdf = {
             "type": "principled",
-            "base_color": t,
-            "roughness": 0.3 + rough,
+            "base_color": paint,
+            "roughness": 0.3 + roughness,
             "clearcoat": 1.0,
-            "clearcoat_gloss": 1 - rough,
-        },
-        "satin": lambda t: {
+            "clearcoat_gloss": 1 - roughness,
+        }
+    elif finish == "satin":
+        bsdf = {
             "type": "principled",
-            "base_color": t,
-            "roughness": 0.3 + rough,
+            "base_color": paint,
+            "roughness": 0.3 + roughness,
             "sheen": 0.8,
             "metallic": 0.4,
-        },
-        "metal": lambda t: {
-            "type": "roughconductor",
-            "alpha": 0.15 + rough,
-            "specular_reflectance": t,
-        },
-    }[kind]
-    return lambda t: {"type": "twosided", "bsdf": finish(t)}
+        }
+    else:
+        bsdf = {"type": "roughconductor", "alpha": 0.15 + roughness, "specular_reflectance": paint}
+    return {"type": "twosided", "bsdf": bsdf}
 
 
-def ship(mi, mesh, matrix, textures, finish, scale):
-    """The mesh at its pose, (4, 4): a Mitsuba mesh a material, its uv taken along the flattest model axis."""
+def ship(mi, mesh, matrix: np.ndarray, textures: np.ndarray, finish, scale: float) -> dict:
+    """Return the mesh at a pose as Mitsuba shapes, one for each material.
+
+    Args:
+        mi: Mitsuba with a variant set.
+        mesh: the ship, an `xwing.mesh.Mesh`.
+        matrix: (4, 4) model matrix.
+        textures: (M, H, W, 3) linear, one for each material.
+        finish: a function from a texture to a Mitsuba material, see `surface`.
+        scale: how often the textures repeat over UV_LENGTH.
+    """
     shapes = {}
     for material, name in enumerate(mesh.names):
         triangles = mesh.triangles[mesh.face_materials == material]  # (T, 3, 3)
-        normals = np.abs(
-            np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-        )
-        axes = np.array([[1, 2], [0, 2], [0, 1]])[normals.argmax(1)]
-        uv = np.take_along_axis(triangles, np.repeat(axes[:, None], 3, 1), 2) / 0.345
+        positions = triangles.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3]
+
         properties = mi.Properties()
         properties["bsdf"] = mi.load_dict(finish(texture(mi, textures[material], scale)))
         properties["face_normals"] = True
@@ -169,163 +243,137 @@ def ship(mi, mesh, matrix, textures, finish, scale):
             name, 3 * len(triangles), len(triangles), has_vertex_texcoords=True, props=properties
         )
         parameters = mi.traverse(shape)
-        parameters["vertex_positions"] = (
-            triangles.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3]
-        ).ravel()
-        parameters["vertex_texcoords"] = uv.ravel()
+        parameters["vertex_positions"] = positions.ravel()
+        parameters["vertex_texcoords"] = _texture_coordinates(triangles).ravel()
         parameters["faces"] = np.arange(3 * len(triangles), dtype=np.uint32)
         parameters.update()
         shapes[f"ship_{name}"] = shape
     return shapes
 
 
+def _texture_coordinates(triangles):
+    """(T, 3, 2) uv of triangles (T, 3, 3): projected along the model axis that they face most."""
+    first, second, third = triangles.transpose(1, 0, 2)
+    normals = np.abs(np.cross(second - first, third - first))
+    axes = np.array([[1, 2], [0, 2], [0, 1]])[normals.argmax(1)]
+    return np.take_along_axis(triangles, np.repeat(axes[:, None], 3, 1), 2) / UV_LENGTH
+
+
 # ---------------------------------------------------------------- places
+
+PLACES = {
+    "desert": 0.25,
+    "hangar": 0.2,
+    "clouds": 0.18,
+    "studio": 0.17,
+    "rocks": 0.2,
+}  # probability
 
 
 class Place:
-    """What is round the ship: `shapes` for Mitsuba; the place's y is up, its origin is the ship."""
+    """What is around the ship, as `shapes` for Mitsuba.
 
-    def __init__(self, mi, rng, position, kind=None):
-        self.mi, self.rng = mi, rng
-        turn = Rotation.from_euler(
-            "yxz", [rng.uniform(0, 360), rng.uniform(-10, 45), rng.normal(0, 20)], degrees=True
-        )
-        self.turn = turn.as_matrix().T  # camera axes -> the place's
+    The y axis of the place points up, and its origin is the ship.
+    """
+
+    def __init__(self, mi, rng: np.random.Generator, position: np.ndarray, kind: str | None = None):
+        """Draw the surroundings of a ship.
+
+        Args:
+            mi: Mitsuba with a variant set.
+            rng: the scene's random generator.
+            position: (3,) the ship's position in world axes.
+            kind: one of PLACES; None draws it.
+        """
+        self.mi = mi
+        self.rng = rng
+
+        degrees = [rng.uniform(0, 360), rng.uniform(-10, 45), rng.normal(0, 20)]
+        to_world = Rotation.from_euler("yxz", degrees, degrees=True).as_matrix()
+        self.turn = to_world.T  # world axes -> the place's
         self.eye = self.turn @ (CAMERA - position)
         self.world = np.eye(4)  # place -> world
-        self.world[:3, :3], self.world[:3, 3] = self.turn.T, position
+        self.world[:3, :3] = to_world
+        self.world[:3, 3] = position
+
         self.shapes = {}
-        drawn = rng.choice(
-            ["desert", "hangar", "clouds", "studio", "rocks"], p=[0.25, 0.2, 0.18, 0.17, 0.2]
-        )
-        getattr(self, kind or drawn)()
-
-    def put(self, kind, transform, bsdf=None, **more):
-        """Add a primitive; `transform` is (4, 4), the primitive's axes -> the place's."""
-        bsdf = {} if bsdf is None else {"bsdf": {"type": "twosided", "bsdf": bsdf}}
-        self.shapes[f"thing_{len(self.shapes)}"] = {
-            "type": kind,
-            "to_world": self.mi.ScalarTransform4f(self.world @ transform),
-            **bsdf,
-            **more,
+        drawn = rng.choice(list(PLACES), p=list(PLACES.values()))  # also where a kind is given
+        build = {
+            "desert": self.desert,
+            "hangar": self.hangar,
+            "clouds": self.clouds,
+            "studio": self.studio,
+            "rocks": self.rocks,
         }
+        build[kind or drawn]()
 
-    def coat(self, cells=8, scale=1.0, saturation=(0, 0.6)):
-        """A material of two colours mixed by noise, or of checks."""
-        rng, pair = self.rng, [colour(self.rng, saturation, (0.25, 0.9)) for _ in "ab"]
-        mask = masks(rng, "checks")[0] if rng.random() < 0.25 else noise(rng, 256, cells, 5, 0.65)
-        image = pair[0] + mask[..., None] * (pair[1] - pair[0]) * rng.uniform(0.3, 1)
-        return {"type": "diffuse", "reflectance": texture(self.mi, image, scale)}
-
-    def sun(self, low, high):
-        """A hard light from above, of a warm or cold colour."""
-        towards = self.rng.normal(size=3) * [1, 0.4, 1] + [0, 1, 0] + 0.5 * self.eye
-        tint = np.exp(self.rng.normal(0, 0.12) * np.array([1, 0, -1])) * self.rng.uniform(low, high)
-        self.shapes["sun"] = {
-            "type": "directional",
-            "direction": list(-self.turn.T @ towards),
-            "irradiance": rgb(tint),
-        }
-
-    def surroundings(self, image):
-        """Light and picture from all round: a (H, 2 H, 3) map, the zenith in its first row."""
-        self.shapes["around"] = {
-            "type": "envmap",
-            "bitmap": self.mi.Bitmap(np.ascontiguousarray(image, np.float32)),
-            "to_world": self.mi.ScalarTransform4f(self.world),
-        }
-
-    def spots(self, count, reach):
-        """Coloured spotlights at up to `reach` from the ship, aimed at it."""
-        for k in range(count):
-            direction = self.rng.normal(size=3) + 0.8 * self.eye / np.linalg.norm(self.eye)
-            direction *= [1, np.sign(direction[1]) or 1, 1]
-            origin = (
-                self.turn.T @ (direction / np.linalg.norm(direction) * reach) + self.world[:3, 3]
-            )
-            power = colour(self.rng, (0, 0.6), (0.9, 1.0)) * reach**2 * self.rng.uniform(2, 6)
-            self.shapes[f"spot_{k}"] = {
-                "type": "spot",
-                "intensity": rgb(power),
-                "cutoff_angle": float(self.rng.uniform(15, 40)),
-                "to_world": self.mi.ScalarTransform4f().look_at(
-                    origin=list(origin), target=list(self.world[:3, 3]), up=[0.1, 1, 0.2]
-                ),
-            }
-
-    def sky(self, cover, rows=256):
-        """(rows, 2 rows, 3) linear: a gradient from horizon to zenith, with clouds over a share of it."""
-        rng, height = self.rng, np.linspace(1, -1, rows)[:, None, None]
-        zenith = colour(rng, (0.2, 0.8), (0.3, 0.9), (0.5, 0.7) if rng.random() < 0.7 else (0, 1))
-        horizon = colour(
-            rng, (0, 0.4), (0.6, 1), (0.02, 0.15) if rng.random() < 0.5 else (0.5, 0.65)
-        )
-        clear = np.where(
-            height > 0,
-            horizon + (zenith - horizon) * np.clip(height, 0, 1) ** 0.6,
-            horizon * rng.uniform(0.2, 0.9),
-        )
-        clouds = np.clip((noise(rng, rows, 6, 6) - 1 + cover) * 4, 0, 1)[..., None]
-        puffs = rng.uniform(0.4, 1) * (0.4 + 0.6 * noise(rng, rows, 12, 4))[..., None]
-        half = clear * (1 - clouds) + puffs * clouds
-        return np.concatenate([half, half[:, ::-1]], 1)  # mirrored, so that the edges meet
-
-    def ground(self, bsdf, depth):
-        """A plane `depth` below the ship, or lower where the eye would be under it."""
-        depth = max(depth, 0.15 - self.eye[1])
-        self.put(
-            "rectangle", [[12, 0, 0, 0], [0, 0, 12, -depth], [0, -12, 0, 0], [0, 0, 0, 1]], bsdf
-        )
-        return depth
+    # ------------------------------------------------------------ the five places
 
     def desert(self):
         """Sand, or any floor, with dunes or boulders, under a sky and a sun."""
         rng = self.rng
-        depth = self.ground(self.coat(16, rng.uniform(4, 24)), rng.uniform(0.3, 1.0))
+        sand = self.coat(16, rng.uniform(4, 24))
+        depth = self.ground(sand, rng.uniform(0.3, 1.0))
+
         for _ in range(rng.integers(0, 10)):
             x, z = rng.choice([-1, 1], 2) * rng.uniform(0.6, 5, 2)
-            width, height = rng.uniform(0.2, 1.2), rng.uniform(0.05, 0.5)
-            ball = rng.random() < 0.7  # a dune is the cap of a ball
-            centre = np.array([x, (height - 2 * width if ball else 0) - depth, z])
-            if (
-                segment_distance(centre, self.eye)
-                > (2 * width if ball else max(width, height)) + 0.2
-            ):
-                size = 2 * width if ball else [width / 2, height, width / 2]
-                self.put("sphere" if ball else "cube", placed(size, centre), self.coat(4))
+            width = rng.uniform(0.2, 1.2)
+            height = rng.uniform(0.05, 0.5)
+            if rng.random() < 0.7:
+                self._dune(x, z, width, height, depth)
+            else:
+                self._boulder(x, z, width, height, depth)
+
         self.surroundings(self.sky(rng.uniform(0, 0.7)))
         self.sun(1.0, 3.5)
 
+    def _dune(self, x, z, width, height, depth):
+        """Add the cap of a ball, unless it would come near the line from the camera to the ship."""
+        radius = 2 * width
+        centre = np.array([x, (height - radius) - depth, z])
+        if segment_distance(centre, self.eye) > radius + 0.2:
+            self.put("sphere", placed(radius, centre), self.coat(4))
+
+    def _boulder(self, x, z, width, height, depth):
+        """Add a box, unless it would come near the line from the camera to the ship."""
+        centre = np.array([x, -depth, z])
+        if segment_distance(centre, self.eye) > max(width, height) + 0.2:
+            self.put("cube", placed([width / 2, height, width / 2], centre), self.coat(4))
+
     def hangar(self):
-        """A box with beams and crates, lamps at its ceiling and spots."""
+        """A box with beams and crates, lamps at its ceiling and spotlights."""
         rng = self.rng
         half = np.maximum(rng.uniform(0.8, 2.5, 3), np.abs(self.eye) + 0.2)
         self.put("cube", placed(half, np.zeros(3)), self.coat(6, rng.uniform(1, 5)))
+
         for _ in range(rng.integers(4, 16)):
             x, z = rng.choice([-1, 1], 2) * rng.uniform(0.3, 1, 2) * half[[0, 2]]
             if segment_distance(np.array([x, 0, z]), self.eye * [1, 0, 1]) < 0.45:
                 continue
             if rng.random() < 0.5:
-                self.put(
-                    "cylinder",
-                    np.eye(4),
-                    self.coat(),
-                    p0=[x, -half[1], z],
-                    p1=[x, half[1], z],
-                    radius=rng.uniform(0.04, 0.1),
-                )
+                self._beam(x, z, half[1])
             else:
-                size = rng.uniform(0.08, 0.3, 3)
+                size = rng.uniform(0.08, 0.3, 3)  # of a crate on the floor
                 self.put("cube", placed(size, [x, size[1] - half[1], z]), self.coat())
+
         for _ in range(rng.integers(1, 4)):
-            x, z = rng.uniform(-0.7, 0.7, 2) * half[[0, 2]]
-            size, glow = (
-                rng.uniform(0.15, 0.5),
-                colour(rng, (0, 0.4), (0.9, 1)) * rng.uniform(4, 12),
-            )
-            lamp = [[size, 0, 0, x], [0, 0, -1, half[1] - 0.02], [0, size, 0, z], [0, 0, 0, 1]]
-            self.put("rectangle", lamp, emitter={"type": "area", "radiance": rgb(glow)})
+            self._lamp(half)
         self.spots(rng.integers(0, 3), 0.7 * half.min())
+
+    def _beam(self, x, z, half_height):
+        """Add a vertical cylinder from the floor to the ceiling."""
+        bsdf = self.coat()
+        radius = self.rng.uniform(0.04, 0.1)
+        ends = {"p0": [x, -half_height, z], "p1": [x, half_height, z]}
+        self.put("cylinder", np.eye(4), bsdf, **ends, radius=radius)
+
+    def _lamp(self, half):
+        """Add a glowing square under the ceiling of a hangar with the half-sizes (3,)."""
+        x, z = self.rng.uniform(-0.7, 0.7, 2) * half[[0, 2]]
+        size = self.rng.uniform(0.15, 0.5)
+        radiance = colour(self.rng, (0, 0.4), (0.9, 1)) * self.rng.uniform(4, 12)
+        facing_down = [[size, 0, 0, x], [0, 0, -1, half[1] - 0.02], [0, size, 0, z], [0, 0, 0, 1]]
+        self.put("rectangle", facing_down, emitter={"type": "area", "radiance": rgb(radiance)})
 
     def clouds(self):
         """High up in an overcast or broken sky."""
@@ -333,71 +381,197 @@ class Place:
         self.sun(0.3, 3.0)
 
     def studio(self):
-        """A table or a plain cloth, soft boxes round it and coloured spots."""
-        rng, rows = self.rng, 64
+        """A table or a plain cloth, soft boxes around it and coloured spotlights."""
+        rng = self.rng
+        rows = 64
         room = np.full((rows, 2 * rows, 3), colour(rng, (0, 0.7), (0.3, 0.9)))
         for _ in range(rng.integers(1, 5)):
-            top, left = rng.integers(2, rows // 2), rng.integers(0, 2 * rows - 20)
-            box = slice(top, top + rng.integers(4, 16)), slice(left, left + rng.integers(4, 20))
-            room[box] = colour(rng, (0, 0.3), (0.9, 1)) * rng.uniform(3, 15)
+            top = rng.integers(2, rows // 2)
+            left = rng.integers(0, 2 * rows - 20)
+            bottom = top + rng.integers(4, 16)
+            right = left + rng.integers(4, 20)
+            glow = colour(rng, (0, 0.3), (0.9, 1)) * rng.uniform(3, 15)
+            room[top:bottom, left:right] = glow
         self.surroundings(room)
+
         if rng.random() < 0.6:
-            self.ground(self.coat(3, rng.uniform(2, 30)), rng.uniform(0.25, 0.5))
+            cloth = self.coat(3, rng.uniform(2, 30))
+            self.ground(cloth, rng.uniform(0.25, 0.5))
         self.spots(rng.integers(0, 3), 1.5)
 
     def rocks(self):
-        """Boulders and balls drifting in a coloured haze, a hard sun."""
+        """Boulders and balls that drift in a coloured haze, and a hard sun."""
         rng = self.rng
-        haze = (
-            noise(rng, 128, 3, 6, 0.6)[..., None] ** 2 * colour(rng, (0, 0.8), (0.4, 1)) * 0.8
-            + 0.05
-        )
-        self.surroundings(np.concatenate([haze, haze[:, ::-1]], 1))
+        density = noise(rng, 128, 3, 6, 0.6)[..., None] ** 2
+        haze = density * colour(rng, (0, 0.8), (0.4, 1)) * 0.8 + 0.05
+        self.surroundings(mirrored(haze))
+
         for _ in range(rng.integers(4, 25)):
-            centre, size = rng.normal(size=3) * 2.5, rng.uniform(0.08, 0.5)
-            if (
-                np.linalg.norm(centre) > size + 0.45
-                and segment_distance(centre, self.eye) > size + 0.3
-            ):
+            centre = rng.normal(size=3) * 2.5
+            size = rng.uniform(0.08, 0.5)
+            clear_of_the_ship = np.linalg.norm(centre) > size + 0.45
+            if clear_of_the_ship and segment_distance(centre, self.eye) > size + 0.3:
                 self.thing(centre, size, ["sphere", "cube"])
+
         self.sun(1.0, 4.0)
         self.spots(rng.integers(0, 2), 1.5)
 
-    def thing(self, centre, size, kinds):
-        """A ball, box or rod of about that radius, turned at random."""
-        rng, kind = self.rng, self.rng.choice(kinds)
-        turned = placed(size if kind == "sphere" else size * rng.uniform(0.5, 1, 3), centre)
+    # ------------------------------------------------------------ things
+
+    def put(self, kind: str, transform, bsdf: dict | None = None, **more):
+        """Add a primitive.
+
+        Args:
+            kind: Mitsuba's name of the primitive.
+            transform: (4, 4) from the primitive's axes to the place's.
+            bsdf: its material.
+            **more: its other parameters.
+        """
+        material = {} if bsdf is None else {"bsdf": {"type": "twosided", "bsdf": bsdf}}
+        self.shapes[f"thing_{len(self.shapes)}"] = {
+            "type": kind,
+            "to_world": self.mi.ScalarTransform4f(self.world @ transform),
+            **material,
+            **more,
+        }
+
+    def coat(self, cells: int = 8, scale: float = 1.0) -> dict:
+        """Draw a material of two colours, mixed by noise (from a grid of `cells`) or by checks."""
+        rng = self.rng
+        first = colour(rng, (0, 0.6), (0.25, 0.9))
+        second = colour(rng, (0, 0.6), (0.25, 0.9))
+        if rng.random() < 0.25:
+            mask, _ = masks(rng, "checks")
+        else:
+            mask = noise(rng, 256, cells, 5, 0.65)
+
+        image = first + mask[..., None] * (second - first) * rng.uniform(0.3, 1)
+        return {"type": "diffuse", "reflectance": texture(self.mi, image, scale)}
+
+    def thing(self, centre: np.ndarray, size: float, kinds: list[str]):
+        """Add a ball, box or rod of about that radius, turned at random."""
+        rng = self.rng
+        kind = rng.choice(kinds)
+        scale = size if kind == "sphere" else size * rng.uniform(0.5, 1, 3)
+        turned = placed(scale, centre)
         turned[:3, :3] = Rotation.random(rng=rng).as_matrix() @ turned[:3, :3]
+
         if kind == "cylinder":
-            ends = centre + np.outer([-2, 2], turned[:3, 0])
-            self.put(
-                kind, np.eye(4), self.coat(4), p0=list(ends[0]), p1=list(ends[1]), radius=0.5 * size
-            )
+            p0, p1 = centre + np.outer([-2, 2], turned[:3, 0])
+            ends = {"p0": list(p0), "p1": list(p1)}
+            self.put(kind, np.eye(4), self.coat(4), **ends, radius=0.5 * size)
         else:
             self.put(kind, turned, self.coat(4))
 
-    def before(self, distance):
-        """Now and then a small thing between the eye and an edge of the ship."""
-        if self.rng.random() < 0.2:
-            share, angle = self.rng.uniform(0.4, 0.75), self.rng.uniform(0, 2 * np.pi)
-            aside = self.turn @ [np.cos(angle), np.sin(angle), 0] * 0.12
-            size = self.rng.uniform(0.01, 0.035) * distance
-            self.thing((1 - share) * self.eye + share * aside, size, ["sphere", "cube", "cylinder"])
+    def add_occluder(self, distance: float):
+        """Now and then add a small thing between the camera and an edge of the ship.
+
+        Args:
+            distance: from the camera to the ship in model units.
+        """
+        rng = self.rng
+        if rng.random() < 0.2:
+            fraction = rng.uniform(0.4, 0.75)  # of the way from the camera to the ship
+            angle = rng.uniform(0, 2 * np.pi)
+            edge = self.turn @ [np.cos(angle), np.sin(angle), 0] * 0.12
+            size = rng.uniform(0.01, 0.035) * distance
+            centre = (1 - fraction) * self.eye + fraction * edge
+            self.thing(centre, size, ["sphere", "cube", "cylinder"])
+
+    def ground(self, bsdf: dict, depth: float) -> float:
+        """Add a plane `depth` below the ship, or lower so that the camera is above it.
+
+        Args:
+            bsdf: its material.
+            depth: model units.
+
+        Returns:
+            The depth at which it lies.
+        """
+        depth = max(depth, 0.15 - self.eye[1])
+        flat = [[12, 0, 0, 0], [0, 0, 12, -depth], [0, -12, 0, 0], [0, 0, 0, 1]]
+        self.put("rectangle", flat, bsdf)
+        return depth
+
+    # ------------------------------------------------------------ light and sky
+
+    def sun(self, low: float, high: float):
+        """Add a hard light from above, warm or cold, of a strength between the limits."""
+        towards = self.rng.normal(size=3) * [1, 0.4, 1] + [0, 1, 0] + 0.5 * self.eye
+        warmth = self.rng.normal(0, 0.12) * np.array([1, 0, -1])
+        light = np.exp(warmth) * self.rng.uniform(low, high)
+        self.shapes["sun"] = {
+            "type": "directional",
+            "direction": list(-self.turn.T @ towards),
+            "irradiance": rgb(light),
+        }
+
+    def surroundings(self, image: np.ndarray):
+        """Add light and a picture from all round: a map (H, 2 H, 3), its first row the zenith."""
+        self.shapes["around"] = {
+            "type": "envmap",
+            "bitmap": self.mi.Bitmap(np.ascontiguousarray(image, np.float32)),
+            "to_world": self.mi.ScalarTransform4f(self.world),
+        }
+
+    def spots(self, count: int, reach: float):
+        """Add coloured spotlights at the distance `reach` from the ship, aimed at it."""
+        position = self.world[:3, 3]
+        for k in range(count):
+            direction = self.rng.normal(size=3) + 0.8 * self.eye / np.linalg.norm(self.eye)
+            direction *= [1, np.sign(direction[1]) or 1, 1]
+            origin = self.turn.T @ (direction / np.linalg.norm(direction) * reach) + position
+            power = colour(self.rng, (0, 0.6), (0.9, 1.0)) * reach**2 * self.rng.uniform(2, 6)
+            self.shapes[f"spot_{k}"] = {
+                "type": "spot",
+                "intensity": rgb(power),
+                "cutoff_angle": float(self.rng.uniform(15, 40)),
+                "to_world": self.mi.ScalarTransform4f().look_at(
+                    origin=list(origin), target=list(position), up=[0.1, 1, 0.2]
+                ),
+            }
+
+    def sky(self, coverage: float, rows: int = 256) -> np.ndarray:
+        """Draw a sky, (rows, 2 rows, 3) linear.
+
+        It is a gradient from horizon to zenith, with clouds over a fraction of about `coverage`.
+        """
+        rng = self.rng
+        height = np.linspace(1, -1, rows)[:, None, None]
+
+        zenith_hue = (0.5, 0.7) if rng.random() < 0.7 else (0, 1)
+        zenith = colour(rng, (0.2, 0.8), (0.3, 0.9), zenith_hue)
+        horizon_hue = (0.02, 0.15) if rng.random() < 0.5 else (0.5, 0.65)
+        horizon = colour(rng, (0, 0.4), (0.6, 1), horizon_hue)
+        above = horizon + (zenith - horizon) * np.clip(height, 0, 1) ** 0.6
+        below = horizon * rng.uniform(0.2, 0.9)
+        clear = np.where(height > 0, above, below)
+
+        clouds = np.clip((noise(rng, rows, 6, 6) - 1 + coverage) * 4, 0, 1)[..., None]
+        brightness = rng.uniform(0.4, 1)
+        puffs = brightness * (0.4 + 0.6 * noise(rng, rows, 12, 4))[..., None]
+        return mirrored(clear * (1 - clouds) + puffs * clouds)
 
 
-def placed(scale, centre):
-    """(4, 4): scale, then move."""
+def mirrored(half: np.ndarray) -> np.ndarray:
+    """Return half a panorama (H, W, 3) beside its mirror image, so that its ends meet."""
+    return np.concatenate([half, half[:, ::-1]], 1)
+
+
+def placed(scale, centre) -> np.ndarray:
+    """Return the (4, 4) matrix that scales, by one number or (3,), then moves to `centre`."""
     matrix = np.diag([*np.broadcast_to(scale, 3), 1.0])
     matrix[:3, 3] = centre
     return matrix
 
 
-def rgb(values):
+def rgb(values) -> dict:
+    """Return Mitsuba's description of a linear colour (3,)."""
     return {"type": "rgb", "value": [float(v) for v in values]}
 
 
-def segment_distance(point, end):
-    """Distance from a point to the segment from the origin to `end`."""
+def segment_distance(point: np.ndarray, end: np.ndarray) -> float:
+    """Return the distance from a point to the segment from the origin to `end`."""
     nearest = np.clip(point @ end / (end @ end), 0, 1) * end
     return np.linalg.norm(point - nearest)
 
@@ -405,87 +579,141 @@ def segment_distance(point, end):
 # ---------------------------------------------------------------- camera
 
 
-def exposures(mi, mesh, matrix, rng, size, fov):
-    """Ray-trace the scene: (H, W, 3) linear, the mean of several instants where the ship or the eye moves."""
-    textures, finish, scale = paint(rng, mesh_linear(mesh)), surface(rng), rng.uniform(1, 3)
+def exposures(
+    mi, mesh, matrix: np.ndarray, rng: np.random.Generator, size: int, fov: float
+) -> np.ndarray:
+    """Draw a scene and ray-trace it.
+
+    Args:
+        mi: Mitsuba with a variant set.
+        mesh: the ship, an `xwing.mesh.Mesh`.
+        matrix: (4, 4) model matrix of the ship at the middle of the exposure.
+        rng: the scene's random generator.
+        size: width and height in pixels.
+        fov: horizontal field of view in degrees.
+
+    Returns:
+        (size, size, 3) linear light. Where things move it is the mean of several instants. In a
+        hangar with several lamps Mitsuba's noise differs from run to run, even with one seed.
+    """
+    textures = paint(rng, np.clip(mesh.colours, 0, 1) ** 2.2)
+    finish = surface(rng)
+    scale = rng.uniform(1, 3)
     position = matrix[:3, 3]
     place = Place(mi, rng, position)
     distance = np.linalg.norm(CAMERA - position)
-    place.before(distance)
-    lens = {"type": "perspective"}
-    if rng.random() < 0.35:
-        lens = {
-            "type": "thinlens",
-            "aperture_radius": rng.uniform(0.004, 0.02),
-            "focus_distance": distance * rng.uniform(0.8, 1.25),
-        }
+    place.add_occluder(distance)
+
+    lens = _lens(rng, distance)
     instants = 6 if rng.random() < 0.25 else 1
-    drift = rng.normal(size=3) * [0.012, 0.012, 0] * distance
-    spin, seed = rng.normal(size=3) * 0.02, int(rng.integers(2**31))
-    film = {"type": "hdrfilm", "width": size, "height": size, "rfilter": {"type": "box"}}
-    view = mi.ScalarTransform4f([[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]])
-    sensor = {
-        **lens,
-        "fov": fov,
-        "fov_axis": "x",
-        "near_clip": 0.01,
-        "to_world": view,
-        "film": film,
-        "sampler": {"type": "multijitter", "sample_count": SAMPLES // instants},
-    }
+    drift = rng.normal(size=3) * [0.012, 0.012, 0] * distance  # model units during the exposure
+    spin = rng.normal(size=3) * 0.02  # radians during the exposure
+    seed = int(rng.integers(2**31))
+
+    sensor = _sensor(mi, lens, size, fov, SAMPLES // instants)
     total = 0
-    for k, time in enumerate((np.arange(instants) + 0.5) / instants - 0.5):  # one instant is time 0
+    times = (np.arange(instants) + 0.5) / instants - 0.5  # a single instant is time 0
+    for k, time in enumerate(times):
         moved = matrix.copy()
         moved[:3, :3] = Rotation.from_rotvec(spin * time).as_matrix() @ matrix[:3, :3]
         moved[:3, 3] += drift * time
-        things = {**place.shapes, **ship(mi, mesh, moved, textures, finish, scale)}
         scene = mi.load_dict(
             {
                 "type": "scene",
                 "integrator": {"type": "path", "max_depth": 3},
                 "sensor": sensor,
-                **things,
+                **place.shapes,
+                **ship(mi, mesh, moved, textures, finish, scale),
             }
         )
-        total = total + np.array(
-            mi.render(scene, spp=SAMPLES // instants, seed=seed + k), dtype=float
-        )
+        rendered = mi.render(scene, spp=SAMPLES // instants, seed=seed + k)
+        total = total + np.array(rendered, dtype=float)
     return total / instants
 
 
-def mesh_linear(mesh):
-    """(M, 3) linear colours of a mesh's materials."""
-    return np.clip(mesh.colours, 0, 1) ** 2.2
+def _lens(rng, distance):
+    """A pinhole, or one time in three a lens with a limited depth of field."""
+    if rng.random() >= 0.35:
+        return {"type": "perspective"}
+    return {
+        "type": "thinlens",
+        "aperture_radius": rng.uniform(0.004, 0.02),
+        "focus_distance": distance * rng.uniform(0.8, 1.25),
+    }
 
 
-def develop(linear, spots, rng):
-    """(H, W, 3) uint8: exposed for the pixels `spots` (N, 2) row, column, then what a cheap camera does."""
+def _sensor(mi, lens, size, fov, samples):
+    """Mitsuba's camera at CAMERA; its own axes have x to the left and z forward."""
+    to_world = mi.ScalarTransform4f([[-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 1], [0, 0, 0, 1]])
+    return {
+        **lens,
+        "fov": fov,
+        "fov_axis": "x",
+        "near_clip": 0.01,
+        "to_world": to_world,
+        "film": {"type": "hdrfilm", "width": size, "height": size, "rfilter": {"type": "box"}},
+        "sampler": {"type": "multijitter", "sample_count": samples},
+    }
+
+
+def develop(linear: np.ndarray, spots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Expose a frame for some of its pixels, then do to it what a cheap camera does.
+
+    Args:
+        linear: (H, H, 3) linear light.
+        spots: (N, 2) row, column of the pixels to expose for; all pixels where there are none.
+        rng: the scene's random generator.
+
+    Returns:
+        (H, H, 3) uint8 RGB.
+    """
     size = len(linear)
     light = linear[spots[:, 0], spots[:, 1]].mean(1) if len(spots) else linear.mean(2).ravel()
-    gain = min(
-        rng.uniform(0.16, 0.36) / max(np.median(light), 1e-4), 0.5 / max(linear.mean(), 1e-4)
-    )
+    for_the_spots = rng.uniform(0.16, 0.36) / max(np.median(light), 1e-4)
+    for_the_frame = 0.5 / max(linear.mean(), 1e-4)
+    gain = min(for_the_spots, for_the_frame)
     gain *= 2 ** rng.normal(0, 0.4)
-    image = linear * gain * np.exp(rng.normal(0, 0.08, 3))
+
+    image = linear * gain * np.exp(rng.normal(0, 0.08, 3))  # white balance
     if rng.random() < 0.25:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.2))
+
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
-    image = image * (1 - rng.uniform(0, 0.3) * (x**2 + y**2)[..., None])
-    grain = rng.normal(size=image.shape) * rng.uniform(0.2, 1) + rng.normal(size=(size, size, 1))
+    vignette = 1 - rng.uniform(0, 0.3) * (x**2 + y**2)[..., None]
+    image = image * vignette
+
+    colour_noise = rng.normal(size=image.shape) * rng.uniform(0.2, 1)
+    grain = colour_noise + rng.normal(size=(size, size, 1))
     image = np.clip(image, 0, 1) ** (rng.uniform(0.85, 1.15) / 2.2)
     image = image + grain * rng.uniform(0, 0.025)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def looks_image(mi, mesh, matrix, rng, size, focal):
-    """A frame of the ship at `matrix` in a scene drawn from `rng`: ((size, size, 3) uint8 RGB, JPEG quality).
+def looks_image(
+    mi, mesh, matrix: np.ndarray, rng: np.random.Generator, size: int, focal: float
+) -> tuple[np.ndarray, int]:
+    """Draw a frame of the ship in a scene.
 
-    `mi` is Mitsuba with a variant set; `focal` is the focal length in half frame widths.
+    Args:
+        mi: Mitsuba with a variant set.
+        mesh: the ship, an `xwing.mesh.Mesh`.
+        matrix: (4, 4) model matrix.
+        rng: the scene's random generator.
+        size: width and height in pixels.
+        focal: focal length in half frame widths.
+
+    Returns:
+        (size, size, 3) uint8 RGB, and the quality with which it is to be compressed as a JPEG.
     """
-    linear = exposures(mi, mesh, matrix, rng, size, float(np.degrees(2 * np.arctan(1 / focal))))
+    fov = float(np.degrees(2 * np.arctan(1 / focal)))
+    linear = exposures(mi, mesh, matrix, rng, size, fov)
+
+    # The pixels [row, column] of the ship's vertices: the frame is exposed for them.
     x, y, z = (mesh.vertices @ matrix[:3, :3].T + matrix[:3, 3] - CAMERA).T
-    pixels = np.stack([(1 + focal * y / z) / 2 * size, (1 - focal * x / z) / 2 * size], 1).astype(
-        int
-    )
+    rows = (1 + focal * y / z) / 2 * size
+    columns = (1 - focal * x / z) / 2 * size
+    pixels = np.stack([rows, columns], 1).astype(int)
     seen = pixels[((pixels >= 0) & (pixels < size)).all(1)]
-    return develop(linear, seen, rng), int(rng.integers(60, 96))
+
+    image = develop(linear, seen, rng)
+    return image, int(rng.integers(60, 96))

@@ -1,8 +1,9 @@
 """Write `xwing.obj` and `xwing.mtl`: a procedural X-wing with its S-foils locked (wings closed).
 
-Model frame: x across the wings, -y towards the nose, +z up; the unit is the model unit of the pose matrices.
-The mesh is a list of flat-shaded parts, one material each; its bounding box is the box whose corners are the
-first eight keypoints. Run `python data/make_xwing.py` to write both files again.
+The model frame has x across the wings, -y towards the nose and +z up; lengths are in the model
+unit of the pose matrices. The mesh is a list of flat-shaded parts with one material each. Its
+bounding box is the box whose corners are the first eight keypoints. `python data/make_xwing.py`
+writes both files again.
 """
 
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which tells the way
-# up. Left and right are mirror images, so that a mirrored frame is a frame of the ship.
+# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which
+# tells the way up. Left and right are mirror images, so a mirrored frame is also a valid frame.
 COLOURS = {
     "hull": (0.84, 0.81, 0.75),
     "belly": (0.50, 0.50, 0.51),
@@ -31,119 +32,132 @@ class ShipBuilder:
     def __init__(self):
         self.parts = {name: [] for name in COLOURS}
 
-    def add(self, material, mesh):
+    def add(self, material: str, mesh: trimesh.Trimesh):
+        """Add a part of one material."""
         self.parts[material].append(mesh)
 
-    def quads(self, material, quads):
+    def quads(self, material: str, quads):
         """Add quads given as an (N, 4, 3) array of corner points in cyclic order."""
         quads = np.asarray(quads, float).reshape(-1, 4, 3)
-        start = 4 * np.arange(len(quads))[:, None]
-        faces = np.concatenate([start + [0, 1, 2], start + [0, 2, 3]])
+        first_corners = 4 * np.arange(len(quads))[:, None]
+        faces = np.concatenate([first_corners + [0, 1, 2], first_corners + [0, 2, 3]])
         self.add(material, trimesh.Trimesh(quads.reshape(-1, 3), faces, process=False))
 
-    def box(self, material, low, high):
+    def strip(self, material: str, first, second):
+        """Add the quads between two polylines, (N, 3) each."""
+        corners = zip(first, first[1:], second[1:], second)
+        self.quads(material, [list(quad) for quad in corners])
+
+    def box(self, material: str, low, high):
+        """Add a box with edges along the axes, given by two opposite corners (3,)."""
         self.add(material, trimesh.creation.box(bounds=[low, high]))
 
-    def lathe(self, material, profile, x, z):
+    def lathe(self, material: str, profile, x: float, z: float):
         """Revolve (radius, y) pairs about the axis through (x, z) that is parallel to y."""
         profile = np.asarray(profile, float)
         mesh = trimesh.creation.revolve(profile, sections=24)
+        # trimesh revolves about z; turn that axis into y.
         points = mesh.vertices[:, [0, 2, 1]] * [1, 1, -1] + [x, 0, z]
         self.add(material, trimesh.Trimesh(points, mesh.faces, process=False))
 
 
-def fuselage(ship):
-    """A chamfered box that widens from the nose, lofted through stations along y."""
-    #          y     half-width  half-height
-    stations = [
-        (-0.182, 0.005, 0.006),
-        (-0.165, 0.0075, 0.0075),
-        (-0.12, 0.011, 0.010),
-        (-0.05, 0.017, 0.0145),
-        (0.0, 0.021, 0.018),
-        (0.05, 0.024, 0.0205),
-        (0.10, 0.026, 0.022),
-        (0.13, 0.026, 0.022),
+# ---------------------------------------------------------------- fuselage
+
+FUSELAGE_STATIONS = [  # y, half-width, half-height
+    (-0.182, 0.005, 0.006),
+    (-0.165, 0.0075, 0.0075),
+    (-0.12, 0.011, 0.010),
+    (-0.05, 0.017, 0.0145),
+    (0.0, 0.021, 0.018),
+    (0.05, 0.024, 0.0205),
+    (0.10, 0.026, 0.022),
+    (0.13, 0.026, 0.022),
+]
+# The outline of a section, counter-clockwise from the lower right, in units of the half-sizes.
+FUSELAGE_OUTLINE = np.array(
+    [
+        (0.55, -1),
+        (1, -0.5),
+        (1, -0.18),
+        (1, 0.22),
+        (1, 0.5),
+        (0.55, 1),
+        (-0.55, 1),
+        (-1, 0.5),
+        (-1, 0.22),
+        (-1, -0.18),
+        (-1, -0.5),
+        (-0.55, -1),
     ]
-    # The outline of a section, counter-clockwise from the lower right, in units of the half-sizes.
-    outline = np.array(
-        [
-            (0.55, -1),
-            (1, -0.5),
-            (1, -0.18),
-            (1, 0.22),
-            (1, 0.5),
-            (0.55, 1),
-            (-0.55, 1),
-            (-1, 0.5),
-            (-1, 0.22),
-            (-1, -0.18),
-            (-1, -0.5),
-            (-0.55, -1),
-        ]
-    )
-    rings = [
-        np.stack([outline[:, 0] * w, np.full(12, y), outline[:, 1] * h], 1) for y, w, h in stations
-    ]
-    for k, (front, back) in enumerate(zip(rings, rings[1:])):
-        for j in range(12):
-            i = (j + 1) % 12
-            material = "hull"
-            if j in (2, 8) and k in (1, 2):
-                material = "red"  # the stripe along each side of the nose
-            elif j in (0, 10, 11):
-                material = "belly"
-            elif j in (4, 5, 6) and k == 0:
-                material = "grey"  # the sensor cap on the nose
-            ship.quads(material, [front[j], front[i], back[i], back[j]])
+)
+
+
+def fuselage(ship: ShipBuilder):
+    """Add a chamfered box that widens from the nose, lofted through stations along y."""
+    sides = len(FUSELAGE_OUTLINE)
+    rings = []
+    for y, half_width, half_height in FUSELAGE_STATIONS:
+        x = FUSELAGE_OUTLINE[:, 0] * half_width
+        z = FUSELAGE_OUTLINE[:, 1] * half_height
+        rings.append(np.stack([x, np.full(sides, y), z], 1))
+
+    for section, (front, back) in enumerate(zip(rings, rings[1:])):
+        for side in range(sides):
+            following = (side + 1) % sides
+            quad = [front[side], front[following], back[following], back[side]]
+            ship.quads(_fuselage_material(section, side), [quad])
+
     for ring, material in ((rings[0], "grey"), (rings[-1], "dark")):
         centre = ring.mean(0)
-        ship.quads(material, [[centre, ring[j], ring[(j + 1) % 12], centre] for j in range(12)])
+        cap = [[centre, ring[k], ring[(k + 1) % sides], centre] for k in range(sides)]
+        ship.quads(material, cap)
 
 
-def fuselage_details(ship):
-    """The spine behind the droid, and what hangs under the belly."""
+def _fuselage_material(section, side):
+    """The material of one side of the outline between two stations."""
+    if side in (2, 8) and section in (1, 2):
+        return "red"  # the stripe along each side of the nose
+    if side in (0, 10, 11):
+        return "belly"
+    if side in (4, 5, 6) and section == 0:
+        return "grey"  # the sensor cap on the nose
+    return "hull"
+
+
+def fuselage_details(ship: ShipBuilder):
+    """Add the spine behind the droid, and what hangs under the belly."""
     ship.box("grey", (-0.0135, 0.068, 0.019), (0.0135, 0.125, 0.0255))  # the spine
     ship.box("red", (-0.006, 0.074, 0.0255), (0.006, 0.12, 0.0275))
     for x in (-0.01, 0.01):
         ship.box("yellow", (x - 0.0023, 0.08, 0.0255), (x + 0.0023, 0.1, 0.027))
-    ship.box(
-        "dark", (-0.008, -0.02, -0.0205), (0.008, 0.055, -0.016)
-    )  # the gear bay under the belly
+
+    ship.box("dark", (-0.008, -0.02, -0.0205), (0.008, 0.055, -0.016))  # the gear bay
     ship.box("metal", (-0.011, 0.07, -0.0255), (0.011, 0.12, -0.021))
     ship.box("metal", (-0.004, -0.13, -0.0125), (0.004, -0.06, -0.0085))
 
 
-def canopy(ship):
-    """The dark cockpit with light frame ribs, and the droid behind it."""
-    #          y     half-width  top
-    stations = [
-        (-0.045, 0.009, 0.0148),
-        (-0.012, 0.0115, 0.031),
-        (0.012, 0.012, 0.033),
-        (0.032, 0.010, 0.0215),
-    ]
-    base = [0.0135, 0.0155, 0.0185, 0.0195]
+# ---------------------------------------------------------------- canopy
 
-    def section(k, grow=0.0):
-        y, width, top = stations[k]
-        return np.array(
-            [
-                (width * 1.25 + grow, y, base[k] - 0.003),
-                (width * 0.72 + grow, y, top + grow),
-                (-width * 0.72 - grow, y, top + grow),
-                (-width * 1.25 - grow, y, base[k] - 0.003),
-            ]
-        )
+CANOPY_STATIONS = [  # y, half-width, top, base
+    (-0.045, 0.009, 0.0148, 0.0135),
+    (-0.012, 0.0115, 0.031, 0.0155),
+    (0.012, 0.012, 0.033, 0.0185),
+    (0.032, 0.010, 0.0215, 0.0195),
+]
 
+
+def canopy(ship: ShipBuilder):
+    """Add the dark cockpit with light frame ribs, and the droid behind it."""
     for k in range(3):
-        front, back = section(k), section(k + 1)
-        ship.quads("canopy", [[front[j], front[j + 1], back[j + 1], back[j]] for j in range(3)])
-    for k in (1, 2):  # ribs
-        front, back = section(k, 0.0004), section(k, 0.0004)
+        ship.strip("canopy", _canopy_section(k), _canopy_section(k + 1))
+
+    for k in (1, 2):  # a rib lies over each inner station
+        front = _canopy_section(k, grow=0.0004)
         front[:, 1] -= 0.0012
+        back = _canopy_section(k, grow=0.0004)
         back[:, 1] += 0.0012
-        ship.quads("hull", [[front[j], front[j + 1], back[j + 1], back[j]] for j in range(3)])
+        ship.strip("hull", front, back)
+
     dome = trimesh.creation.icosphere(subdivisions=2, radius=0.009)
     dome.apply_translation((0, 0.05, 0.025))
     ship.add("droid", dome)
@@ -151,91 +165,137 @@ def canopy(ship):
     ship.lathe("hull", eye, 0, 0.028)
 
 
-def wing(ship, side, level):
-    """One thin tapered wing; `side` is +-1 in x, `level` +-1 in z."""
-    xs = np.array([0.02, 0.034, 0.058, 0.074, 0.106, 0.126, 0.132, 0.152])
-    chord = np.array([0.0, 0.14, 0.42, 0.8, 1.0])
-    t = (xs - 0.02) / (0.152 - 0.02)
-    front, back = 0.035 + t * 0.010, 0.125 - t * 0.025
-    ys = front[:, None] + (back - front)[:, None] * chord
-    half = 0.0028 - 0.0010 * t[:, None] - 0.0012 * (chord == 0) - 0.0012 * (chord == 1)
-    x = np.broadcast_to(side * xs[:, None], ys.shape)
-    top = np.stack([x, ys, level * 0.0075 + half], -1)
-    bottom = np.stack([x, ys, level * 0.0075 - half], -1)
-    for surface, up in ((top, True), (bottom, False)):
-        for i in range(len(xs) - 1):
-            for j in range(len(chord) - 1):
-                material = "hull" if up else "belly"
-                if i == 4:
-                    material = "red"  # the bar near the tip
-                elif i == 2 and j in (1, 2) and up:
-                    material = "yellow"
-                elif i == 2 and j == 2 and not up:
-                    material = "metal"
-                elif i == 0 or (i == 6 and j == 0):
-                    material = "grey"
-                ship.quads(material, surface[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]])
-    rim = [(top[:, 0], bottom[:, 0]), (top[:, -1], bottom[:, -1]), (top[-1], bottom[-1])]
-    for upper, lower in rim:
-        ship.quads(
-            "grey",
-            [[upper[k], upper[k + 1], lower[k + 1], lower[k]] for k in range(len(upper) - 1)],
-        )
+def _canopy_section(k, grow=0.0):
+    """(4, 3) points of the canopy's section at a station, from side to side over the top."""
+    y, width, top, base = CANOPY_STATIONS[k]
+    return np.array(
+        [
+            (width * 1.25 + grow, y, base - 0.003),
+            (width * 0.72 + grow, y, top + grow),
+            (-width * 0.72 - grow, y, top + grow),
+            (-width * 1.25 - grow, y, base - 0.003),
+        ]
+    )
 
 
-def engine(ship, side, level):
-    """One of the four engines: cowling, intake, pipe and nozzle."""
-    x, z = side * 0.042, level * 0.0185
+# ---------------------------------------------------------------- wings, engines, cannons
+
+WING_STATIONS = np.array([0.02, 0.034, 0.058, 0.074, 0.106, 0.126, 0.132, 0.152])  # along x
+WING_CHORD = np.array([0.0, 0.14, 0.42, 0.8, 1.0])  # from the front edge to the rear edge
+
+
+def wing(ship: ShipBuilder, side: int, level: int):
+    """Add one thin tapered wing; `side` is +-1 in x, `level` +-1 in z."""
+    top, bottom = _wing_surfaces(side, level)
+    for surface, is_top in ((top, True), (bottom, False)):
+        for i in range(len(WING_STATIONS) - 1):
+            for j in range(len(WING_CHORD) - 1):
+                quad = surface[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]]
+                ship.quads(_wing_material(i, j, is_top), quad)
+
+    ship.strip("grey", top[:, 0], bottom[:, 0])
+    ship.strip("grey", top[:, -1], bottom[:, -1])
+    ship.strip("grey", top[-1], bottom[-1])
+
+
+def _wing_surfaces(side, level):
+    """The grids of points (stations, chord, 3) of a wing's upper and lower surface."""
+    t = (WING_STATIONS - 0.02) / (0.152 - 0.02)  # 0 at the root, 1 at the tip
+    front = 0.035 + t * 0.010
+    back = 0.125 - t * 0.025
+
+    x = side * WING_STATIONS[:, None]
+    y = front[:, None] + (back - front)[:, None] * WING_CHORD
+    x = np.broadcast_to(x, y.shape)
+    at_an_edge = np.isin(WING_CHORD, (0, 1))
+    half_thickness = 0.0028 - 0.0010 * t[:, None] - 0.0012 * at_an_edge
+
+    top = np.stack([x, y, level * 0.0075 + half_thickness], -1)
+    bottom = np.stack([x, y, level * 0.0075 - half_thickness], -1)
+    return top, bottom
+
+
+def _wing_material(i, j, is_top):
+    """The material between the stations i and i + 1 along x, j and j + 1 along the chord."""
+    if i == 4:
+        return "red"  # the bar near the tip
+    if i == 2 and j in (1, 2) and is_top:
+        return "yellow"
+    if i == 2 and j == 2:
+        return "metal"
+    if i == 0 or (i == 6 and j == 0):
+        return "grey"
+    return "hull" if is_top else "belly"
+
+
+def engine(ship: ShipBuilder, side: int, level: int):
+    """Add one of the four engines: cowling, intake, pipe and nozzle."""
+    x = side * 0.042
+    z = level * 0.0185
     cowling = [(0.0105, 0.04), (0.0135, 0.044), (0.0135, 0.084), (0.0100, 0.090)]
+    intake = [(0, 0.052), (0.0098, 0.05), (0.0105, 0.04)]
+    band = [(0.01365, 0.058), (0.01365, 0.066)]
+    pipe = [(0.0100, 0.088), (0.0100, 0.128), (0.0085, 0.132), (0.0085, 0.145)]
+    rim = [(0.0085, 0.143), (0.0100, 0.148), (0.0092, 0.163), (0.0078, 0.163)]
+    nozzle = [(0.0078, 0.163), (0.0070, 0.150), (0, 0.150)]
+
     ship.lathe("hull" if level > 0 else "belly", cowling, x, z)
-    ship.lathe("dark", [(0, 0.052), (0.0098, 0.05), (0.0105, 0.04)], x, z)  # the intake
-    ship.lathe("red" if level > 0 else "metal", [(0.01365, 0.058), (0.01365, 0.066)], x, z)
-    ship.lathe("metal", [(0.0100, 0.088), (0.0100, 0.128), (0.0085, 0.132), (0.0085, 0.145)], x, z)
-    ship.lathe("grey", [(0.0085, 0.143), (0.0100, 0.148), (0.0092, 0.163), (0.0078, 0.163)], x, z)
-    ship.lathe("dark", [(0.0078, 0.163), (0.0070, 0.150), (0, 0.150)], x, z)  # the nozzle
+    ship.lathe("dark", intake, x, z)
+    ship.lathe("red" if level > 0 else "metal", band, x, z)
+    ship.lathe("metal", pipe, x, z)
+    ship.lathe("grey", rim, x, z)
+    ship.lathe("dark", nozzle, x, z)
 
 
-def cannon(ship, side, level):
-    """One of the four cannons at the wing tips: a thick rear and a thin barrel."""
-    x, z = side * 0.149, level * 0.010
-    ship.lathe("grey", [(0, 0.038), (0.006, 0.04), (0.006, 0.11), (0.003, 0.114), (0, 0.114)], x, z)
-    ship.lathe("metal", [(0.006, 0.062), (0.007, 0.064), (0.007, 0.084), (0.006, 0.086)], x, z)
-    ship.lathe("hull", [(0.0038, 0.04), (0.0032, 0.0)], x, z)
-    ship.lathe("metal", [(0.0025, 0.04), (0.0025, -0.085), (0, -0.085)], x, z)
-    ring = [
-        (0.0025, -0.068),
-        (0.0052, -0.066),
-        (0.0052, -0.060),
-        (0.0025, -0.058),
-    ]  # near the muzzle
-    ship.lathe("grey", ring, x, z)
+def cannon(ship: ShipBuilder, side: int, level: int):
+    """Add one of the four cannons at the wing tips: a thick rear and a thin barrel."""
+    x = side * 0.149
+    z = level * 0.010
+    rear = [(0, 0.038), (0.006, 0.04), (0.006, 0.11), (0.003, 0.114), (0, 0.114)]
+    band = [(0.006, 0.062), (0.007, 0.064), (0.007, 0.084), (0.006, 0.086)]
+    sleeve = [(0.0038, 0.04), (0.0032, 0.0)]
+    barrel = [(0.0025, 0.04), (0.0025, -0.085), (0, -0.085)]
+    muzzle_ring = [(0.0025, -0.068), (0.0052, -0.066), (0.0052, -0.060), (0.0025, -0.058)]
+
+    ship.lathe("grey", rear, x, z)
+    ship.lathe("metal", band, x, z)
+    ship.lathe("hull", sleeve, x, z)
+    ship.lathe("metal", barrel, x, z)
+    ship.lathe("grey", muzzle_ring, x, z)
 
 
-def build():
-    """Return the ship as a dict: material name -> trimesh.Trimesh."""
+# ---------------------------------------------------------------- files
+
+
+def build() -> dict[str, trimesh.Trimesh]:
+    """Return the ship as a dictionary: material name -> mesh of all its parts."""
     ship = ShipBuilder()
     fuselage(ship)
     fuselage_details(ship)
     canopy(ship)
     for side in (-1, 1):
         for level in (-1, 1):
-            for part in (wing, engine, cannon):
-                part(ship, side, level)
+            wing(ship, side, level)
+            engine(ship, side, level)
+            cannon(ship, side, level)
     return {name: trimesh.util.concatenate(meshes) for name, meshes in ship.parts.items() if meshes}
 
 
-def write(folder):
+def write(folder: str | Path):
     """Write xwing.obj and xwing.mtl into `folder`."""
     folder = Path(folder)
-    lines, offset = ["# X-wing, S-foils locked; written by make_xwing.py", "mtllib xwing.mtl"], 1
+    lines = ["# X-wing, S-foils locked; written by make_xwing.py", "mtllib xwing.mtl"]
+    first_vertex = 1  # OBJ files count from 1
     for name, mesh in build().items():
         lines += [f"o {name}", f"usemtl {name}"]
-        lines += ["v {:.6f} {:.6f} {:.6f}".format(*v) for v in mesh.vertices]
-        lines += ["f {} {} {}".format(*(f + offset)) for f in mesh.faces]
-        offset += len(mesh.vertices)
+        lines += ["v {:.6f} {:.6f} {:.6f}".format(*vertex) for vertex in mesh.vertices]
+        lines += ["f {} {} {}".format(*(face + first_vertex)) for face in mesh.faces]
+        first_vertex += len(mesh.vertices)
     (folder / "xwing.obj").write_text("\n".join(lines) + "\n")
+
     materials = [
-        f"newmtl {name}\nKd {r:.4f} {g:.4f} {b:.4f}\n" for name, (r, g, b) in COLOURS.items()
+        f"newmtl {name}\nKd {red:.4f} {green:.4f} {blue:.4f}\n"
+        for name, (red, green, blue) in COLOURS.items()
     ]
     (folder / "xwing.mtl").write_text("\n".join(materials))
 
