@@ -1,7 +1,9 @@
 """Tables of figures, the folder that is evaluated frame by frame, and the command."""
 
+import dataclasses
 import json
 import shutil
+import types
 
 import cv2
 import numpy as np
@@ -137,6 +139,15 @@ def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
     monkeypatch.setattr(xu, "predict_heatmaps", predicting)
     evaluation.evaluate_folder(folder, model, batch_size=2, progress=False)
     assert order == [1, *["read", "read", 2] * 3]
+
+
+def test_a_model_or_an_aligner_of_another_target_is_refused(folder, model):
+    other = dataclasses.replace(xu.XWING, name="cube", keypoints=xu.KEYPOINTS * 2)
+    with pytest.raises(ValueError, match="the model's weights belong to the target 'X-wing'"):
+        evaluation.evaluate_folder(folder, model, progress=False, target=other)
+    aligner = types.SimpleNamespace(target=other)
+    with pytest.raises(ValueError, match="the aligner's settings belong to the target 'cube'"):
+        evaluation.evaluate_folder(folder, model, aligner, progress=False)
 
 
 @pytest.mark.parametrize(

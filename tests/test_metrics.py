@@ -1,5 +1,7 @@
 """Errors of poses and keypoints, figures of merit, intervals, and what estimates claim."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -42,17 +44,25 @@ def test_a_pose_is_right_within_both_bounds():
     assert metrics.recalled([], []).dtype == bool
 
 
+def test_the_distance_of_a_right_pose_is_a_fraction_of_the_diameter():
+    large = dataclasses.replace(xu.XWING, diameter=xu.DIAMETER * 1000)
+    found = [turned(0, shift=(0, 0, 49.0)), turned(0, shift=(0, 0, 51.0))]
+    truth = [np.eye(4)] * 2
+    assert metrics.recalled(found, truth, target=large).tolist() == [True, False]
+    assert metrics.recalled(found, truth).tolist() == [False, False]
+
+
 def test_translation_error():
     moved = turned(50, shift=(0.3, 0.4, 0))
     assert metrics.translation_error(moved, np.eye(4)) == pytest.approx(0.5)
 
 
 def test_add_error_is_the_mean_over_the_corners(poses):
-    moved = [
-        np.linalg.norm(poses[0] @ p - poses[1] @ p) for p in xu.to_homogeneous(xu.BOUNDING_BOX)
-    ]
-    assert metrics.add_error(poses[0], poses[1]) == pytest.approx(np.mean(moved))
-    assert metrics.add_error(turned(0, shift=(0.03, 0, 0.04)), np.eye(4)) == pytest.approx(0.05)
+    box = xu.BOUNDING_BOX
+    moved = [np.linalg.norm(poses[0] @ p - poses[1] @ p) for p in xu.to_homogeneous(box)]
+    assert metrics.add_error(poses[0], poses[1], box) == pytest.approx(np.mean(moved))
+    shifted = turned(0, shift=(0.03, 0, 0.04))
+    assert metrics.add_error(shifted, np.eye(4), box) == pytest.approx(0.05)
 
 
 def test_speed_score_adds_radians_and_relative_distance():
@@ -63,7 +73,7 @@ def test_speed_score_adds_radians_and_relative_distance():
 
 
 def test_muzzle_error_is_blind_to_a_roll_that_swaps_the_cannons(poses, K):
-    assert metrics.muzzle_error(poses[0] @ xu.HALF_ROLL, poses[0], K) < 1e-9
+    assert metrics.muzzle_error(poses[0] @ xu.XWING.lookalikes[0], poses[0], K) < 1e-9
     assert metrics.muzzle_error(turned(10, start=poses[0]), poses[0], K) > 1
 
 
@@ -150,6 +160,36 @@ def test_box_is_measured_where_it_was_solved_and_else_the_keypoints(corners, pos
     )
 
 
+def test_errors_of_another_target(corners, poses, K):
+    """The same set in millimetres, of a target without lasers and with another axis up."""
+    scale = np.diag([1000, 1000, 1000, 1.0])
+    large = dataclasses.replace(
+        xu.XWING,
+        box=xu.BOUNDING_BOX * 1000,
+        diameter=xu.DIAMETER * 1000,
+        up=np.array([0, -2.0, 0]),
+        lasers=None,
+    )
+    found = [turned(3, shift=(0.01, 0, 0), start=pose) for pose in poses]
+    plain = metrics.frame_errors(corners, found, corners, poses, K)
+    large_poses = np.array([scale @ pose @ np.linalg.inv(scale) for pose in poses])
+    large_found = [scale @ pose @ np.linalg.inv(scale) for pose in found]
+    errors = metrics.frame_errors(corners, large_found, corners, large_poses, K, target=large)
+    for name in ("corner", "box", "rotation", "add", "speed"):
+        np.testing.assert_allclose(errors[name], plain[name], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(errors["translation"], plain["translation"] * 1000)
+    camera = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])
+    sines = -camera[:, 1] / np.linalg.norm(camera, axis=1)
+    np.testing.assert_allclose(np.sin(np.radians(errors["elevation"])), sines)
+
+    figures = metrics.summarise(errors)
+    assert "muzzles_within_3px" not in figures and "muzzle" not in errors
+    table = metrics.compare_tracks(
+        {"one": large_found}, large_poses, np.ones(50, bool), K, target=large
+    )
+    assert "muzzles within 3 px" not in table
+
+
 def test_true_distance_and_elevation_are_those_of_the_camera_seen_from_the_ship(corners, poses, K):
     errors = metrics.frame_errors(corners, list(poses), corners, poses, K)
     camera = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])  # in model axes
@@ -172,7 +212,7 @@ def test_a_missing_pose_is_a_miss_and_no_flip(corners, poses, K):
 def test_flips_count_in_frames_with_four_corners_only(corners, poses, K):
     enough = xu.in_frame(corners).sum(1) >= 4
     wrong = [*np.flatnonzero(enough)[:3], *np.flatnonzero(~enough)[:1]]
-    found = [pose @ xu.HALF_ROLL if i in wrong else pose for i, pose in enumerate(poses)]
+    found = [pose @ xu.XWING.lookalikes[0] if i in wrong else pose for i, pose in enumerate(poses)]
     figures = metrics.summarise(metrics.frame_errors(corners, found, corners, poses, K))
     assert len(wrong) == 4 and figures["flips"] == pytest.approx(3 / enough.sum())
 
@@ -243,7 +283,7 @@ def test_tracks_are_compared_over_the_frames_that_all_have(K):
     truth = flight(10)
     seen = np.arange(10) != 9
     off = [turned(2, (0, 0, 1), start=pose) for pose in truth]
-    off[3] = off[3] @ xu.HALF_ROLL
+    off[3] = off[3] @ xu.XWING.lookalikes[0]
     off[7] = None
     moved = truth.copy()
     moved[:, 0, 3] += 0.01

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
-from xwing.mesh import load_mesh
 from xwing.metrics import frame_errors, heatmap_errors, summarise
 from xwing.verification import verify_frames
 
@@ -161,6 +160,7 @@ def _for_json(figures):
 class Evaluation:
     """What was found in N frames, each taken on its own, and what is true."""
 
+    target: xu.Target
     paths: list  # N files
     K: np.ndarray  # (3, 3)
     size: int  # width and height of the frames, pixels
@@ -192,6 +192,7 @@ class Evaluation:
             self.true_poses,
             self.K,
             self.size,
+            self.target,
         )
         return errors | {"heatmap_mse": self.heatmap_mse}
 
@@ -204,6 +205,7 @@ def evaluate_folder(
     step: int = 1,
     batch_size: int = 16,
     progress: bool = True,
+    target: xu.Target = xu.XWING,
 ) -> Evaluation:
     """Find the target in the frames of a folder whose true poses are known.
 
@@ -215,15 +217,21 @@ def evaluate_folder(
         step: every `step`-th frame is taken.
         batch_size: frames that are held in memory and shown to the network at a time.
         progress: whether to show a progress bar.
+        target: that the frames show.
 
     Raises:
-        FileNotFoundError, ValueError: what `load_dataset`, `load_camera` and `read_image` raise.
+        FileNotFoundError: what `load_dataset` and `read_image` raise.
+        ValueError: the same, and where the model or the aligner is of another target.
     """
+    xu.check_same_target(model.target, target, "the model's weights")
+    if aligner is not None:
+        xu.check_same_target(aligner.target, target, "the aligner's settings")
+
     paths, matrices = (part[::step][:limit] for part in xu.load_dataset(folder))
     view, projection = xu.load_camera(folder)
     size = model.settings["size"]
     K = xu.camera_matrix(projection, size, size)
-    points = xu.KEYPOINTS[: model.settings["keypoints"]]
+    points = target.keypoints[: model.settings["keypoints"]]
     true_keypoints = xu.keypoints_of(matrices, view, projection, size, size, points)
     true_poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
 
@@ -237,11 +245,12 @@ def evaluate_folder(
         images = np.stack([xu.read_image(path, (size, size)) for path in paths[batch]])
         heatmaps = xu.predict_heatmaps(model, images, batch_size, len(points))
         true_corners = true_keypoints[batch, :8]
-        found.append(_evaluate_batch(images, heatmaps, true_corners, K, model, aligner))
+        found.append(_evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target))
     seconds = time.perf_counter() - started
 
     joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     return Evaluation(
+        target=target,
         paths=paths,
         K=K,
         size=size,
@@ -252,12 +261,12 @@ def evaluate_folder(
     )
 
 
-def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner):
+def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
     """What is found in a batch of images: fields of `Evaluation`, by name."""
     keypoints, confidence, sigma = xu.read_keypoints(heatmaps, model.settings)
 
     from_points = [
-        xu.estimate_pose(points, K, certainty, spread)
+        xu.estimate_pose(points, K, certainty, spread, target=target)
         for points, certainty, spread in zip(keypoints, confidence, sigma)
     ]
     estimates = from_points
@@ -326,11 +335,10 @@ def _measure(options):
     """The figures that the command line asks for; its JSON file is written if it names one."""
     _check_options(options)
     model = xu.load_model(options.weights)
-    aligner = None
-    if not options.no_align:
-        aligner = Aligner(load_mesh(xu.ROOT / "data" / "xwing.obj"))
+    target = model.target
+    aligner = None if options.no_align else Aligner(target)
 
-    result = evaluate_folder(options.folder, model, aligner, options.limit)
+    result = evaluate_folder(options.folder, model, aligner, options.limit, target=target)
     figures = summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
     if options.json:
         xu.write_files({options.json: json.dumps(_for_json(figures), indent=1) + "\n"})

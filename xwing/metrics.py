@@ -32,9 +32,7 @@ def translation_error(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(estimate)[:3, 3] - np.asarray(truth)[:3, 3]))
 
 
-def add_error(
-    estimate: np.ndarray, truth: np.ndarray, points: np.ndarray = xu.BOUNDING_BOX
-) -> float:
+def add_error(estimate: np.ndarray, truth: np.ndarray, points: np.ndarray) -> float:
     """ADD: average distance of model points (K, 3) under two poses (4, 4), in model units.
 
     Source: Hinterstoisser et al., ACCV 2012.
@@ -53,15 +51,26 @@ def speed_score(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float(np.radians(xu.rotation_error(estimate, truth)) + relative)
 
 
-def muzzle_error(estimate: np.ndarray, truth: np.ndarray, K: np.ndarray) -> float:
+def muzzle_error(
+    estimate: np.ndarray, truth: np.ndarray, K: np.ndarray, target: xu.Target = xu.XWING
+) -> float:
     """Largest distance in pixels from a true muzzle to the nearest estimated one.
 
     It measures what a viewer sees of a wrong pose: bolts that leave beside a cannon. Cannons that
-    are swapped are no error. It is infinite where a muzzle is behind the camera.
+    are swapped are no error.
+
+    Args:
+        estimate: (4, 4).
+        truth: (4, 4).
+        K: (3, 3), pixels.
+        target: one with lasers.
+
+    Returns:
+        The distance, infinite where a muzzle is behind the camera.
 
     Source: one-sided Hausdorff distance of Huttenlocher et al., IEEE TPAMI 15(9), 1993.
     """
-    muzzles = xu.LASERS[:, 0]
+    muzzles = target.lasers[:, 0]
     estimated = xu.project_pose(muzzles, estimate, K)
     true = xu.project_pose(muzzles, truth, K)
 
@@ -73,7 +82,8 @@ def recalled(
     poses: Sequence,
     truth: Sequence,
     degrees: float = 5.0,
-    distance: float = 0.05,
+    distance: float = 0.10643,
+    target: xu.Target = xu.XWING,
 ) -> np.ndarray:
     """Tell which of N poses are right: within a rotation and a distance of the truth.
 
@@ -81,17 +91,19 @@ def recalled(
         poses: N (4, 4) or None; None is not right.
         truth: (N, 4, 4).
         degrees: largest rotation error of a right pose.
-        distance: largest translation error of a right pose, model units.
+        distance: largest translation error of a right pose, diameters of the target.
+        target: whose poses these are.
 
     Returns:
         (N,) bool.
 
     Source: Shotton et al., CVPR 2013 (5 degrees, 5 cm).
     """
+    limit = distance * target.diameter
     right = [
         pose is not None
         and xu.rotation_error(pose, true) <= degrees
-        and translation_error(pose, true) <= distance
+        and translation_error(pose, true) <= limit
         for pose, true in zip(poses, truth)
     ]
     return np.array(right, bool)
@@ -196,6 +208,7 @@ def frame_errors(
     true_poses: np.ndarray,
     K: np.ndarray,
     size: int = xu.FRAME_SIZE,
+    target: xu.Target = xu.XWING,
 ) -> dict:
     """Every error of every frame, for `summarise` and `bootstrap`.
 
@@ -206,14 +219,16 @@ def frame_errors(
         true_poses: (N, 4, 4).
         K: (3, 3), pixels.
         size: width and height of the frames, pixels.
+        target: that the frames show.
 
     Returns:
         dict of arrays. For each corner (N, 8), NaN outside the frame: corner and box, distance in
         pixels of the keypoint and of the solved box's corner (without a pose, of the keypoint);
         nmae, mean |dx|, |dy| between whole pixels as a fraction of the frame's width. For each
         frame (N,): rotation (degrees), translation (model units), add (diameters), speed, muzzle
-        (pixels), NaN without a pose; solved; corners in sight; distance (model units) and elevation
-        (degrees above the wings) of the camera as seen from the target in truth.
+        (pixels; of a target with lasers), NaN without a pose; solved; corners in sight; distance
+        (model units) and elevation (degrees, 90 in the target's direction `up`) of the camera as
+        seen from the target in truth.
     """
     keypoints = np.asarray(keypoints)
     true_keypoints = np.asarray(true_keypoints)
@@ -221,19 +236,20 @@ def frame_errors(
 
     inside = xu.in_frame(true_keypoints, size, size)
     box = [
-        corners if pose is None else xu.project_pose(xu.BOUNDING_BOX, pose, K)
+        corners if pose is None else xu.project_pose(target.box, pose, K)
         for corners, pose in zip(keypoints, poses)
     ]
     cells = np.abs(np.floor(np.nan_to_num(keypoints)) - np.floor(true_keypoints)).mean(-1)
 
     distance = np.linalg.norm(true_poses[:, :3, 3], axis=1)
-    above = -(true_poses[:, :3, 2] * true_poses[:, :3, 3]).sum(1)  # the camera's z in model axes
+    up = true_poses[:, :3, :3] @ (target.up / np.linalg.norm(target.up))  # in camera axes
+    above = -(up * true_poses[:, :3, 3]).sum(1)  # by how much the camera is above the target
 
     return {
         "corner": np.where(inside, _distances(keypoints, true_keypoints), np.nan),
         "box": np.where(inside, _distances(np.array(box), true_keypoints), np.nan),
         "nmae": np.where(inside, cells / size, np.nan),
-        **_pose_errors(poses, true_poses, K),
+        **_pose_errors(poses, true_poses, K, target),
         "solved": np.array([pose is not None for pose in poses]),
         "corners": inside.sum(1),
         "distance": distance,
@@ -241,15 +257,17 @@ def frame_errors(
     }
 
 
-def _pose_errors(poses, truth, K):
+def _pose_errors(poses, truth, K, target):
     """dict error -> (N,), NaN without a pose; units as in `frame_errors`."""
     measures = {
         "rotation": xu.rotation_error,
         "translation": translation_error,
-        "add": lambda pose, true: add_error(pose, true) / xu.DIAMETER,
+        "add": lambda pose, true: add_error(pose, true, target.box) / target.diameter,
         "speed": speed_score,
-        "muzzle": lambda pose, true: muzzle_error(pose, true, K),
     }
+    if target.lasers is not None:
+        measures["muzzle"] = lambda pose, true: muzzle_error(pose, true, K, target)
+
     errors = {}
     for name, measure in measures.items():
         values = [
@@ -350,9 +368,10 @@ def _figure_values(errors):
         "flips": np.where(enough, errors["rotation"] > FLIP, np.nan),
     }
     for figure, (error, limit) in _RECALLS.items():
-        of_corners = errors[error].ndim > 1
-        counts = ~np.isnan(errors[error]) if of_corners else enough
-        values[figure] = np.where(counts, errors[error] <= limit, np.nan)
+        if error in errors:
+            of_corners = errors[error].ndim > 1
+            counts = ~np.isnan(errors[error]) if of_corners else enough
+            values[figure] = np.where(counts, errors[error] <= limit, np.nan)
     for figure, error in _AVERAGES.items():
         if error in errors:
             values[figure] = errors[error]
@@ -512,6 +531,7 @@ def compare_tracks(
     seen: np.ndarray,
     K: np.ndarray,
     fps: float = 30.0,
+    target: xu.Target = xu.XWING,
 ) -> pd.DataFrame:
     """Compare what several ways of tracking a clip achieve, one row a way.
 
@@ -521,6 +541,7 @@ def compare_tracks(
         seen: (N,) bool, the frames that show enough of the target.
         K: (3, 3), pixels.
         fps: frames a second.
+        target: that the clip shows.
 
     Returns:
         Columns: poses and muzzles within 3 px of the frames seen; rotation error (median and 95th
@@ -532,19 +553,19 @@ def compare_tracks(
 
     rows = []
     for poses in ways.values():
-        errors = _pose_errors(poses, truth, K)
+        errors = _pose_errors(poses, truth, K, target)
         rotation = errors["rotation"]
         turning, moving = jitter(poses, truth, fps)
-        rows.append(
-            {
-                "poses": int(np.isfinite(rotation[seen]).sum()),
-                "rotation, deg": _percentile(rotation[common], 50),
-                "95 %": _percentile(rotation[common], 95),
-                "translation": _percentile(errors["translation"][common], 50),
-                "flips": int((rotation > FLIP).sum()),
-                "jitter, deg/s2": turning,
-                "jitter, units/s2": moving,
-                "muzzles within 3 px": float((errors["muzzle"][seen] <= 3).mean()),
-            }
-        )
+        row = {
+            "poses": int(np.isfinite(rotation[seen]).sum()),
+            "rotation, deg": _percentile(rotation[common], 50),
+            "95 %": _percentile(rotation[common], 95),
+            "translation": _percentile(errors["translation"][common], 50),
+            "flips": int((rotation > FLIP).sum()),
+            "jitter, deg/s2": turning,
+            "jitter, units/s2": moving,
+        }
+        if "muzzle" in errors:
+            row["muzzles within 3 px"] = float((errors["muzzle"][seen] <= 3).mean())
+        rows.append(row)
     return pd.DataFrame(rows, index=list(ways))
