@@ -1,13 +1,11 @@
-"""How good is the tracker: errors against known poses, figures of merit, the panel of a folder.
+"""Measure the tracker on a folder of frames: find every pose, and show the figures as a table.
 
-Every frame of a set has a matrix, so its true pose is known. What was found is compared with it by the
-measures of the field, one number a frame or a corner; a figure of merit is the mean or a percentile of these
-numbers. A frame that could not be solved is a miss wherever a share is given, and frames that show fewer than
-four corners of the box count in no share. The bootstrap says how far a figure moves with other frames.
+Each frame of a folder is taken on its own, as if no other had been seen. The network finds the
+keypoints, PnP makes a pose of them, and the pixels refine it and accept or reject it. What was
+found and what is true is kept in an `Evaluation`; `xwing.metrics` turns it into figures, and this
+file into tables: for the screen, for the README, and as JSON for scripts.
 
     python -m xwing.evaluation data/test --json panel.json
-
-Estimates come before the truth in every signature. Poses are (4, 4), model to OpenCV camera; N counts frames.
 """
 
 import argparse
@@ -15,6 +13,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +22,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing import alignment
+from xwing.alignment import Aligner
 from xwing.metrics import frame_errors, heatmap_errors, summarise
+from xwing.verification import verify_frames
+
+# ------------------------------------------------------------ tables and files
 
 # figure -> (title in tables, format); the README shows the first six
 _PANEL = {
@@ -64,79 +66,102 @@ JSON_KEYS = (
 )
 
 
+def results_table(
+    figures: Mapping, intervals: Mapping | None = None, keys: Sequence[str] = tuple(_PANEL)
+) -> pd.DataFrame:
+    """The panel as a table of text: one row a figure, one column a set.
+
+    Args:
+        figures: dict set -> `summarise`.
+        intervals: dict set -> `bootstrap`, shown in brackets; or None.
+        keys: the figures to show; those that no set has are left out.
+    """
+    intervals = intervals or {}
+    keys = [key for key in keys if any(key in measured for measured in figures.values())]
+    columns = {}
+    for name, measured in figures.items():
+        bounds = intervals.get(name, {})
+        columns[name] = [_cell(key, measured.get(key), bounds.get(key)) for key in keys]
+    titles = [_PANEL[key][0] for key in keys]
+    return pd.DataFrame(columns, index=titles)
+
+
 def _cell(key, figure, interval):
-    """A figure as text, its interval in brackets behind it."""
+    """A figure as text, followed by its interval in brackets where there is one."""
     if figure is None or np.isnan(figure):
         return "–"
-    text, *bounds = (_PANEL[key][1].format(value) for value in (figure, *(interval or ())))
-    low_high = "–".join(bound.split()[0].rstrip("%°") for bound in bounds)
-    return f"{text} ({low_high})" if low_high else text
+    form = _PANEL[key][1]
+    text = form.format(figure)
+    if interval is None:
+        return text
+    bounds = [form.format(bound).split()[0].rstrip("%°") for bound in interval]
+    return f"{text} ({'–'.join(bounds)})"
 
 
-def results_table(figures, intervals=None, keys=tuple(_PANEL)):
-    """The panel as a DataFrame of text: one row a figure (of `keys`, what was measured), one column a set.
-
-    figures: dict set -> `summarise`; intervals: dict set -> `bootstrap`, in brackets where given.
-    """
-    keys = [key for key in keys if any(key in measured for measured in figures.values())]
-    columns = {
-        name: [
-            _cell(key, measured.get(key), (intervals or {}).get(name, {}).get(key)) for key in keys
-        ]
-        for name, measured in figures.items()
-    }
-    return pd.DataFrame(columns, index=[_PANEL[key][0] for key in keys])
-
-
-def readme_rows(figures, intervals=None):
+def readme_rows(figures: Mapping, intervals: Mapping | None = None) -> str:
     """The README's table as Markdown: the six HEADLINES of the README_SETS."""
-    table = results_table({name: figures[name] for name in README_SETS}, intervals, HEADLINES)
-    lines = [("figure", *README_SETS), ("---",) * (1 + len(README_SETS)), *table.itertuples()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    chosen = {name: figures[name] for name in README_SETS}
+    table = results_table(chosen, intervals, HEADLINES)
+    title = ("figure", *README_SETS)
+    rule = ("---",) * len(title)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (title, rule, *table.itertuples()))
 
 
-def _for_json(figures):
-    """The figures that others script against, null where there is none."""
-    present = {key: figures[key] for key in JSON_KEYS if key in figures}
-    return {key: None if value != value else value for key, value in present.items()}
+def write_results(
+    folder: Path, figures: Mapping, intervals: Mapping, readme: Path | None = None
+) -> None:
+    """Write `weights/xwing_eval.json`, and the rows between the markers of a README.
 
+    Args:
+        folder: the project's, or another one with a folder `weights`.
+        figures: dict set -> `summarise`.
+        intervals: dict set -> `bootstrap`.
+        readme: file with the markers, or None.
 
-def write_results(folder, figures, intervals, readme=None):
-    """Write `weights/xwing_eval.json` under the folder and, if given, the rows between the README's markers.
-
-    Raises ValueError, and writes nothing, for a README without the markers.
+    Raises:
+        ValueError: a README without the markers; nothing is written then.
     """
-    chosen = {
+    content = {
         "figures": {name: _for_json(measured) for name, measured in figures.items()},
         "intervals_95": {name: _for_json(measured) for name, measured in intervals.items()},
     }
-    files = {Path(folder) / "weights" / "xwing_eval.json": json.dumps(chosen, indent=1) + "\n"}
+    files = {Path(folder) / "weights" / "xwing_eval.json": json.dumps(content, indent=1) + "\n"}
     if readme is not None:
-        rows = f"<!-- results -->\n{readme_rows(figures, intervals)}\n<!-- /results -->"
-        pattern = re.compile("<!-- results -->.*<!-- /results -->", re.DOTALL)
-        files[readme], count = pattern.subn(lambda _: rows, Path(readme).read_text())
-        if count != 1:
-            raise ValueError(
-                f"{readme}: expected the markers <!-- results --> and <!-- /results --> once"
-            )
+        files[readme] = _with_rows(readme, readme_rows(figures, intervals))
     xu.write_files(files)
 
 
-def load_flight(path):
-    """The video of a flight, its N true poses (4, 4), and K (3, 3), from a file like data/wild.json."""
-    info, (view, projection) = xu.read_json(path), xu.load_camera(path)
-    K, matrices = (
-        xu.camera_matrix(projection, info["width"], info["height"]),
-        np.array(info["matrices"]),
-    )
-    return Path(path).with_name(info["video"]), [xu.pose_in_camera(view, m) for m in matrices], K
+def _with_rows(readme, rows):
+    """The text of a README with these rows between its markers."""
+    marked = f"<!-- results -->\n{rows}\n<!-- /results -->"
+    pattern = re.compile("<!-- results -->.*<!-- /results -->", re.DOTALL)
+    text, count = pattern.subn(lambda _: marked, Path(readme).read_text())
+    if count != 1:
+        raise ValueError(
+            f"{readme}: expected the markers <!-- results --> and <!-- /results --> once"
+        )
+    return text
+
+
+def _for_json(figures):
+    """The figures that others script against, None where there is no number."""
+    chosen = {}
+    for key in JSON_KEYS:
+        if key in figures:
+            missing = np.isnan(figures[key]).any()
+            chosen[key] = None if missing else figures[key]
+    return chosen
+
+
+# ------------------------------------------------------------ a folder, frame by frame
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What was found in N frames, each taken on its own, and what is true."""
 
-    paths: list
+    target: xu.Target
+    paths: list  # N files
     K: np.ndarray  # (3, 3)
     size: int  # width and height of the frames, pixels
     keypoints: np.ndarray  # (N, C, 2) pixels, all that the network finds
@@ -150,59 +175,148 @@ class Evaluation:
     seconds_per_frame: float  # reading, network, its error, pose, pixels
 
     @property
-    def poses(self):
+    def poses(self) -> list:
         """The accepted poses: N (4, 4) or None."""
         return [estimate.pose if estimate.accepted else None for estimate in self.estimates]
 
-    def errors(self, poses=None):
-        """`frame_errors` of the accepted poses, or of other poses of the same frames, and "heatmap_mse"."""
-        poses, corners = self.poses if poses is None else poses, self.true_keypoints[:, :8]
+    def errors(self, poses: Sequence | None = None) -> dict:
+        """`frame_errors` and "heatmap_mse" of the accepted poses, or of others.
+
+        Args:
+            poses: N (4, 4) or None of the same frames; None takes the accepted ones.
+        """
         errors = frame_errors(
-            self.keypoints[:, :8], poses, corners, self.true_poses, self.K, self.size
+            self.keypoints[:, :8],
+            self.poses if poses is None else poses,
+            self.true_keypoints[:, :8],
+            self.true_poses,
+            self.K,
+            self.size,
+            self.target,
         )
         return errors | {"heatmap_mse": self.heatmap_mse}
 
 
-def evaluate_folder(folder, model, aligner=None, limit=None, step=1, batch_size=16, progress=True):
-    """Find the ship in every `step`-th frame of a folder, in at most `limit` of them: an `Evaluation`.
+def evaluate_folder(
+    folder: Path,
+    model,
+    aligner: Aligner | None = None,
+    limit: int | None = None,
+    step: int = 1,
+    batch_size: int = 16,
+    progress: bool = True,
+    target: xu.Target = xu.XWING,
+) -> Evaluation:
+    """Find the target in the frames of a folder whose true poses are known.
 
     Args:
-        folder: in the data format, its frames of the network's size, each held while it is needed only.
+        folder: in the data format; its frames have the network's size.
         model: from `load_model`.
-        aligner: `Aligner`, or None for poses from the keypoints alone.
+        aligner: refines and verifies the poses; None takes those from the keypoints alone.
+        limit: largest number of frames, or None.
+        step: every `step`-th frame is taken.
+        batch_size: frames that are held in memory and shown to the network at a time.
+        progress: whether to show a progress bar.
+        target: that the frames show.
+
     Raises:
-        FileNotFoundError, ValueError: what `load_dataset`, `load_camera` and `read_image` raise.
+        FileNotFoundError: what `load_dataset` and `read_image` raise.
+        ValueError: the same, and where the model or the aligner is of another target.
     """
+    xu.check_same_target(model.target, target, "the model's weights")
+    if aligner is not None:
+        xu.check_same_target(aligner.target, target, "the aligner's settings")
+
     paths, matrices = (part[::step][:limit] for part in xu.load_dataset(folder))
     view, projection = xu.load_camera(folder)
-    size, count = model.settings["size"], model.settings["keypoints"]
-    K, found = xu.camera_matrix(projection, size, size), []
-    truth = xu.keypoints_of(matrices, view, projection, size, size, xu.KEYPOINTS[:count])
-    xu.predict_heatmaps(
-        model, np.zeros((1, size, size, 3), np.uint8), batch_size
-    )  # the first call compiles
+    size = model.settings["size"]
+    K = xu.camera_matrix(projection, size, size)
+    points = target.keypoints[: model.settings["keypoints"]]
+    true_keypoints = xu.keypoints_of(matrices, view, projection, size, size, points)
+    true_poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
+
+    # The first call compiles the network, which is not part of the time for a frame.
+    xu.predict_heatmaps(model, np.zeros((1, size, size, 3), np.uint8), batch_size)
+
+    found = []
     started = time.perf_counter()
     for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=not progress):
-        images = np.stack(
-            [xu.read_image(path, (size, size)) for path in paths[start : start + batch_size]]
-        )
-        maps = xu.predict_heatmaps(model, images, batch_size, count)
-        seen = xu.read_keypoints(maps, model.settings)
-        estimates = [xu.estimate_pose(k, K, c, s) for k, c, s in zip(*seen)]
-        verified = (
-            alignment.verify_frames(aligner, images, estimates, K, model) if aligner else estimates
-        )
-        found.append(
-            (*seen, estimates, verified, heatmap_errors(maps, truth[start:, :8], model.settings))
-        )
-    found = [np.concatenate(part) for part in zip(*found)]
-    seconds = (time.perf_counter() - started) / len(paths)
-    poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
-    return Evaluation(paths, K, size, *found, truth, poses, seconds)
+        batch = slice(start, start + batch_size)
+        images = np.stack([xu.read_image(path, (size, size)) for path in paths[batch]])
+        heatmaps = xu.predict_heatmaps(model, images, batch_size, len(points))
+        true_corners = true_keypoints[batch, :8]
+        found.append(_evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target))
+    seconds = time.perf_counter() - started
+
+    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return Evaluation(
+        target=target,
+        paths=paths,
+        K=K,
+        size=size,
+        true_keypoints=true_keypoints,
+        true_poses=true_poses,
+        seconds_per_frame=seconds / len(paths),
+        **joined,
+    )
 
 
-def main(arguments=None):
-    """The command line; ends with one line on the error stream where something is wrong."""
+def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
+    """What is found in a batch of images: fields of `Evaluation`, by name."""
+    keypoints, confidence, sigma = xu.read_keypoints(heatmaps, model.settings)
+
+    from_points = [
+        xu.estimate_pose(points, K, certainty, spread, target=target)
+        for points, certainty, spread in zip(keypoints, confidence, sigma)
+    ]
+    estimates = from_points
+    if aligner is not None:
+        estimates = verify_frames(aligner, images, from_points, K, model)
+
+    return {
+        "keypoints": keypoints,
+        "confidence": confidence,
+        "sigma": sigma,
+        "from_points": from_points,
+        "estimates": estimates,
+        "heatmap_mse": heatmap_errors(heatmaps, true_corners, model.settings),
+    }
+
+
+def load_flight(path: Path) -> tuple[Path, list, np.ndarray]:
+    """Read what is known about a rendered flight.
+
+    Args:
+        path: a file like data/wild.json.
+
+    Returns:
+        The path of its video, its N true poses (4, 4), and K (3, 3).
+    """
+    info = xu.read_json(path)
+    view, projection = xu.load_camera(path)
+    K = xu.camera_matrix(projection, info["width"], info["height"])
+    poses = [xu.pose_in_camera(view, np.array(matrix)) for matrix in info["matrices"]]
+    return Path(path).with_name(info["video"]), poses, K
+
+
+# ------------------------------------------------------------ the command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; ends with one line on the error stream where something is wrong.
+
+    Args:
+        arguments: words of the command, or None for those of the shell.
+    """
+    options = _parse(arguments)
+    try:
+        figures = _measure(options)
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    print(results_table({options.folder.resolve().name: figures}).to_string())
+
+
+def _parse(arguments):
     parser = argparse.ArgumentParser(
         "python -m xwing.evaluation", description="Measure the tracker."
     )
@@ -214,29 +328,31 @@ def main(arguments=None):
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
     parser.add_argument("--no-align", action="store_true", help="poses from the keypoints alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    try:
-        print(results_table({options.folder.resolve().name: _measure(options)}).to_string())
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    return parser.parse_args(arguments)
 
 
 def _measure(options):
-    """The figures that the command line asks for, dict of numbers; goes to its JSON file if it names one."""
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit: expected a positive number of frames, got {options.limit}")
-    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise FileNotFoundError(
-            f"--json: expected a file in a folder that exists, got {options.json}"
-        )
-    xu.load_dataset(options.folder)  # fails at once, before the network is loaded
-    obj = xu.ROOT / "data" / "xwing.obj"
-    aligner = None if options.no_align else alignment.Aligner(alignment.mesh.load_mesh(obj))
-    result = evaluate_folder(options.folder, xu.load_model(options.weights), aligner, options.limit)
+    """The figures that the command line asks for; its JSON file is written if it names one."""
+    _check_options(options)
+    model = xu.load_model(options.weights)
+    target = model.target
+    aligner = None if options.no_align else Aligner(target)
+
+    result = evaluate_folder(options.folder, model, aligner, options.limit, target=target)
     figures = summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
     if options.json:
         xu.write_files({options.json: json.dumps(_for_json(figures), indent=1) + "\n"})
     return figures
+
+
+def _check_options(options):
+    """Raise what is wrong before the network is loaded, which takes seconds."""
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit: expected a positive number of frames, got {options.limit}")
+    file = options.json
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--json: expected a file in a folder that exists, got {file}")
+    xu.load_dataset(options.folder)
 
 
 if __name__ == "__main__":

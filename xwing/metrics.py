@@ -1,160 +1,255 @@
-"""Errors against known poses, figures of merit and their intervals."""
+"""How far an estimate is from the truth, and what many such errors add up to.
+
+Every frame of a set has a matrix, so its true pose is known. An *error* is one number for a frame
+or for a corner of the bounding box: a rotation in degrees, a distance in pixels. A *figure of
+merit* is the mean or a percentile of an error, or its *recall*: the fraction of the frames in which
+the error stays within a limit. A frame without a pose is a miss in every recall, and frames that
+show fewer than four corners of the box do not count there. The bootstrap says how much a figure
+would change with other frames.
+
+Estimates come before the truth in every signature. Poses are (4, 4), model to OpenCV camera; N
+counts frames.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
+from scipy.stats import chi2, norm
 
 import xwing_utils as xu
 
+# ------------------------------------------------------------ one pose
 
-def translation_error(estimate, truth):
-    """Distance between two positions, model units. Source: e_TE of Hodan et al., ECCV Workshops 2016."""
+
+def translation_error(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Distance between the positions of two poses (4, 4), in model units.
+
+    Source: e_TE of Hodan et al., ECCV Workshops 2016.
+    """
     return float(np.linalg.norm(np.asarray(estimate)[:3, 3] - np.asarray(truth)[:3, 3]))
 
 
-def add_error(estimate, truth, points=xu.BOUNDING_BOX):
-    """ADD, the average distance of model points (K, 3), model units. Source: Hinterstoisser, ACCV 2012."""
+def add_error(estimate: np.ndarray, truth: np.ndarray, points: np.ndarray) -> float:
+    """ADD: average distance of model points (K, 3) under two poses (4, 4), in model units.
+
+    Source: Hinterstoisser et al., ACCV 2012.
+    """
     difference = np.asarray(estimate)[:3] - np.asarray(truth)[:3]
     return float(np.linalg.norm(xu.to_homogeneous(points) @ difference.T, axis=1).mean())
 
 
-def speed_score(estimate, truth):
+def speed_score(estimate: np.ndarray, truth: np.ndarray) -> float:
     """Rotation error in radians plus position error relative to the true distance; 0 is perfect.
 
-    Source: Kisantal et al., Satellite Pose Estimation Challenge, IEEE TAES 56(5), 2020, equations 3 to 5.
+    Source: Kisantal et al., Satellite Pose Estimation Challenge, IEEE TAES 56(5), 2020, equations 3
+        to 5.
     """
     relative = translation_error(estimate, truth) / np.linalg.norm(np.asarray(truth)[:3, 3])
     return float(np.radians(xu.rotation_error(estimate, truth)) + relative)
 
 
-def within(poses, truth, degrees=5.0, distance=0.05):
-    """(N,) bool: which of N poses or None are right. Source: Shotton et al., CVPR 2013 (5 degrees, 5 cm)."""
-    return np.array(
-        [
-            p is not None
-            and xu.rotation_error(p, true) <= degrees
-            and translation_error(p, true) <= distance
-            for p, true in zip(poses, truth)
-        ],
-        bool,
-    )
+def muzzle_error(
+    estimate: np.ndarray, truth: np.ndarray, K: np.ndarray, target: xu.Target = xu.XWING
+) -> float:
+    """Largest distance in pixels from a true muzzle to the nearest estimated one.
 
+    It measures what a viewer sees of a wrong pose: bolts that leave beside a cannon. Cannons that
+    are swapped are no error.
 
-def muzzle_error(estimate, truth, K):
-    """Largest distance in pixels from a true muzzle to the nearest estimated one; infinite behind the camera.
+    Args:
+        estimate: (4, 4).
+        truth: (4, 4).
+        K: (3, 3), pixels.
+        target: one with lasers.
 
-    It is what a viewer sees of a wrong pose: bolts that leave beside a cannon. A swap of cannons is no error.
+    Returns:
+        The distance, infinite where a muzzle is behind the camera.
+
     Source: one-sided Hausdorff distance of Huttenlocher et al., IEEE TPAMI 15(9), 1993.
     """
-    found, wanted = (xu.project_pose(xu.LASERS[:, 0], pose, K) for pose in (estimate, truth))
-    distance = np.linalg.norm(wanted[:, None] - found[None], axis=-1)
+    muzzles = target.lasers[:, 0]
+    estimated = xu.project_pose(muzzles, estimate, K)
+    true = xu.project_pose(muzzles, truth, K)
+
+    distance = np.linalg.norm(true[:, None] - estimated[None], axis=-1)
     return float(np.nan_to_num(distance.min(1).max(), nan=np.inf))
 
 
-def _distances(keypoints, truth):
-    """Distances (..., K) in pixels; very far where a keypoint is NaN."""
-    return np.linalg.norm(np.nan_to_num(keypoints, nan=-1e4) - truth, axis=-1)
+def recalled(
+    poses: Sequence,
+    truth: Sequence,
+    degrees: float = 5.0,
+    distance: float = 0.10643,
+    target: xu.Target = xu.XWING,
+) -> np.ndarray:
+    """Tell which of N poses are right: within a rotation and a distance of the truth.
+
+    Args:
+        poses: N (4, 4) or None; None is not right.
+        truth: (N, 4, 4).
+        degrees: largest rotation error of a right pose.
+        distance: largest translation error of a right pose, diameters of the target.
+        target: whose poses these are.
+
+    Returns:
+        (N,) bool.
+
+    Source: Shotton et al., CVPR 2013 (5 degrees, 5 cm).
+    """
+    limit = distance * target.diameter
+    right = [
+        pose is not None
+        and xu.rotation_error(pose, true) <= degrees
+        and translation_error(pose, true) <= limit
+        for pose, true in zip(poses, truth)
+    ]
+    return np.array(right, bool)
 
 
-def corner_report(keypoints, truth, size=xu.FRAME_SIZE, scale=1.0):
+# ------------------------------------------------------------ corners and heatmaps
+
+
+def corner_report(
+    keypoints: np.ndarray, truth: np.ndarray, size: int = xu.FRAME_SIZE, scale: float = 1.0
+) -> dict:
     """Errors of the corners in the frame, split into finding a corner and telling which one it is.
 
     Args:
-        keypoints, truth: (N, 8, 2) pixels; a corner that is NaN counts as far off.
-        size: width and height of the frames, pixels; scale: distances are multiplied by it.
+        keypoints: (N, 8, 2) pixels; a corner that is NaN counts as far off.
+        truth: (N, 8, 2) pixels.
+        size: width and height of the frames, pixels.
+        scale: factor on the distances.
+
     Returns:
-        dict: the medians corner_px and best_permutation_px (under each frame's best permutation of corners),
-        shares within_2px and within_5px, and permutations: dict name -> number of frames that it fits best.
-    Source: the shares as PCK of Andriluka et al., 2D Human Pose Estimation, CVPR 2014, with limits in pixels;
-        the split as the inversions of Ronchi and Perona, Benchmarking and Error Diagnosis, ICCV 2017.
+        dict: the medians corner_px and best_permutation_px (under each frame's best permutation of
+            corners), the recalls within_2px and within_5px, and permutations: dict name -> number
+            of frames in which it fits best.
+
+    Source: the recalls as PCK of Andriluka et al., 2D Human Pose Estimation, CVPR 2014, with limits
+        in pixels; the split as the inversions of Ronchi and Perona, Benchmarking and Error
+        Diagnosis, ICCV 2017.
     """
     inside = xu.in_frame(truth, size, size)
-    permuted = (
-        np.stack([_distances(keypoints[:, p], truth) for p in xu.CORNER_PERMUTATIONS.values()])
-        * scale
-    )
-    best = (
-        (np.minimum(permuted, 60) * inside).sum(-1).argmin(0)
-    )  # 60 px: one wild corner must not decide
-    corner, counts = permuted[0][inside], np.bincount(best[inside.any(1)], minlength=len(permuted))
+    permutations = xu.CORNER_PERMUTATIONS
+    permuted = [_distances(keypoints[:, order], truth) * scale for order in permutations.values()]
+    permuted = np.stack(permuted)  # (permutations, N, 8); the first is the identity
+
+    limited = np.minimum(permuted, 60)  # 60 px: a single wild corner must not decide
+    best = (limited * inside).sum(-1).argmin(0)
+    counts = np.bincount(best[inside.any(1)], minlength=len(permutations))
+
+    corner = permuted[0][inside]
+    best_permutation = permuted[best, np.arange(len(best))][inside]
     return {
         "corner_px": float(np.median(corner)),
-        "best_permutation_px": float(np.median(permuted[best, np.arange(len(best))][inside])),
+        "best_permutation_px": float(np.median(best_permutation)),
         "within_2px": float((corner <= 2).mean()),
         "within_5px": float((corner <= 5).mean()),
-        "permutations": dict(zip(xu.CORNER_PERMUTATIONS, counts.tolist())),
+        "permutations": dict(zip(permutations, counts.tolist())),
     }
 
 
-def heatmap_errors(heatmaps, truth, settings, sigma=10.0):
-    """Mean squared error (N, 8) of each corner's heatmap at another sigma; NaN for corners outside the frame.
+def _distances(keypoints, truth):
+    """Distances (..., K) in pixels; very large where a keypoint is NaN."""
+    return np.linalg.norm(np.nan_to_num(keypoints, nan=-1e4) - truth, axis=-1)
 
-    The maps are widened to that sigma by a Gaussian blur, so that networks of different sigma compare. An
+
+def heatmap_errors(
+    heatmaps: np.ndarray, truth: np.ndarray, settings: Mapping, sigma: float = 10.0
+) -> np.ndarray:
+    """Mean squared error of each corner's heatmap, measured at another sigma than the network's.
+
+    A Gaussian blur widens the maps to that sigma, so that networks of different sigma compare. An
     empty map has pi sigma^2 / size^2: 0.0048 for sigma 10 in frames of 256 px.
 
     Args:
         heatmaps: (N, H/stride, W/stride, 8 or more) of a network with these settings.
-        truth: (N, 8, 2) pixels, or more; sigma: pixels, not below the network's own.
-    Source: the loss of Tompson et al., Joint Training of a Convolutional Network, NIPS 2014, as a measure.
+        truth: (N, 8, 2) pixels, or more keypoints.
+        settings: the network's sigma (pixels), stride and size.
+        sigma: pixels, not below the network's own.
+
+    Returns:
+        (N, 8), NaN for corners outside the frame.
+
+    Raises:
+        ValueError: a sigma below the network's own.
+
+    Source: the loss of Tompson et al., Joint Training of a Convolutional Network, NIPS 2014, as a
+        measure.
     """
-    own, stride, size = (settings[name] for name in ("sigma", "stride", "size"))
+    own = settings["sigma"]
+    stride = settings["stride"]
+    size = settings["size"]
     if not sigma >= own:
         raise ValueError(f"sigma: expected at least the network's own {own} pixels, got {sigma}")
-    errors, blur = np.full((len(heatmaps), 8), np.nan), np.sqrt(sigma**2 - own**2) + 1e-3
+
+    blur = np.sqrt(sigma**2 - own**2) + 1e-3  # OpenCV wants a positive sigma
+    height = (sigma / own) ** 2  # the blur lowers a peak by this factor
+
+    errors = np.full((len(heatmaps), 8), np.nan)
     for i, maps in enumerate(heatmaps):
         wide = cv2.resize(maps[..., :8], None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
         wide = cv2.GaussianBlur(wide, (0, 0), blur, borderType=cv2.BORDER_CONSTANT)
-        squares = (wide * (sigma / own) ** 2 - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
+        squares = (wide * height - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
         errors[i] = np.where(xu.in_frame(truth[i], size, size), squares.mean((0, 1)), np.nan)
     return errors
 
 
-def _pose_errors(poses, truth, K):
-    """dict error -> (N,), NaN without a pose; units as in `frame_errors`."""
-    measures = {
-        "rotation": xu.rotation_error,
-        "translation": translation_error,
-        "add": lambda pose, true: add_error(pose, true) / xu.DIAMETER,
-        "speed": speed_score,
-        "muzzle": lambda pose, true: muzzle_error(pose, true, K),
-    }
-    pairs = list(zip(poses, truth))
-    return {
-        name: np.array([np.nan if pose is None else measure(pose, true) for pose, true in pairs])
-        for name, measure in measures.items()
-    }
+# ------------------------------------------------------------ a set of frames
 
 
-def frame_errors(keypoints, poses, true_keypoints, true_poses, K, size=xu.FRAME_SIZE):
-    """Every error of every frame, to be summarised, drawn again by `bootstrap`, or sliced.
+def frame_errors(
+    keypoints: np.ndarray,
+    poses: Sequence,
+    true_keypoints: np.ndarray,
+    true_poses: np.ndarray,
+    K: np.ndarray,
+    size: int = xu.FRAME_SIZE,
+    target: xu.Target = xu.XWING,
+) -> dict:
+    """Every error of every frame, for `summarise` and `bootstrap`.
 
     Args:
-        keypoints, true_keypoints: (N, 8, 2) pixels. poses: N (4, 4) or None; true_poses: (N, 4, 4).
-        K: (3, 3); size: width and height of the frames, pixels.
+        keypoints: (N, 8, 2) pixels, the corners that were found.
+        poses: N (4, 4) or None.
+        true_keypoints: (N, 8, 2) pixels.
+        true_poses: (N, 4, 4).
+        K: (3, 3), pixels.
+        size: width and height of the frames, pixels.
+        target: that the frames show.
+
     Returns:
-        dict of arrays. For each corner (N, 8), NaN outside the frame: corner and box, distance in pixels of
-        the keypoint and of the solved box's corner (without a pose, of the keypoint); nmae, mean |dx|, |dy|
-        between whole pixels as a share of the frame. For each frame (N,): rotation (degrees), translation
-        (model units), add (diameters), speed, muzzle (pixels), NaN without a pose; solved; corners in sight;
-        distance (model units) and elevation (degrees above the wings) from which the ship is truly seen.
+        dict of arrays. For each corner (N, 8), NaN outside the frame: corner and box, distance in
+        pixels of the keypoint and of the solved box's corner (without a pose, of the keypoint);
+        nmae, mean |dx|, |dy| between whole pixels as a fraction of the frame's width. For each
+        frame (N,): rotation (degrees), translation (model units), add (diameters), speed, muzzle
+        (pixels; of a target with lasers), NaN without a pose; solved; corners in sight; distance
+        (model units) and elevation (degrees, 90 in the target's direction `up`) of the camera as
+        seen from the target in truth.
     """
-    keypoints, true_keypoints, true_poses = map(np.asarray, (keypoints, true_keypoints, true_poses))
+    keypoints = np.asarray(keypoints)
+    true_keypoints = np.asarray(true_keypoints)
+    true_poses = np.asarray(true_poses)
+
     inside = xu.in_frame(true_keypoints, size, size)
-    box = np.array(
-        [
-            corners if pose is None else xu.project_pose(xu.BOUNDING_BOX, pose, K)
-            for corners, pose in zip(keypoints, poses)
-        ]
-    )
+    box = [
+        corners if pose is None else xu.project_pose(target.box, pose, K)
+        for corners, pose in zip(keypoints, poses)
+    ]
     cells = np.abs(np.floor(np.nan_to_num(keypoints)) - np.floor(true_keypoints)).mean(-1)
+
     distance = np.linalg.norm(true_poses[:, :3, 3], axis=1)
-    above = -(true_poses[:, :3, 2] * true_poses[:, :3, 3]).sum(1)  # the camera's z in model axes
+    up = true_poses[:, :3, :3] @ (target.up / np.linalg.norm(target.up))  # in camera axes
+    above = -(up * true_poses[:, :3, 3]).sum(1)  # by how much the camera is above the target
+
     return {
         "corner": np.where(inside, _distances(keypoints, true_keypoints), np.nan),
-        "box": np.where(inside, _distances(box, true_keypoints), np.nan),
+        "box": np.where(inside, _distances(np.array(box), true_keypoints), np.nan),
         "nmae": np.where(inside, cells / size, np.nan),
-        **_pose_errors(poses, true_poses, K),
+        **_pose_errors(poses, true_poses, K, target),
         "solved": np.array([pose is not None for pose in poses]),
         "corners": inside.sum(1),
         "distance": distance,
@@ -162,91 +257,172 @@ def frame_errors(keypoints, poses, true_keypoints, true_poses, K, size=xu.FRAME_
     }
 
 
-def _countable(errors):
-    """dict figure -> what it is the mean or a percentile of, frames first; NaN where nothing counts."""
-    enough = errors["corners"] >= 4
-    shares = {
-        "poses_found": errors["solved"],
-        "flips": errors["rotation"] > 90,
-        "add_0.1": errors["add"] <= 0.1,
-        "add_0.02": errors["add"] <= 0.02,
-        "muzzles_within_3px": errors["muzzle"] <= 3,
+def _pose_errors(poses, truth, K, target):
+    """dict error -> (N,), NaN without a pose; units as in `frame_errors`."""
+    measures = {
+        "rotation": xu.rotation_error,
+        "translation": translation_error,
+        "add": lambda pose, true: add_error(pose, true, target.box) / target.diameter,
+        "speed": speed_score,
     }
-    values = {
-        "rotation_deg_median": "rotation",
-        "rotation_deg_95": "rotation",
-        "nmae": "nmae",
-        "translation_median": "translation",
-        "speed_score": "speed",
-        "box_corner_px_median": "box",
-        "corner_px_median": "corner",
-        "heatmap_mse_sigma10": "heatmap_mse",
-    }
-    near = {"box_corners_within_5px": errors["box"], "corners_within_5px": errors["corner"]}
-    return {
-        **{name: np.where(enough, hits, np.nan) for name, hits in shares.items()},
-        **{name: errors[error] for name, error in values.items() if error in errors},
-        **{
-            name: np.where(np.isnan(distance), np.nan, distance <= 5)
-            for name, distance in near.items()
-        },
-    }
+    if target.lasers is not None:
+        measures["muzzle"] = lambda pose, true: muzzle_error(pose, true, K, target)
+
+    errors = {}
+    for name, measure in measures.items():
+        values = [
+            np.nan if pose is None else measure(pose, true) for pose, true in zip(poses, truth)
+        ]
+        errors[name] = np.array(values)
+    return errors
 
 
-def _figure(name, values):
-    """The mean of the values, or the percentile that the figure's name ends with; NaN where there is none."""
-    values = values[~np.isnan(values)]
-    percent = {"median": 50, "95": 95}.get(name.rsplit("_", 1)[-1])
-    if not len(values):
-        return float("nan")
-    return float(values.mean() if percent is None else np.percentile(values, percent))
+# ------------------------------------------------------------ figures of merit
+
+FLIP = 90  # degrees: a larger rotation error is a flip
+MIN_CORNERS = 4  # frames that show fewer corners of the box do not count in recalls
+
+# figure -> the error and the largest value of it that counts as a hit
+_RECALLS = {
+    "add_0.1": ("add", 0.1),
+    "add_0.02": ("add", 0.02),
+    "muzzles_within_3px": ("muzzle", 3),
+    "box_corners_within_5px": ("box", 5),
+    "corners_within_5px": ("corner", 5),
+}
+# figure -> the error whose mean it is, or whose percentile if the figure is in _PERCENTILES
+_AVERAGES = {
+    "rotation_deg_median": "rotation",
+    "rotation_deg_95": "rotation",
+    "nmae": "nmae",
+    "translation_median": "translation",
+    "speed_score": "speed",
+    "box_corner_px_median": "box",
+    "corner_px_median": "corner",
+    "heatmap_mse_sigma10": "heatmap_mse",
+}
+_PERCENTILES = {
+    "rotation_deg_median": 50,
+    "rotation_deg_95": 95,
+    "translation_median": 50,
+    "box_corner_px_median": 50,
+    "corner_px_median": 50,
+}
 
 
-def summarise(errors):
-    """The figures of merit of `Evaluation.errors`: dict of numbers.
+def summarise(errors: Mapping) -> dict:
+    """Compute the figures of merit of a set from the errors of its frames.
 
-    Corner figures count the corners in the frame; rotation, translation and SPEED the frames with a pose;
-    poses, flips, ADD and muzzles are shares of the frames with at least four corners in sight, where a
-    missing pose is a miss but no flip. NaN where nothing counts.
+    Figures of corners count the corners in the frame. Rotation, translation and SPEED count the
+    frames with a pose. Poses, flips, ADD and muzzles are fractions of the frames with at least four
+    corners in sight, where a missing pose is a miss but no flip.
+
+    Args:
+        errors: from `frame_errors`, or from `Evaluation.errors` of `xwing.evaluation`.
+
+    Returns:
+        dict of numbers, NaN where nothing counts.
     """
     counts = {
         "frames": len(errors["solved"]),
-        "frames_with_4_corners": int((errors["corners"] >= 4).sum()),
+        "frames_with_4_corners": int((errors["corners"] >= MIN_CORNERS).sum()),
     }
-    return counts | {name: _figure(name, values) for name, values in _countable(errors).items()}
+    figures = {name: _figure(name, values) for name, values in _figure_values(errors).items()}
+    return counts | figures
 
 
-def bootstrap(errors, repeats=1000, level=0.95, seed=0):
-    """dict figure -> (low, high): where the middle `level` of so many sets of frames, drawn again, have it.
+def bootstrap(
+    errors: Mapping, repeats: int = 1000, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of the figures of merit: frames are drawn with replacement.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    Args:
+        errors: as for `summarise`.
+        repeats: number of sets of frames that are drawn.
+        level: fraction of these sets whose figures the interval holds.
+        seed: of the draws, which are the same for every figure.
+
+    Returns:
+        dict figure -> (low, high), without the figures that no drawn set has.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile
+        interval).
     """
-    count, tails, intervals = len(errors["solved"]), [50 - 50 * level, 50 + 50 * level], {}
+    count = len(errors["solved"])
     draws = np.random.default_rng(seed).integers(0, count, (repeats, count))
-    for name, values in _countable(errors).items():
+    tails = [50 - 50 * level, 50 + 50 * level]
+
+    intervals = {}
+    for name, values in _figure_values(errors).items():
         figures = np.array([_figure(name, values[chosen]) for chosen in draws])
         if np.isfinite(figures).any():
             intervals[name] = tuple(np.nanpercentile(figures, tails).tolist())
     return intervals
 
 
-def jitter(poses, truth, fps=30.0):
-    """Root mean square of the acceleration error: rotation, degrees/s^2, and translation, model units/s^2.
+def _figure_values(errors):
+    """dict figure -> its values, frames first; NaN where a frame or a corner does not count."""
+    enough = errors["corners"] >= MIN_CORNERS
+    values = {
+        "poses_found": np.where(enough, errors["solved"], np.nan),
+        "flips": np.where(enough, errors["rotation"] > FLIP, np.nan),
+    }
+    for figure, (error, limit) in _RECALLS.items():
+        if error in errors:
+            of_corners = errors[error].ndim > 1
+            counts = ~np.isnan(errors[error]) if of_corners else enough
+            values[figure] = np.where(counts, errors[error] <= limit, np.nan)
+    for figure, error in _AVERAGES.items():
+        if error in errors:
+            values[figure] = errors[error]
+    return values
 
-    poses: N (4, 4) or None; truth: (N, 4, 4). Both NaN where no three frames in a row have poses.
-    Source: the acceleration error of Kanazawa et al., Learning 3D Human Dynamics from Video, CVPR 2019.
+
+def _figure(name, values):
+    """A figure of merit: the mean or a percentile of its values; NaN where none of them counts."""
+    if name in _PERCENTILES:
+        return _percentile(values, _PERCENTILES[name])
+    return _mean(values)
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else np.nan
+
+
+def _percentile(values, percent):
+    values = values[~np.isnan(values)]
+    return float(np.percentile(values, percent)) if len(values) else np.nan
+
+
+def recall_interval(hits, count, level: float = 0.95) -> tuple:
+    """Interval of a recall, from the number of hits among so many independent frames.
+
+    Args:
+        hits: number, array or DataFrame.
+        count: the same, number of frames.
+        level: probability that the interval holds the recall.
+
+    Returns:
+        low, high: of the same kind as `hits`; for few hits or misses they may leave 0 to 1.
+
+    Source: Agresti and Coull, Approximate Is Better than "Exact", The American Statistician 52(2),
+        1998.
     """
-    errors = np.full((2, len(poses), 3), np.nan)
-    for i, (pose, true) in enumerate(zip(poses, truth)):
-        if pose is not None:
-            turn = Rotation.from_matrix(pose[:3, :3] @ true[:3, :3].T).as_rotvec(degrees=True)
-            errors[:, i] = turn, pose[:3, 3] - true[:3, 3]
-    squares = (np.diff(errors, 2, axis=1) ** 2).sum(-1) * fps**4
-    return tuple(_figure("mean", kind) ** 0.5 for kind in squares)
+    squared = norm.ppf((1 + level) / 2) ** 2
+    centre = (hits + squared / 2) / (count + squared)
+    spread = np.sqrt(squared * centre * (1 - centre) / (count + squared))
+    return centre - spread, centre + spread
 
 
-def reliability(probability, right, count=10):
-    """Bins of a probability (N,), a DataFrame. Source: DeGroot and Fienberg, The Statistician 32, 1983."""
+# ------------------------------------------------------------ claims: probabilities and covariances
+
+
+def reliability(probability: np.ndarray, right: np.ndarray, count: int = 10) -> pd.DataFrame:
+    """Compare probabilities (N,) with how often they come true (N,) bool, in `count` equal bins.
+
+    Source: DeGroot and Fienberg, The Statistician 32, 1983.
+    """
     claims = pd.DataFrame({"claimed": probability, "right": right, "frames": 1})
     bins = pd.cut(claims["claimed"], np.linspace(0, 1, count + 1), include_lowest=True)
     return claims.groupby(bins, observed=True).agg(
@@ -254,43 +430,142 @@ def reliability(probability, right, count=10):
     )
 
 
-def roc(score, true):
-    """Shares (T,) of false and of true alarms as a limit on a score (N,) falls, and the area below.
+def roc(score: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Receiver operating characteristic of a score that should be high where something is true.
+
+    Args:
+        score: (N,).
+        true: (N,) bool.
+
+    Returns:
+        False positive rate (T,) and true positive rate (T,) as the threshold falls, and the area
+        below.
 
     Source: Fawcett, An Introduction to ROC Analysis, Pattern Recognition Letters 27, 2006.
     """
-    limits = np.append(np.inf, np.unique(score)[::-1])
-    false, hits = ((score[kind, None] >= limits).mean(0) for kind in (~true, true))
-    return false, hits, float(np.trapezoid(hits, false))
+    thresholds = np.append(np.inf, np.unique(score)[::-1])
+    false_positives = (score[~true, None] >= thresholds).mean(0)
+    true_positives = (score[true, None] >= thresholds).mean(0)
+    area = float(np.trapezoid(true_positives, false_positives))
+    return false_positives, true_positives, area
 
 
-def compare_tracks(ways, truth, seen, K, fps=30.0):
-    """What several ways of tracking a clip achieve: a DataFrame, one row a way.
+def risk_coverage(wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Risk and coverage as more frames are kept, the most confident first.
 
     Args:
-        ways: dict name -> N (4, 4) or None; truth: (N, 4, 4).
-        seen: (N,) bool, the frames that show enough of the ship; K: (3, 3); fps: frames a second.
+        wrong: (N,) bool, in the order of falling confidence.
+
     Returns:
-        columns: poses and muzzles within 3 px of the frames seen; rotation error (median and 95th percentile)
-        and median translation error of those solved in every way; flips of all frames; `jitter`.
+        risk (N,), the fraction of wrong poses among the first 1 to N frames; coverage (N,), the
+        fraction of the frames that these are.
+
+    Source: El-Yaniv and Wiener, Journal of Machine Learning Research 11, 2010.
     """
-    common = (
-        np.array([[pose is not None for pose in poses] for poses in ways.values()]).all(0) & seen
-    )
+    kept = np.arange(1, len(wrong) + 1)
+    return np.cumsum(wrong) / kept, kept / len(wrong)
+
+
+def normalised_squared_error(
+    estimate: np.ndarray, truth: np.ndarray, covariance: np.ndarray
+) -> float:
+    """Squared error of a pose (4, 4), weighed with the inverse of its covariance (6, 6).
+
+    If the covariance is honest it follows a chi-square distribution of six degrees of freedom,
+    whose median is 5.35.
+
+    Source: the normalised estimation error squared (NEES) of Bar-Shalom, Li and Kirubarajan,
+        Estimation with Applications to Tracking and Navigation, 2001, section 5.4.
+    """
+    step = xu.pose_step(estimate, truth)
+    return float(step @ np.linalg.solve(covariance, step))
+
+
+def quantile_coverage(squares: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Fraction of normalised squared errors (N,) within each quantile (L,) of their distribution.
+
+    Honest covariances give the levels themselves; smaller fractions mean that errors are larger
+    than claimed.
+    """
+    limits = chi2.ppf(levels, 6)
+    return (np.asarray(squares)[:, None] <= limits).mean(0)
+
+
+# ------------------------------------------------------------ tracks
+
+
+def jitter(poses: Sequence, truth: np.ndarray, fps: float = 30.0) -> tuple[float, float]:
+    """Root mean square of the acceleration error, of rotation and of translation.
+
+    Args:
+        poses: N (4, 4) or None.
+        truth: (N, 4, 4).
+        fps: frames a second.
+
+    Returns:
+        Rotation (degrees/s^2) and translation (model units/s^2), NaN where no three frames in a row
+        have poses.
+
+    Source: the acceleration error of Kanazawa et al., Learning 3D Human Dynamics from Video, CVPR
+        2019.
+    """
+    rotation = np.full((len(poses), 3), np.nan)
+    translation = np.full((len(poses), 3), np.nan)
+    for i, (pose, true) in enumerate(zip(poses, truth)):
+        if pose is not None:
+            turn = Rotation.from_matrix(pose[:3, :3] @ true[:3, :3].T)
+            rotation[i] = turn.as_rotvec(degrees=True)
+            translation[i] = pose[:3, 3] - true[:3, 3]
+    return _acceleration(rotation, fps), _acceleration(translation, fps)
+
+
+def _acceleration(errors, fps):
+    """Root mean square of the second derivative of errors (N, 3), a second and a second."""
+    squares = (np.diff(errors, 2, axis=0) ** 2).sum(-1) * fps**4
+    return _mean(squares) ** 0.5
+
+
+def compare_tracks(
+    ways: Mapping[str, Sequence],
+    truth: np.ndarray,
+    seen: np.ndarray,
+    K: np.ndarray,
+    fps: float = 30.0,
+    target: xu.Target = xu.XWING,
+) -> pd.DataFrame:
+    """Compare what several ways of tracking a clip achieve, one row a way.
+
+    Args:
+        ways: dict name -> N (4, 4) or None.
+        truth: (N, 4, 4).
+        seen: (N,) bool, the frames that show enough of the target.
+        K: (3, 3), pixels.
+        fps: frames a second.
+        target: that the clip shows.
+
+    Returns:
+        Columns: poses and muzzles within 3 px of the frames seen; rotation error (median and 95th
+            percentile) and median translation error of those solved in every way; flips of all
+            frames; `jitter`.
+    """
+    solved = np.array([[pose is not None for pose in poses] for poses in ways.values()])
+    common = solved.all(0) & seen
+
     rows = []
     for poses in ways.values():
-        errors, (turning, moving) = _pose_errors(poses, truth, K), jitter(poses, truth, fps)
+        errors = _pose_errors(poses, truth, K, target)
         rotation = errors["rotation"]
-        rows.append(
-            {
-                "poses": int(np.isfinite(rotation[seen]).sum()),
-                "rotation, deg": _figure("median", rotation[common]),
-                "95 %": _figure("95", rotation[common]),
-                "translation": _figure("median", errors["translation"][common]),
-                "flips": int((rotation > 90).sum()),
-                "jitter, deg/s2": turning,
-                "jitter, units/s2": moving,
-                "muzzles within 3 px": float((errors["muzzle"][seen] <= 3).mean()),
-            }
-        )
+        turning, moving = jitter(poses, truth, fps)
+        row = {
+            "poses": int(np.isfinite(rotation[seen]).sum()),
+            "rotation, deg": _percentile(rotation[common], 50),
+            "95 %": _percentile(rotation[common], 95),
+            "translation": _percentile(errors["translation"][common], 50),
+            "flips": int((rotation > FLIP).sum()),
+            "jitter, deg/s2": turning,
+            "jitter, units/s2": moving,
+        }
+        if "muzzle" in errors:
+            row["muzzles within 3 px"] = float((errors["muzzle"][seen] <= 3).mean())
+        rows.append(row)
     return pd.DataFrame(rows, index=list(ways))
