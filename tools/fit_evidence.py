@@ -85,6 +85,7 @@ def judged(aligner, image, truth, K, views):
     rows = []
     for chosen in (views[:1], views):
         estimates = [view for view in chosen if view.pose is not None]
+        # The verifier works in units in which the X-wing is as large as in its own.
         judgement = aligner.verifier.judge(image, estimates, K)
         if judgement is None:
             rows.append(None)

@@ -5,7 +5,12 @@
 and says how probable it is that the best one is right. An `Aligner` puts them together for one
 target, in three ways: `align` refines a pose that is known roughly, `track` a pose that is
 predicted from the frames before, and `verify` decides on a frame alone.
+
+The rooms behind work with a mesh of one and the same size, whatever the unit of the target: single
+precision then rounds alike, and limits mean the same. Poses and covariances are converted here.
 """
+
+import dataclasses
 
 import numpy as np
 
@@ -15,6 +20,10 @@ from xwing.refinement import RefinementSettings, Refiner
 from xwing.verification import VerificationSettings, Verifier, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
+
+WORKING_DIAMETER = (
+    0.4698348885512867  # of the mesh inside; that of the X-wing, which stays as it is
+)
 
 
 class Aligner:
@@ -27,8 +36,12 @@ class Aligner:
         target: `Target`, or a `Mesh`, whose poses are then ambiguous as those of the X-wing.
         blur: pixels, standard deviation of the filter that frames were taken through, beside the
             square of the pixel.
-        refinement: `RefinementSettings`.
-        verification: `VerificationSettings`.
+        refinement: `RefinementSettings`; None: the defaults.
+        verification: `VerificationSettings`; None: the defaults.
+
+    Attributes:
+        mesh: `Mesh` of the target, in its own unit.
+        scale: working units for one model unit; `refiner` and `verifier` use working units.
     """
 
     def __init__(
@@ -41,8 +54,11 @@ class Aligner:
         is_mesh = isinstance(target, Mesh)
         self.target = xu.XWING if is_mesh else target
         self.mesh = target if is_mesh else load_mesh(target.mesh)
-        self.refiner = Refiner(self.mesh, blur, refinement)
-        self.verifier = Verifier(self.refiner, self.target, verification)
+        self.scale = WORKING_DIAMETER / self.mesh.diameter
+
+        working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
+        self.refiner = Refiner(working_mesh, blur, refinement)
+        self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
 
     def align(
         self,
@@ -64,8 +80,14 @@ class Aligner:
             pose (4, 4) and covariance (6, 6), or None where too little of the target shows or the
             pose is not determined.
         """
+        pose = xu.scale_pose(pose, self.scale)
+        covariance = _scale_covariance(covariance, self.scale)
         refined = self.refiner.align(image, pose, K, covariance)
-        return None if refined is None else (refined.pose, refined.covariance)
+        if refined is None:
+            return None
+
+        pose = xu.scale_pose(refined.pose, 1 / self.scale)
+        return pose, _scale_covariance(refined.covariance, 1 / self.scale)
 
     def track(
         self,
@@ -89,11 +111,13 @@ class Aligner:
             PoseEstimate, accepted if it explains enough of the contrast.
         """
         settings = self.verifier.settings
-        refined = self.refiner.refine(image, pose, K, covariance, drawings=2)
+        start = xu.scale_pose(pose, self.scale)
+        prior = _scale_covariance(covariance, self.scale)
+        refined = self.refiner.refine(image, start, K, prior, drawings=2)
         explained = self.verifier.explained_contrast(refined)
 
         if explained < min(settings.well_explained, settings.usual_ratio * usual):
-            again = self.refiner.align(image, pose, K, covariance)
+            again = self.refiner.align(image, start, K, prior)
             more = self.verifier.explained_contrast(again)
             if more > explained:
                 refined, explained = again, more
@@ -102,15 +126,18 @@ class Aligner:
             return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
-        return xu.PoseEstimate(
+        found = xu.PoseEstimate(
             refined.pose, refined.covariance, enough, reason, explained_contrast=explained
         )
+        return _scale_estimate(found, 1 / self.scale)
 
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
     ) -> xu.PoseEstimate:
         """Refine and judge the estimate for a single frame; see `Verifier.verify`."""
-        return self.verifier.verify(image, estimate, K, others)
+        first, *others = [_scale_estimate(one, self.scale) for one in (estimate, *others)]
+        found = self.verifier.verify(image, first, K, others)
+        return _scale_estimate(found, 1 / self.scale)
 
     def picture(
         self, image: np.ndarray, pose: np.ndarray, K: np.ndarray
@@ -125,7 +152,7 @@ class Aligner:
         Returns:
             Two pictures (h, w, 3) uint8 of the working size, or None where too little shows.
         """
-        painting = self.refiner.paint_pose(image, pose, K)
+        painting = self.refiner.paint_pose(image, xu.scale_pose(pose, self.scale), K)
         if painting is None:
             return None
         pictures = painting.view.image, painting.picture
@@ -138,4 +165,25 @@ class Aligner:
 
         See `Verifier.photometric_costs`.
         """
+        poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)
+
+
+def _scale_covariance(covariance, factor):
+    """The covariance (6, 6) of a pose in other units, or None."""
+    if covariance is None:
+        return None
+    factors = np.repeat([1.0, factor], 3)
+    return covariance * np.outer(factors, factors)
+
+
+def _scale_estimate(estimate, factor):
+    """A `PoseEstimate` in other units."""
+    pose = estimate.pose
+    runner_up = estimate.runner_up
+    return dataclasses.replace(
+        estimate,
+        pose=None if pose is None else xu.scale_pose(pose, factor),
+        covariance=_scale_covariance(estimate.covariance, factor),
+        runner_up=None if runner_up is None else xu.scale_pose(runner_up, factor),
+    )

@@ -7,9 +7,8 @@ drawing therefore serves several steps, as a `Template`: its points are looked u
 frame where the pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. A
 pose that is further off is refined on a coarse picture first.
 
-A step of a pose is a turn in radians and a shift in model units. Whatever depends on how the two
-compare is computed in radians and diameters of the target, so that the unit of a mesh does not
-matter.
+A step of a pose is a turn in radians and a shift in model units. Some limits depend on how the two
+compare, so a target should be about one unit large: `alignment` sees to that.
 
 Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on
     brightness); Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are
@@ -38,7 +37,7 @@ from xwing.appearance import (
 
 MAX_DISTANCE = 21285.0  # diameters: a point that is further away has run away
 MAX_STEP_TURN = 0.5  # radians about one axis: a larger step of Gauss-Newton is not believed
-MAX_CONDITION = 1e12  # of an information matrix, in radians and diameters
+MAX_CONDITION = 1e12  # of an information matrix: with a larger one the pose is not determined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,24 +193,7 @@ class Refined:
     @property
     def covariance(self) -> np.ndarray:
         """(6, 6): rotation vector in camera axes (radians), then translation."""
-        return _inverse(self.information, self.template.diameter)
-
-
-def _step_scale(diameter):
-    """(6,) factors from steps in radians and diameters to steps in radians and model units."""
-    return np.repeat([1.0, diameter], 3)
-
-
-def _in_diameters(information, diameter):
-    """An information matrix (6, 6) about a step in radians and diameters instead of model units."""
-    scale = _step_scale(diameter)
-    return np.outer(scale, scale) * information
-
-
-def _inverse(information, diameter):
-    """The covariance (6, 6) of an information matrix, computed in radians and diameters."""
-    scale = _step_scale(diameter)
-    return np.outer(scale, scale) * np.linalg.inv(_in_diameters(information, diameter))
+        return np.linalg.inv(self.information)
 
 
 # ============================================================ steps on one template
@@ -235,8 +217,6 @@ class _Descent:
         self.prior = prior
         self.settings = settings
         self.damping = 1e-3
-        self.scale = _step_scale(template.diameter)
-        self.scales = np.outer(self.scale, self.scale)
 
     def run(self):
         """Step until nothing is gained: `Refined`, or None where the template cannot be placed."""
@@ -281,7 +261,8 @@ class _Descent:
     def _improve(self, fit, information, gradient):
         """The `_Fit` after a step that lowers the cost, or None; other steps are damped more."""
         while self.damping < 10:
-            step = self._step(information, gradient)
+            damping = self.damping * np.diag(np.diag(information) + 1e-9)
+            step = np.linalg.solve(information + damping, gradient)
             if gradient @ step < 2 * self.settings.negligible_gain:
                 return None
 
@@ -293,12 +274,6 @@ class _Descent:
             self.damping *= 100
 
         return None
-
-    def _step(self, information, gradient):
-        """The damped step (6,), solved for in radians and diameters."""
-        information = self.scales * information
-        damped = information + self.damping * np.diag(np.diag(information) + 1e-9)
-        return self.scale * np.linalg.solve(damped, self.scale * gradient)
 
 
 # ============================================================ refining
@@ -376,14 +351,12 @@ class Refiner:
             if refined.shift < self.settings.max_shift:
                 break
 
-        condition = np.linalg.cond(_in_diameters(refined.information, self.diameter))
-        return refined if condition < MAX_CONDITION else None
+        return refined if np.linalg.cond(refined.information) < MAX_CONDITION else None
 
     def _prior(self, pose, covariance):
         information = np.zeros((6, 6))
         if covariance is not None:
-            precise = _inverse(covariance, 1 / self.diameter)  # the other way round: information
-            information += precise / self.settings.prior_std_scale**2
+            information += np.linalg.inv(covariance) / self.settings.prior_std_scale**2
         return _Prior(pose, information)
 
     def view(

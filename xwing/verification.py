@@ -137,7 +137,8 @@ class Verifier:
     Args:
         refiner: `Refiner` of the target.
         target: `Target`: which poses are ambiguous.
-        settings: `VerificationSettings`.
+        settings: `VerificationSettings`; None: the defaults.
+        scale: units of the refiner's mesh for one unit of the target.
     """
 
     def __init__(
@@ -145,9 +146,11 @@ class Verifier:
         refiner: Refiner,
         target: xu.Target = xu.XWING,
         settings: VerificationSettings | None = None,
+        scale: float = 1.0,
     ):
         self.refiner = refiner
         self.target = target
+        self.scale = scale
         self.settings = settings or VerificationSettings()
 
     def verify(
@@ -288,7 +291,8 @@ class Verifier:
 
     def _ambiguous(self, poses):
         """Some poses, each followed by those that it is ambiguous with."""
-        return [start for pose in poses for start in xu.ambiguous_poses(pose, self.target)]
+        groups = [xu.ambiguous_poses(pose, self.target, self.scale) for pose in poses]
+        return [pose for group in groups for pose in group]
 
     def _search(self, image, starts, K, count, drawings=None):
         """The best few of what some poses lead to, on a coarse picture and then on the fine one."""
