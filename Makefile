@@ -21,6 +21,7 @@ animation: $(STAMP)
 	@ls -l anim.gif
 
 test: $(STAMP)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pytest tests
 	XWING_SMOKE=1 $(ANIMATION)

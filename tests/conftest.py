@@ -92,7 +92,7 @@ class OracleModel:
 
 @pytest.fixture
 def oracle():
-    """A function: keypoints (N, K, 2) -> a model that finds them in the frames of `oracle_frames`."""
+    """A function: keypoints (N, K, 2) -> a model that finds them in `oracle_frames`."""
     return OracleModel
 
 
@@ -109,7 +109,7 @@ def oracle_frames():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """A function: code, environment variables -> what it prints in a fresh Python in the repository."""
+    """A function: code, environment variables -> what it prints in a fresh Python."""
 
     def run(code, **environment):
         chosen = ("KERAS_BACKEND", "SM_FRAMEWORK")

@@ -1,7 +1,7 @@
 """`make browser`: two notebooks run in JupyterLab in a real browser, and nothing in them is broken.
 
-Skipped without the package playwright or Debian's Chromium. What is served is a copy of the tracked files,
-which no run changes then; screenshots of each notebook from top to bottom go to a temporary folder."""
+Skipped without the package playwright or Debian's Chromium. The server shows a copy of the tracked
+files, so that no run changes them. Screenshots of each notebook go to a temporary folder."""
 
 import json
 import os
@@ -32,9 +32,12 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 LIMIT = 600_000  # ms that a notebook may take
-ERRORS = "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
+ERRORS = ", ".join(
+    f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("error", "stderr")
+)
 FINISHED = """errors => document.querySelector(errors) ||
-    [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(p => /[0-9]/.test(p.innerText))"""
+    [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+        .every(p => /[0-9]/.test(p.innerText))"""
 LOADED = """() => [...document.querySelectorAll('.jp-Notebook img')].every(i => i.complete) &&
     [...document.querySelectorAll('.jp-Notebook video')].every(v => v.error || v.readyState > 0)"""
 BROKEN = """() => [...document.querySelectorAll('.jp-Notebook img, .jp-Notebook video')]
@@ -98,7 +101,7 @@ def page():
 
 
 def run_all(page, address, name, folder):
-    """Open a notebook, run all cells and photograph them; return the errors, and the pictures not shown."""
+    """Run all cells of a notebook and photograph them; return errors and pictures not shown."""
     page.goto(f"{address[0]}/lab/tree/{name}?token={address[1]}&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_selector("text=/Python 3 .*Idle/")

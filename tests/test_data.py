@@ -1,4 +1,4 @@
-"""Sets on disk, good and bad; pictures of all kinds; the batches of `make_dataset` and their augmentation."""
+"""Sets on disk, good and bad; pictures of all kinds; the batches of `make_dataset`."""
 
 import itertools
 import json
@@ -361,7 +361,7 @@ def test_frames_and_keypoints_at_half_the_size(sample, camera):
 
 
 def test_squares_cut_round_the_ship(sample, camera):
-    """Each square is a piece of its frame and of the black up to 48 pixels round it; keypoints follow."""
+    """Each square is a piece of its frame and of the black around it; keypoints follow."""
     plain = {"count": 64, "batch_size": 64, "augmented": False}
     whole, positions = dataset_of(sample, camera, **plain)[0]
     squares, keypoints = dataset_of(sample, camera, **plain, size=96, crop=True)[0]
@@ -442,7 +442,7 @@ def test_half_the_frames_are_mirrored_with_identities_swapped(sample, camera, mi
 
 
 def test_frames_are_randomised_as_they_are_on_disk(sample, camera, K):
-    """... that is before mirror and augmentation, with their own pose, and with nothing random but `rng`."""
+    """That is before mirror and augmentation, with their own pose and no other randomness."""
     seen = []
 
     def randomise(image, pose, K, rng):

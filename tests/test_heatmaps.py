@@ -1,4 +1,4 @@
-"""Drawing and reading heatmaps, the loss and the metric, against numpy written out and cases done by hand."""
+"""Heatmaps, the loss and the metric, against plain numpy and cases that were done by hand."""
 
 import keras
 import numpy as np
@@ -148,7 +148,7 @@ def test_sigma_without_a_keypoint_is_infinite():
 
 
 def batch(stride, height=24, width=32):
-    """Keypoints (2, 5, 3) in pixels: inside the frame, at its border, just outside, far outside, hidden."""
+    """Keypoints (2, 5, 3): inside the frame, at its border, just outside, far outside, hidden."""
     inside = np.random.default_rng(0).uniform(6, 18, (2, 2))
     others = [[0.3, 11.0], [width + 2.0, 9.0], [width + 200.0, 9.0], [-1e4, -1e4]]
     xy = np.stack([[first, *others] for first in inside]) * stride

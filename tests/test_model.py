@@ -1,4 +1,4 @@
-"""The network: building, a step of training, files, prediction. A tiny one, so that it takes seconds."""
+"""The network: building, a step of training, files, prediction; a tiny one, for speed."""
 
 import hashlib
 import importlib.util
@@ -168,7 +168,8 @@ model = xu.compile_model(xu.build_model(**{TINY!r}))
 history = model.fit(data, epochs=1, verbose=0).history
 keypoints, confidence = xu.predict_keypoints(model, data[0][0], batch_size=4)
 assert keypoints.shape == (4, 8, 2) and confidence.shape == (4, 8)
-print(keras.backend.backend(), int(model.optimizer.iterations), bool(np.isfinite(history["loss"]).all()))
+finite = bool(np.isfinite(history["loss"]).all())
+print(keras.backend.backend(), int(model.optimizer.iterations), finite)
 """
 
 
@@ -454,7 +455,7 @@ def test_predictions_are_in_pixels_of_the_frame(oracle, oracle_frames, stride):
 
 
 def test_an_identity_that_the_mirror_image_denies_is_not_believed():
-    """The network sees one corner in two places in the frame, in one of them in the mirrored frame."""
+    """The network sees a corner in two places, but in one of them only in the mirrored frame."""
     right, wrong = (xu.gaussian_heatmaps([place], 32, 2.0) for place in ((9.0, 12.0), (20.0, 20.0)))
     mirrored = np.zeros((1, 32, 32, 8), np.float32)
     mirrored[0, ..., xu.MIRROR[3]] = right[:, ::-1, 0]

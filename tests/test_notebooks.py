@@ -127,8 +127,8 @@ def clips(root, tmp_path_factory):
 @pytest.mark.parametrize(
     "settings,says",
     [
-        ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "both sides: 12 frames: 12 tracked"),
-        ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "both sides: 12 frames: 12 tracked"),
+        ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "smoothed: 12 frames: 12 tracked"),
+        ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "smoothed: 12 frames: 12 tracked"),
         ({"SOURCE": "black.mp4"}, "no frame shows this ship clearly"),
     ],
     ids=["keypoints", "view", "no ship"],

@@ -1,4 +1,4 @@
-"""Poses from keypoints: exact, noisy, wild, too few; what an estimate says of itself; what is refused."""
+"""Poses from keypoints: exact, noisy, wild, too few; what an estimate says; what is refused."""
 
 import itertools
 
@@ -65,7 +65,7 @@ def test_noisy_corners_give_nearly_the_pose_and_always_the_same(poses, K):
 
 
 def test_corners_as_uncertain_as_a_network_s_give_a_pose_in_nearly_every_frame(poses, K):
-    """Defect 12: errors were taken to be 1 pixel, and the simple path found a pose in 71 % of the frames."""
+    """Defect 12: errors were taken to be 1 pixel, so only 71 % of the frames got a pose."""
     rng, found, errors = np.random.default_rng(0), [], []
     for pose in np.repeat(poses, 4, axis=0):
         confidence = np.where(

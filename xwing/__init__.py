@@ -1,1 +1,1 @@
-"""What goes beyond `xwing_utils`: the mesh, alignment, tracking, footage, films, evaluation and training."""
+"""What goes beyond `xwing_utils`: meshes, alignment, tracking, footage, films, training."""

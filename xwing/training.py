@@ -37,6 +37,27 @@ if keras.backend.backend() == "jax" and _PROCESSES > 1:
 
 BACKUP = "backup.weights.h5"
 
+RECIPES = {  # settings of a training, by the names that notebooks/train.ipynb gives them
+    "shipped": {
+        "BACKBONE": xu.BACKBONE,
+        "SIGMA": xu.SIGMA,
+        "STRIDE": xu.STRIDE,
+        "LOSS": "softmax",
+        "RANDOMISED_SHARE": 0.15,
+        "SYNTHETIC_SHARE": 0.5,
+        "WITHOUT": "",
+    },
+    "classic": {  # as earlier work trained
+        "BACKBONE": "efficientnetb0",
+        "SIGMA": 10.0,
+        "STRIDE": 1,
+        "LOSS": "mse",
+        "RANDOMISED_SHARE": 0.0,
+        "SYNTHETIC_SHARE": 0.0,
+        "WITHOUT": "geometry flare light colour sharpness noise erasing compression",
+    },
+}
+
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by hand; a notebook shows this one line instead of a traceback."""
