@@ -255,6 +255,7 @@ def test_every_format_gives_the_same_triangles(tmp_path, suffix):
     )
     np.testing.assert_allclose(found.triangles, shape.triangles, atol=1e-6)
     assert found.colours.shape == (1, 3) and (found.face_materials == 0).all()
+    assert type(found.vertices) is type(found.faces) is np.ndarray  # of trimesh's are slower
     np.testing.assert_allclose(found.diameter, np.sqrt(36 + 16 + 4), rtol=0.05)
 
 

@@ -276,7 +276,7 @@ def _merge(parts):
 
     parts = [part for group in groups.values() for part in group]
     vertices, faces = trimesh.util.append_faces(
-        [part.vertices for part in parts], [part.faces for part in parts]
+        [np.asarray(part.vertices) for part in parts], [np.asarray(part.faces) for part in parts]
     )
     counts = [sum(len(part.faces) for part in group) for group in groups.values()]
     face_materials = np.repeat(np.arange(len(groups)), counts)
