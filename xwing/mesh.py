@@ -3,9 +3,9 @@
 Everything that needs the target's shape goes through one exact rasteriser. It says which triangle
 shows at the centre of each pixel, and how far away that triangle is. OpenCV does the drawing. We
 add two things: any camera matrix, which is applied to the vertices, and the cut at the near plane,
-which OpenCV gets wrong. trimesh reads the files. We add what it leaves out: materials in the order
-of the file, exact colours, and errors that say which file is damaged and how. A mesh of too many
-triangles is simplified when it is read, because each frame draws all of them.
+which OpenCV gets wrong. trimesh reads the files. We add materials in the order of the file, exact
+colours, and errors for what trimesh would misread. A mesh of too many triangles is simplified when
+it is read, because each frame draws all of them.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 
-SUFFIXES = ".obj", ".ply", ".stl", ".off", ".glb"  # of files that `load_mesh` reads
-PICTURES = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".tga", ".webp"  # suffixes of textures
+KINDS = "obj", "ply", "stl", "off", "glb"  # suffixes of the files that `load_mesh` reads
+OBJ_CORNERS = "i", "i/i", "i//i", "i/i/i"  # how an OBJ file may write the corners of a face
 GREY = (0.6, 0.6, 0.6)  # of a material without a colour
 MAX_TRIANGLES = 200_000  # a mesh of more is simplified when it is read
 NEAR = 0.021285  # diameters: what is nearer to the camera's plane is not drawn
@@ -80,15 +80,18 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
 
     A material with a texture has the texture's mean colour. Without a texture it has the Kd of an
     OBJ file, exactly as written there, or the base colour of a GLB file, converted to sRGB. A mesh
-    without materials has the mean of its vertex or face colours. What has no colour at all is GREY.
+    without materials has the mean of its vertex or face colours. What has no valid colour is GREY.
+
+    trimesh reads the first material library of an OBJ file only. Faces whose material it does not
+    define are grey.
 
     Textures are kept as pictures with their coordinates. The parts of a GLB file are moved to their
-    places in the scene and merged. Polygons are split into triangles. Faces without area stay in
-    the mesh, but `visibility` says that they never show. A warning counts them where they are more
-    than 1 in 100.
+    places in the scene. Polygons are split into triangles. Faces without area stay in the mesh, but
+    `visibility` says that they never show. A warning counts them where they are more than 1 in 100.
 
     Args:
-        path: File to read. Other files that it names are read only from its own folder.
+        path: File to read. Material libraries and textures that it names are read only from its own
+            folder. A warning names those that are not there or are damaged.
         max_triangles: A mesh of more triangles is simplified to this number, material by material,
             with a warning. It is then good for drawing. A textured mesh keeps its triangles. None
             simplifies no mesh.
@@ -96,13 +99,13 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
         Mesh.
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is of another kind, is damaged, names a file outside its folder, or has
-            a vertex that is not finite, a face whose index is out of range, or fewer than two faces
-            with an area.
+        ValueError: The file is of another kind, is damaged, or has a vertex that is not finite, a
+            face whose index is out of range or relative (negative, in an OBJ file), or fewer than
+            two faces with an area.
     Source: Garland and Heckbert, Surface Simplification Using Quadric Error Metrics, SIGGRAPH 1997.
     """
     path = Path(path)
-    mesh = _merge(_read_parts(path))
+    mesh = _read(path)
 
     if not np.isfinite(mesh.vertices).all():
         bad = np.flatnonzero(~np.isfinite(mesh.vertices).all(1))
@@ -131,195 +134,105 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
     return simple
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-    """The triangles of one material in one place, as a file has them."""
-
-    name: str
-    colour: np.ndarray  # (3,) sRGB in [0, 1]
-    texture: np.ndarray | None  # (h, w, 3) uint8
-    vertices: np.ndarray  # (V, 3) model units
-    faces: np.ndarray  # (F, 3)
-    coordinates: np.ndarray | None  # (V, 2) texture coordinates
-
-
 class _FolderResolver(trimesh.resolvers.FilePathResolver):
-    """Reads the files that a mesh names from the mesh's folder, and remembers what went wrong.
+    """Reads the files that a mesh names from its folder, and remembers which it could not read.
 
-    A path that leads elsewhere, such as an absolute one from another computer, is replaced by the
-    file of the same name in the folder. trimesh continues silently without a file that it could
-    not read, so `_check_names` looks here afterwards.
+    trimesh continues silently without them.
     """
 
     def __init__(self, path):
         super().__init__(str(path))
-        self.files = {}  # name: content, of files that exist in memory only
-        self.outside = []
-        self.missing = []
-        self.damaged = []
+        self.failed = []
 
     def get(self, name):
-        if name in self.files:
-            return self.files[name]
         try:
             content = super().get(name.replace("\\", "/"))
-        except FileNotFoundError:
-            self.missing.append(name)
+            if Path(name).suffix.lower() in Image.registered_extensions():
+                Image.open(io.BytesIO(content)).load()  # fails where the picture is damaged
+        except Exception:
+            self.failed.append(name)
             raise
-        except ValueError:
-            self.outside.append(name)
-            raise
-
-        if name.lower().endswith(PICTURES) and not _is_picture(content):
-            self.damaged.append(name)
         return content
 
 
-def _is_picture(content):
-    try:
-        Image.open(io.BytesIO(content)).load()
-    except (OSError, SyntaxError):  # as Pillow says that a picture is damaged
-        return False
-    return True
-
-
-def _read_parts(path):
-    """The parts of a mesh file as a list of `_Part`, each index in range."""
-    suffix = path.suffix.lower()
+def _read(path):
+    """A mesh file as a `Mesh`; each index is in range."""
+    kind = path.suffix[1:].lower()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mesh; data/make_xwing.py writes the supplied one")
-    if suffix not in SUFFIXES:
+    if kind not in KINDS:
         raise ValueError(
-            f"{path}: '{suffix}' files are not read; export the mesh as {', '.join(SUFFIXES)}"
+            f"{path}: '.{kind}' files are not read; export the mesh as .{', .'.join(KINDS)}"
         )
 
-    content = path.read_bytes()
     resolver = _FolderResolver(path)
     try:
-        if suffix == ".obj":
-            parts = _read_obj(content, resolver)
-        else:
-            parts = _read_scene(content, suffix[1:], resolver)
-    except Exception as error:
-        _check_names(path, resolver)
+        parts = _read_parts(path.read_bytes(), kind, resolver)
+        mesh = _merge(parts) if parts else None
+    except Exception as error:  # trimesh raises whatever its parsers stumble over
         raise ValueError(
-            f"{path}: not a readable {suffix[1:].upper()} mesh, it may be damaged ({error}); "
+            f"{path}: not a readable {kind.upper()} mesh, it may be damaged ({error}); "
             "export it again"
         ) from error
 
-    _check_names(path, resolver)
-    if not parts:
+    if mesh is None:
         raise ValueError(f"{path}: no faces found; it may be damaged, or hold points only")
-    return parts
-
-
-def _check_names(path, resolver):
-    """Refuse a mesh that names a damaged file or one outside its folder; warn of a missing one."""
-    if resolver.outside:
-        raise ValueError(
-            f"{path}: '{resolver.outside[0]}' is not in the mesh's folder; "
-            "put that file beside the mesh and name it without a folder"
+    for name in dict.fromkeys(resolver.failed):
+        warnings.warn(
+            f"{path}: '{name}' is not in the mesh's folder or is damaged, so its colours are "
+            "missing",
+            stacklevel=3,
         )
-    if resolver.damaged:
-        raise ValueError(f"{path}: its texture '{resolver.damaged[0]}' is damaged; export it again")
-    for name in dict.fromkeys(resolver.missing):
-        warnings.warn(f"{path}: there is no '{name}', so its colours are missing", stacklevel=4)
+    return mesh
 
 
-def _read_obj(content, resolver):
-    """The parts of a Wavefront OBJ file, in the order in which it first uses their materials.
-
-    trimesh reads one material library only, drops the names of materials that the library does not
-    define, and misreads faces whose corners are of different kinds. So we give it a tidy text with
-    triangles only, and one library that defines every material.
-    """
-    lines = _tidy(content)
-    names = _values(lines, "usemtl")
-    library = [f"newmtl {name}" for name in names]  # without a colour where no library says one
-    for name in _values(lines, "mtllib"):
-        try:
-            found = _tidy(resolver.get(name))
-            library += [line for line in found if line.startswith(("newmtl ", "Kd ", "map_Kd "))]
-        except (FileNotFoundError, ValueError):
-            pass  # `_check_names` says so
-    _check_colours(library)
-    resolver.files["all libraries"] = "\n".join(library)
-
-    text = "\n".join(["mtllib all libraries", *_with_plain_faces(lines)])
-    parts = _read_scene(text.encode(), "obj", resolver)
-    return sorted(parts, key=lambda part: names.index(part.name) if part.name in names else -1)
-
-
-def _tidy(content):
-    """The lines of an OBJ or MTL file without comments and with single spaces between words."""
-    text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    lines = text.replace("\\\n", " ").splitlines()
-    return [" ".join(line.partition("#")[0].split()) for line in lines]
-
-
-def _values(lines, word):
-    """What follows a word at the start of lines, each once."""
-    return list(
-        dict.fromkeys(line.partition(" ")[2] for line in lines if line.startswith(f"{word} "))
-    )
-
-
-def _with_plain_faces(lines):
-    """The lines of an OBJ file with triangles only, whose indices count from the first vertex."""
-    plain = []
-    vertices = coordinates = 0  # so far: negative indices count back from here
-    for line in lines:
-        word = line.partition(" ")[0]
-        vertices += word == "v"
-        coordinates += word == "vt"
-        if word == "f":
-            corners = _plain_corners(line, vertices, coordinates)
-            fan = zip(corners[1:], corners[2:])
-            plain += [f"f {corners[0]} {second} {third}" for second, third in fan]
-        elif word != "mtllib":
-            plain.append(line)
-    return plain
-
-
-def _plain_corners(line, vertices, coordinates):
-    """The corners of a face as words: each "vertex/coordinates", or each "vertex"; no normals."""
-    corners = [corner.split("/") for corner in line.split()[1:]]
-    if len(corners) < 3:
-        raise ValueError(f"fewer than three corners in '{line}'")
-
-    words = [_from_first(corner[0], vertices, line) for corner in corners]
-    if all(len(corner) > 1 and corner[1] for corner in corners):
-        seconds = [_from_first(corner[1], coordinates, line) for corner in corners]
-        words = [f"{first}/{second}" for first, second in zip(words, seconds)]
-    return words
-
-
-def _from_first(index, count, line):
-    """An index that counts from 1; a negative one counts back from the last of `count`."""
-    number = int(index)
-    if number < 0:
-        number += count + 1
-    if number < 1:
-        raise ValueError(f"index {index} in '{line}', where the first is 1 and {count} are above")
-    return number
-
-
-def _check_colours(library):
-    """ValueError where a colour of tidy MTL lines cannot be read: trimesh takes grey instead."""
-    for text in _values(library, "Kd"):
-        try:
-            numbers = [float(number) for number in text.split()]
-        except ValueError:
-            numbers = []
-        if len(numbers) != 3 or not np.isfinite(numbers).all():
-            raise ValueError(f"expected three finite numbers, got 'Kd {text}'")
-
-
-def _read_scene(content, kind, resolver):
-    """The parts of a file's content (bytes), as trimesh reads them without merging vertices."""
+def _read_parts(content, kind, resolver):
+    """The parts of a file's content (bytes) in their places, as a list of `trimesh.Trimesh`."""
+    if kind == "obj":
+        return _read_obj(content.decode("utf-8-sig", errors="replace"), resolver)
     if kind == "off":
-        _check_counts(content)
+        _check_off_is_whole(content.decode(errors="replace"))
+    return _load_parts(content, kind, resolver)
 
+
+def _read_obj(text, resolver):
+    """The parts of an OBJ file in the order in which it first uses their materials.
+
+    trimesh reads some faces wrongly or not at all, and does not say so. They are refused.
+    """
+    triangles = sum(_count_triangles(line) for line in re.findall(r"(?m)^[ \t]*f[ \t].*", text))
+    parts = _load_parts(text, "obj", resolver)
+    found = sum(len(part.faces) for part in parts)
+    if found != triangles:
+        raise ValueError(f"trimesh finds {found:,} of {triangles:,} triangles")
+
+    names = re.findall(r"(?m)^usemtl[ \t]+(.*?)\s*$", text)
+    rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
+    return sorted(parts, key=lambda part: rows.get(_material_name(part), -1))
+
+
+def _count_triangles(line):
+    """How many triangles a face of an OBJ file gives; ValueError where trimesh misreads it."""
+    corners = re.sub(r"[1-9]\d*", "i", line).split()[1:]
+    if len(corners) < 3 or len(set(corners)) > 1 or corners[0] not in OBJ_CORNERS:
+        raise ValueError(
+            f"'{line.strip()}' is not a face of three or more corners of one kind with absolute "
+            "indices, as Blender and MeshLab write them"
+        )
+    return len(corners) - 2
+
+
+def _check_off_is_whole(text):
+    """ValueError where an OFF file ends early; trimesh would take the faces that are left."""
+    lines = trimesh.util.comment_strip(text).partition("OFF")[2].splitlines()
+    lines = [line for line in lines if line.strip()]
+    vertices, faces = (int(number) for number in lines[0].split()[:2])
+    if len(lines) - 1 < vertices + faces:
+        raise ValueError(f"{vertices} vertices and {faces} faces announced, {len(lines) - 1} found")
+
+
+def _load_parts(content, kind, resolver):
+    """The parts of a file's content as trimesh reads them, without merging vertices."""
     stream = trimesh.util.wrap_as_stream(content)
     scene = trimesh.load_scene(stream, file_type=kind, resolver=resolver, process=False)
 
@@ -327,117 +240,105 @@ def _read_scene(content, kind, resolver):
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
         geometry = scene.geometry[name]
-        if len(getattr(geometry, "faces", ())) > 0:  # points and lines have none
-            parts.append(_part(geometry, transform, linear=kind == "glb"))
+        if len(getattr(geometry, "faces", ())) == 0:  # points and lines have none
+            continue
+        _check_part(geometry)
+        part = trimesh.Trimesh(geometry.vertices, geometry.faces, process=False)
+        part.apply_transform(transform)
+        part.visual = geometry.visual  # not a copy, so parts can share a material
+        parts.append(part)
     return parts
 
 
-def _check_counts(content):
-    """ValueError where an OFF file ends early; trimesh would take the faces that are left."""
-    text = re.sub("#.*", "", content.decode("utf-8", errors="replace"))
-    lines = [line for line in text.partition("OFF")[2].splitlines() if line.strip()]
-    vertices, faces = (int(number) for number in lines[0].split()[:2])
-    if len(lines) - 1 < vertices + faces:
-        raise ValueError(f"{vertices} vertices and {faces} faces announced, {len(lines) - 1} found")
+def _check_part(part):
+    """ValueError where vertices are not points of space or a face names one that is not there."""
+    count, dimensions = part.vertices.shape
+    if dimensions != 3:
+        raise ValueError(f"a vertex has {dimensions} coordinates instead of 3")
+    wrong = part.faces[(part.faces < 0) | (part.faces >= count)]
+    if len(wrong) > 0:
+        raise ValueError(f"a face names vertex {wrong[0]}, counted from 0, of {count:,}")
 
 
-def _part(geometry, transform, linear):
-    """One geometry of a scene as a `_Part` in its place; linear: its colours are not sRGB yet."""
-    faces = np.asarray(geometry.faces)
-    count = len(geometry.vertices)
-    if faces.min() < 0 or faces.max() >= count:
-        wrong = faces[(faces < 0) | (faces >= count)][0]
-        raise ValueError(f"a face names vertex {wrong}, counted from 0, of {count:,}")
+def _merge(parts):
+    """One `Mesh` of several `trimesh.Trimesh`, grouped by material."""
+    groups = {}
+    for part in parts:
+        material = getattr(part.visual, "material", None)
+        key = tuple(_colour(part)) if material is None else id(material)
+        groups.setdefault(key, []).append(part)
 
-    vertices = np.asarray(geometry.vertices, float)
-    if not np.array_equal(transform, np.eye(4)):
-        vertices = vertices @ transform[:3, :3].T + transform[:3, 3]
-    if np.linalg.det(transform[:3, :3]) < 0:  # a mirrored part is wound the other way round
-        faces = faces[:, ::-1]
+    names = []
+    for first, *_ in groups.values():
+        names.append(trimesh.util.unique_name(_material_name(first), names))
+    colours = np.array([_colour(first) for first, *_ in groups.values()])
+    textures = [_texture(first) for first, *_ in groups.values()]
 
-    material = getattr(geometry.visual, "material", None)
-    texture = _texture(material)
-    colour = _colour(geometry.visual, material, texture, linear)
-    coordinates = getattr(geometry.visual, "uv", None)
-    if coordinates is None:
-        texture = None  # there is no saying where it belongs
-    name = "default" if material is None else material.name
-    return _Part(name, colour, texture, vertices, faces, coordinates)
+    parts = [part for group in groups.values() for part in group]
+    vertices, faces = trimesh.util.append_faces(
+        [np.asarray(part.vertices) for part in parts], [np.asarray(part.faces) for part in parts]
+    )
+    counts = [sum(len(part.faces) for part in group) for group in groups.values()]
+    face_materials = np.repeat(np.arange(len(groups)), counts)
+
+    coordinates = None
+    if all(texture is None for texture in textures):
+        textures = None
+    else:
+        coordinates = np.concatenate([_corner_coordinates(part) for part in parts])
+    return Mesh(names, colours, vertices, faces, face_materials, coordinates, textures)
 
 
-def _texture(material):
-    """The picture (h, w, 3) uint8 of a trimesh material, or None."""
+def _material_name(part):
+    material = getattr(part.visual, "material", None)
+    return "default" if material is None else material.name
+
+
+def _picture(part):
+    """The picture (h, w, 3) uint8 of a part's material, or None."""
+    material = getattr(part.visual, "material", None)
     image = getattr(material, "image", None)  # of an OBJ's or PLY's
     if image is None:
         image = getattr(material, "baseColorTexture", None)  # of a GLB's
     return None if image is None else np.asarray(image.convert("RGB"))
 
 
-def _colour(visual, material, texture, linear):
-    """The colour (3,) sRGB of a geometry: see `load_mesh`. trimesh rounds most to 8 bits."""
-    if texture is not None:
-        return texture.mean((0, 1)) / 255
-    if material is None and visual.kind is None:
-        return np.array(GREY)
+def _texture(part):
+    """The picture of a part's material, or None where it has one colour or no coordinates.
 
-    if material is None:
-        colour = visual.face_colors[:, :3].mean(0) / 255
-    elif "kd" in getattr(material, "kwargs", {}):
-        return np.array(material.kwargs["kd"])  # of an OBJ's, not rounded
-    elif getattr(material, "baseColorFactor", None) is not None:
-        colour = material.baseColorFactor[:3] / 255
-    else:
-        return np.array(GREY)
-    return _linear_to_srgb(colour) if linear else colour
-
-
-def _linear_to_srgb(light):
-    """Convert linear light in [0, 1], which GLB files hold (glTF 2.0, section 3.9.2), to sRGB.
-
-    Source: IEC 61966-2-1.
+    trimesh gives a picture of one colour to parts that have coordinates and no material.
     """
-    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-
-
-def _merge(parts):
-    """One `Mesh` of several `_Part`, grouped by material."""
-    materials = {}  # what tells materials apart: name, colour and texture
-    rows = []
-    for part in parts:
-        picture = None if part.texture is None else part.texture.tobytes()
-        key = part.name, tuple(part.colour), picture
-        rows.append(materials.setdefault(key, len(materials)))
-
-    names = []
-    for name, _, _ in materials:
-        names.append(trimesh.util.unique_name(name, names))
-    firsts = [parts[rows.index(row)] for row in range(len(materials))]
-
-    starts = np.cumsum([0] + [len(part.vertices) for part in parts])
-    faces = np.concatenate([part.faces + start for part, start in zip(parts, starts)])
-    face_materials = np.repeat(rows, [len(part.faces) for part in parts])
-    order = np.argsort(face_materials, kind="stable")
-
-    coordinates = textures = None
-    if any(part.texture is not None for part in parts):
-        textures = [part.texture for part in firsts]
-        coordinates = np.concatenate([_corner_coordinates(part) for part in parts])[order]
-    return Mesh(
-        names,
-        np.array([part.colour for part in firsts]),
-        np.concatenate([part.vertices for part in parts]),
-        faces[order],
-        face_materials[order],
-        coordinates,
-        textures,
-    )
+    picture = _picture(part)
+    if picture is None or getattr(part.visual, "uv", None) is None:
+        return None
+    return picture if np.ptp(picture, axis=(0, 1)).any() else None
 
 
 def _corner_coordinates(part):
     """(F, 3, 2) texture coordinates of the corners of a part's faces; zeros where it has none."""
-    if part.coordinates is None:
+    coordinates = getattr(part.visual, "uv", None)
+    if coordinates is None:
         return np.zeros((len(part.faces), 3, 2))
-    return np.asarray(part.coordinates, float)[part.faces]
+    return np.asarray(coordinates, float)[part.faces]
+
+
+def _colour(part):
+    """The colour (3,) sRGB of a part: see `load_mesh`. trimesh rounds most to 8 bits."""
+    material = getattr(part.visual, "material", None)
+    if material is None and part.visual.kind is not None:
+        return part.visual.face_colors[:, :3].mean(0) / 255
+
+    picture = _picture(part)
+    if picture is not None:
+        return picture.mean((0, 1)) / 255
+
+    diffuse = getattr(material, "kwargs", {}).get("kd")  # of an OBJ's, not rounded
+    if np.shape(diffuse) == (3,) and np.isfinite(diffuse).all():
+        return np.array(diffuse)
+    base = getattr(material, "baseColorFactor", None)  # of a GLB's, linear light
+    if base is not None:
+        return trimesh.visual.color.linear_to_srgb(base[:3] / 255)
+    return np.array(GREY)
 
 
 def _check_area(path, mesh):
@@ -478,7 +379,10 @@ def _simplify(mesh, count):
     vertices = mesh.vertices / mesh.diameter
     shown = _has_area(mesh.triangles)
     groups = [mesh.faces[shown & (mesh.face_materials == row)] for row in range(len(mesh.names))]
-    limit = _fair_limit([len(group) for group in groups], count)
+
+    limits = np.arange(count + 1)  # for each material; the largest that keeps to `count` in all
+    totals = sum(np.minimum(len(group), limits) for group in groups)
+    limit = np.searchsorted(totals, count, side="right") - 1
 
     for keep_border in (True, False):
         pieces = [_simplify_faces(vertices, group, limit, keep_border) for group in groups]
@@ -486,37 +390,17 @@ def _simplify(mesh, count):
         if sum(counts) <= count:
             break
 
-    starts = np.cumsum([0] + [len(points) for points, _ in pieces])
-    return Mesh(
-        mesh.names,
-        mesh.colours,
-        np.concatenate([points for points, _ in pieces]) * mesh.diameter,
-        np.concatenate([faces + start for (_, faces), start in zip(pieces, starts)]),
-        np.repeat(np.arange(len(pieces)), counts),
-    )
-
-
-def _fair_limit(counts, total):
-    """The largest limit for each of some counts with which their sum is at most `total`."""
-    left = total
-    counts = sorted(counts)
-    for place, count in enumerate(counts):
-        fair = left // (len(counts) - place)
-        if count > fair:
-            return fair
-        left -= count
-    return total
+    vertices, faces = trimesh.util.append_faces(*zip(*pieces))
+    face_materials = np.repeat(np.arange(len(pieces)), counts)
+    return Mesh(mesh.names, mesh.colours, mesh.diameter * vertices, faces, face_materials)
 
 
 def _simplify_faces(vertices, faces, limit, keep_border):
     """(vertices, faces) of some faces alone, in at most `limit` triangles if that is possible."""
-    used, rows = np.unique(faces, return_inverse=True)
-    faces = rows.reshape(-1, 3)
-    if len(faces) <= limit:
-        return vertices[used], faces
-
-    part = trimesh.Trimesh(vertices[used], faces, process=False)
+    part = trimesh.Trimesh(vertices, faces, process=False)
     part.merge_vertices()  # corners in the same place become neighbours
+    if len(faces) <= limit:
+        return part.vertices, part.faces
     return fast_simplification.simplify(
         part.vertices, part.faces, target_count=limit, preserve_border=keep_border
     )
