@@ -2028,6 +2028,8 @@ CAUCHY = 1.5  # standard deviations, scale of the robust cost
 MIN_MARGIN = 0.15  # log-likelihood by which a runner-up must fit worse
 PRIOR_WEIGHT = 6.0  # log-likelihood that a turn against the expected pose costs at most
 MIN_SURFACE_POINTS = 6  # from which the corners are left out: they are found less precisely
+# PnP sees every target at this size, since solvers have absolute thresholds. It is the X-wing's.
+WORKING_DIAMETER = 0.46981379290097475
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2181,22 +2183,24 @@ class _Candidate:
 class _Correspondences:
     """The model points of one frame and where they were found.
 
-    Points and poses are in diameters of the target in here, since solvers have absolute tolerances.
+    Points and poses are in working units in here: the target has WORKING_DIAMETER.
     """
 
-    points: np.ndarray  # (K, 3) model, diameters
+    points: np.ndarray  # (K, 3) model, working units
     keypoints: np.ndarray  # (K, 2) pixels
     sigma: np.ndarray  # (K,) pixels
     K: np.ndarray
     prior: np.ndarray | None  # (4, 4)
     target: Target
+    scale: float  # working units for one model unit
 
     @classmethod
     def of(cls, points, keypoints, sigma, K, prior, target):
         """Take points and prior in model units."""
+        scale = WORKING_DIAMETER / target.diameter
         if prior is not None:
-            prior = scale_pose(prior, 1 / target.diameter)
-        return cls(points / target.diameter, keypoints, sigma, K, prior, target)
+            prior = scale_pose(prior, scale)
+        return cls(scale * points, keypoints, sigma, K, prior, target, scale)
 
     def propose(self):
         """Poses by RANSAC and SQPnP, and what they are ambiguous with; none behind the camera."""
@@ -2216,7 +2220,7 @@ class _Correspondences:
             return poses
         if found and np.isfinite(turn).all() and shift[2] > 0:
             pose = move_pose(np.eye(4), np.concatenate([turn, shift]).ravel())
-            poses += ambiguous_poses(pose, self.target, 1 / self.target.diameter)
+            poses += ambiguous_poses(pose, self.target, self.scale)
         return poses
 
     def linearise(self, pose):
@@ -2224,7 +2228,7 @@ class _Correspondences:
         turned = self.points @ pose[:3, :3].T
         projected, slopes = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], self.K, None)
         errors = (self.keypoints - projected[:, 0]) / self.sigma[:, None]
-        errors[turned[:, 2] + pose[2, 3] < 2e-6] = 1e6  # behind the camera
+        errors[turned[:, 2] + pose[2, 3] < 1e-6] = 1e6  # behind the camera
         return errors, slopes[:, :6] / self.sigma.repeat(2)[:, None]
 
     def refine(self, pose):
@@ -2297,17 +2301,17 @@ class _Correspondences:
         elif margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
 
-        diameter = self.target.diameter
-        units = np.repeat([1.0, diameter], 3)
+        unit = 1 / self.scale
+        units = np.repeat([1.0, unit], 3)
         return PoseEstimate(
-            scale_pose(pose, diameter),
+            scale_pose(pose, unit),
             None if covariance is None else covariance * np.outer(units, units),
             accepted=not reason,
             reason=reason,
             reprojection=reprojection,
             rms_normalised_error=error,
             inliers=inliers,
-            runner_up=None if runner_up is None else scale_pose(runner_up, diameter),
+            runner_up=None if runner_up is None else scale_pose(runner_up, unit),
             log_likelihood_margin=margin,
         )
 

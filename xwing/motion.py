@@ -66,9 +66,9 @@ class MotionModel:
 
     diameter: float  # of the target, model units
     rotation_acceleration: float = 3.0  # spectral density, rad/s^2 per root Hz
-    translation_acceleration: float = 1.4900  # spectral density, diameters/s^2 per root Hz
+    translation_acceleration: float = 1.489951999232902  # diameters/s^2 per root Hz
     rotation_velocity: float = 1.5  # standard deviation at a track's start, rad/s
-    translation_velocity: float = 1.0643  # standard deviation at a track's start, diameters/s
+    translation_velocity: float = 1.0642514280235016  # deviation at a start, diameters/s
 
     def start(self, pose: np.ndarray, covariance: np.ndarray) -> Motion:
         """Return a motion of unknown velocity at a pose (4, 4) with covariance (6, 6)."""
