@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.spatial.distance import pdist
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import metrics
+from xwing.mesh import load_mesh
 
 
 def turned(degrees, axis=(1, 2, 3), shift=(0, 0, 0), start=None):
@@ -65,6 +67,86 @@ def test_add_error_is_the_mean_over_the_corners(poses):
     assert metrics.add_error(shifted, np.eye(4), box) == pytest.approx(0.05)
 
 
+def test_add_error_of_a_rotation_and_of_points_at_hand():
+    """A point moves by the chord of its circle about the axis."""
+    points = np.array([[3.0, 4, 7], [0, 0, 5], [1, 0, -2]])
+    chord = 2 * np.sin(np.radians(30) / 2)
+    expected = chord * np.mean([5, 0, 1])
+    assert metrics.add_error(turned(30, (0, 0, 1)), np.eye(4), points) == pytest.approx(expected)
+
+
+def test_adds_error_is_the_mean_distance_to_the_nearest_estimated_point(poses):
+    points = np.random.default_rng(0).normal(0, 0.1, (200, 3))
+    for estimate, truth in zip(poses[:5], poses[5:]):
+        found = [(estimate @ [*point, 1])[:3] for point in points]
+        nearest = [
+            min(np.linalg.norm((truth @ [*point, 1])[:3] - other) for other in found)
+            for point in points
+        ]
+        assert metrics.adds_error(estimate, truth, points) == pytest.approx(np.mean(nearest))
+
+
+SQUARE = np.array([(x, y, 0.0) for x in (-1, 1) for y in (-1, 1)])  # about the z axis
+QUARTERS = np.array([turned(90 * k, (0, 0, 1)) for k in range(4)])
+
+
+def test_a_symmetric_target_has_no_error_after_its_symmetries(K):
+    truth = turned(50, shift=(0.5, 0.2, 9))
+    for quarter in QUARTERS:
+        assert metrics.adds_error(truth @ quarter, truth, SQUARE) < 1e-9
+        assert metrics.mssd_error(truth @ quarter, truth, SQUARE, QUARTERS) < 1e-9
+        assert metrics.mspd_error(truth @ quarter, truth, SQUARE, QUARTERS, K) < 1e-6
+    quarter = truth @ QUARTERS[1]
+    identity = np.eye(4)[None]
+    assert metrics.add_error(quarter, truth, SQUARE) == pytest.approx(2)
+    assert metrics.mssd_error(quarter, truth, SQUARE, identity) == pytest.approx(2)
+    assert metrics.mspd_error(quarter, truth, SQUARE, identity, K) > 10
+
+
+def test_mssd_of_half_a_quarter_turn_is_a_chord():
+    """Every symmetry leaves at least 45 degrees, by which the corners move on their circle."""
+    chord = 2 * np.sqrt(2) * np.sin(np.radians(22.5))
+    error = metrics.mssd_error(turned(45, (0, 0, 1)), np.eye(4), SQUARE, QUARTERS)
+    assert error == pytest.approx(chord)
+    farther = turned(70, (0, 0, 1))
+    chord = 2 * np.sqrt(2) * np.sin(np.radians(10))
+    assert metrics.mssd_error(farther, np.eye(4), SQUARE, QUARTERS) == pytest.approx(chord)
+
+
+def test_mssd_and_mspd_of_all_points_and_symmetries_one_by_one(poses, K):
+    """The definitions of BOP, with rotation matrices and translations, in loops."""
+    points = np.random.default_rng(0).normal(0, 0.1, (20, 3))
+    symmetries = np.array([np.eye(4), turned(120, shift=(0.01, 0.02, 0.03)), turned(77)])
+
+    def project(point):
+        return (K @ point / point[2])[:2]
+
+    for estimate, truth in zip(poses[:5], poses[5:]):
+        R, t = estimate[:3, :3], estimate[:3, 3]
+        R_true, t_true = truth[:3, :3], truth[:3, 3]
+        surface, projection = [], []
+        for symmetry in symmetries:
+            turn, shift = symmetry[:3, :3], symmetry[:3, 3]
+            pairs = [(R @ x + t, R_true @ (turn @ x + shift) + t_true) for x in points]
+            surface.append(max(np.linalg.norm(a - b) for a, b in pairs))
+            projection.append(max(np.linalg.norm(project(a) - project(b)) for a, b in pairs))
+        found = metrics.mssd_error(estimate, truth, points, symmetries)
+        assert found == pytest.approx(min(surface))
+        found = metrics.mspd_error(estimate, truth, points, symmetries, K)
+        assert found == pytest.approx(min(projection))
+
+
+def test_mspd_of_a_shift_is_the_nearest_point_s_and_infinite_behind_the_camera(K):
+    points = np.array([[0, 0, 0], [0, 0, -0.5], [0.1, 0, 0.5]])
+    truth = turned(0, shift=(0, 0, 2.0))
+    identity = np.eye(4)[None]
+    shifted = turned(0, shift=(0.03, 0.04, 0), start=truth)
+    error = metrics.mspd_error(shifted, truth, points, identity, K)
+    assert error == pytest.approx(K[0, 0] * 0.05 / 1.5)
+    behind = turned(0, shift=(0, 0, 0.4))
+    assert metrics.mspd_error(behind, truth, points, identity, K) == np.inf
+
+
 def test_speed_score_adds_radians_and_relative_distance():
     truth = turned(20, shift=(0, 0, 2.0))
     estimate = turned(90, shift=(0.1, 0, 0), start=truth)
@@ -79,6 +161,71 @@ def test_muzzle_error_is_blind_to_a_roll_that_swaps_the_cannons(poses, K):
 
 def test_muzzles_behind_the_camera_are_infinitely_far_off(poses, K):
     assert metrics.muzzle_error(turned(0, shift=(0, 0, -2.0)), poses[0], K) == np.inf
+
+
+# ------------------------------------------------------------ the shape that errors are taken over
+
+
+def write_mesh(path, vertices, faces):
+    lines = [f"v {' '.join(map(repr, vertex))}" for vertex in np.asarray(vertices, float).tolist()]
+    lines += [f"f {' '.join(str(index + 1) for index in face)}" for face in faces]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def with_mesh(path, vertices, faces):
+    write_mesh(path, vertices, faces)
+    return dataclasses.replace(xu.XWING, mesh=path)
+
+
+def test_the_points_are_the_vertices_of_the_mesh_each_once(tmp_path):
+    square = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 0, 0), (0, 1, 0)]
+    target = with_mesh(tmp_path / "square.obj", square, [(0, 1, 3), (4, 2, 5)])
+    points = metrics.surface_points(target)
+    assert sorted(points.tolist()) == sorted([list(map(float, p)) for p in square[:4]])
+    assert metrics.surface_diameter(target) == pytest.approx(np.sqrt(2))  # though it is flat
+
+
+def test_of_a_large_mesh_the_points_are_always_the_same_sample():
+    vertices = {tuple(vertex) for vertex in load_mesh(xu.XWING.mesh).vertices.tolist()}
+    points = metrics.surface_points(xu.XWING)
+    assert len(points) == len(np.unique(points, axis=0)) == 1000
+    assert {tuple(point) for point in points.tolist()} <= vertices
+    again = metrics.surface_points(dataclasses.replace(xu.XWING))
+    np.testing.assert_array_equal(again, points)
+
+
+def test_the_diameter_is_the_greatest_distance_of_any_two_vertices():
+    vertices = load_mesh(xu.XWING.mesh).vertices
+    assert metrics.surface_diameter(xu.XWING) == pytest.approx(pdist(vertices).max())
+    assert metrics.surface_diameter(xu.XWING) < xu.DIAMETER
+
+
+def test_symmetries_of_a_target_of_revolution():
+    """A cup's axis is off the origin; flipped by the discrete symmetry, it stays a cup."""
+    point, direction = np.array([0.3, 0.1, 0]), np.array([0, 0.6, 0.8])
+    flip = turned(180, (1, 0, 0))
+    flip[:3, 3] = point - flip[:3, :3] @ point
+    cup = dataclasses.replace(
+        xu.XWING,
+        symmetries=np.array([np.eye(4), flip]),
+        axes=np.array([[point, direction]]),
+    )
+    transforms = metrics.symmetry_transforms(cup)
+    assert len(transforms) == 2 * 315  # pi / 0.01, as in BOP
+    along = np.append(point + 0.7 * direction, 1)
+    np.testing.assert_allclose(transforms[:315] @ along, np.tile(along, (315, 1)), atol=1e-12)
+
+    offset = np.eye(4)
+    offset[:3, 3] = point
+    for degrees in (0.4, 100, 271.3):
+        turn = offset @ turned(degrees, direction) @ np.linalg.inv(offset)
+        for pose in (turn, turn @ flip):
+            points = point + 0.5 * np.eye(3)
+            assert metrics.mssd_error(pose, np.eye(4), points, transforms) <= 0.005
+
+
+def test_symmetries_without_an_axis_are_those_of_the_target():
+    np.testing.assert_array_equal(metrics.symmetry_transforms(xu.XWING), [np.eye(4)])
 
 
 # ------------------------------------------------------------ corners and heatmaps
@@ -142,7 +289,8 @@ def test_heatmap_errors_refuse_a_sigma_below_the_network_s():
 def test_figures_of_a_perfect_prediction(corners, poses, K):
     figures = metrics.summarise(metrics.frame_errors(corners, list(poses), corners, poses, K))
     full = {"poses_found", "add_0.1", "add_0.02", "muzzles_within_3px"}
-    full |= {"corners_within_5px", "box_corners_within_5px"}
+    full |= {"corners_within_5px", "box_corners_within_5px", "adds_0.1"}
+    full |= {"average_recall_mssd", "average_recall_mspd"}
     counts = {"frames": 50, "frames_with_4_corners": int((xu.in_frame(corners).sum(1) >= 4).sum())}
     assert {name: figures.pop(name) for name in counts} == counts
     assert figures == pytest.approx({name: float(name in full) for name in figures}, abs=1e-9)
@@ -160,11 +308,15 @@ def test_box_is_measured_where_it_was_solved_and_else_the_keypoints(corners, pos
     )
 
 
-def test_errors_of_another_target(corners, poses, K):
+def test_errors_of_another_target(corners, poses, K, tmp_path):
     """The same set in millimetres, of a target without lasers and with another axis up."""
     scale = np.diag([1000, 1000, 1000, 1.0])
+    ship = load_mesh(xu.XWING.mesh)
+    mesh = tmp_path / "large.obj"
+    write_mesh(mesh, ship.vertices * 1000, ship.faces)
     large = dataclasses.replace(
         xu.XWING,
+        mesh=mesh,
         box=xu.BOUNDING_BOX * 1000,
         diameter=xu.DIAMETER * 1000,
         up=np.array([0, -2.0, 0]),
@@ -175,7 +327,7 @@ def test_errors_of_another_target(corners, poses, K):
     large_poses = np.array([scale @ pose @ np.linalg.inv(scale) for pose in poses])
     large_found = [scale @ pose @ np.linalg.inv(scale) for pose in found]
     errors = metrics.frame_errors(corners, large_found, corners, large_poses, K, target=large)
-    for name in ("corner", "box", "rotation", "add", "speed"):
+    for name in ("corner", "box", "rotation", "add", "adds", "mssd", "mspd", "speed"):
         np.testing.assert_allclose(errors[name], plain[name], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(errors["translation"], plain["translation"] * 1000)
     camera = np.array([np.linalg.inv(pose)[:3, 3] for pose in poses])
@@ -217,6 +369,32 @@ def test_flips_count_in_frames_with_four_corners_only(corners, poses, K):
     assert len(wrong) == 4 and figures["flips"] == pytest.approx(3 / enough.sum())
 
 
+def test_figures_of_the_surface_s_errors_by_hand(corners, poses, K):
+    """Moved by fractions of the diameter that lie between the limits; every third has no pose."""
+    inside = np.flatnonzero(xu.in_frame(corners).sum(1) >= 4)[:30]
+    truth = poses[inside]
+    fractions = np.tile([0.015, 0.09, 0.32], 10)
+    diameter = metrics.surface_diameter(xu.XWING)
+    found = [turned(0, shift=(0, 0, f * diameter), start=p) for f, p in zip(fractions, truth)]
+    found[::3] = [None] * 10
+    errors = metrics.frame_errors(corners[inside], found, corners[inside], truth, K)
+    posed = np.arange(30) % 3 > 0
+    for name in ("add", "mssd"):
+        np.testing.assert_allclose(errors[name][posed], fractions[posed])
+        assert np.isnan(errors[name][~posed]).all()
+    assert (errors["adds"][posed] <= errors["add"][posed]).all()
+    figures = metrics.summarise(errors)
+    assert figures["add_0.1"] == pytest.approx(1 / 3) and figures["add_0.02"] == 0
+    assert figures["average_recall_mssd"] == pytest.approx((0 + 9 + 4) / 30)
+
+
+def test_mspd_is_that_of_a_frame_640_pixels_wide(corners, poses, K):
+    found = [turned(0, shift=(0.01, 0, 0), start=pose) for pose in poses]
+    errors = metrics.frame_errors(corners, found, corners, poses, K)
+    depth = [(metrics.surface_points(xu.XWING) @ p[:3, :3].T + p[:3, 3])[:, 2].min() for p in poses]
+    np.testing.assert_allclose(errors["mspd"], K[0, 0] * 0.01 / np.array(depth) * 640 / 256)
+
+
 def test_a_set_without_any_pose(corners, poses, K):
     errors = metrics.frame_errors(np.full_like(corners, np.nan), [None] * 50, corners, poses, K)
     figures = metrics.summarise(errors)
@@ -234,17 +412,41 @@ def test_a_set_without_a_countable_frame_has_no_figures(K):
     assert figures["frames"] == 1 and figures["frames_with_4_corners"] == 0
 
 
-def test_bootstrap_agrees_with_scipy(grid, K):
-    angles = np.random.default_rng(0).uniform(0, 10, 80)
-    truth, poses = np.tile(grid, (8, 1, 1)), np.tile(turned(0, shift=(0, 0, 1)), (80, 1, 1))
+def test_bootstrap_agrees_with_resampling_by_hand(grid, K):
+    rng = np.random.default_rng(0)
+    angles = rng.uniform(0, 10, 80)
+    truth = np.tile(grid, (8, 1, 1))
+    poses = np.tile(turned(0, shift=(0, 0, 1)), (80, 1, 1))
     found = [turned(angle, start=pose) for angle, pose in zip(angles, poses)]
     intervals = metrics.bootstrap(metrics.frame_errors(truth, found, truth, poses, K))
     low, high = intervals["rotation_deg_median"]
-    expected = stats.bootstrap(
-        (angles,), np.median, method="percentile", rng=np.random.default_rng(1)
-    )
-    np.testing.assert_allclose([low, high], expected.confidence_interval, atol=0.5)
+    medians = [np.median(rng.choice(angles, 80)) for _ in range(4000)]
+    np.testing.assert_allclose([low, high], np.percentile(medians, [2.5, 97.5]), atol=0.5)
     assert low < np.median(angles) < high
+
+
+def test_the_bootstrap_of_a_recall_is_binomial(corners, poses, K):
+    """How many of the drawn frames are hits follows a binomial distribution."""
+    inside = xu.in_frame(corners).sum(1) >= 4
+    chosen = np.tile(np.flatnonzero(inside)[:40], 3)  # 120 frames that all count
+    truth = poses[chosen]
+    found = [pose if i % 4 else None for i, pose in enumerate(truth)]
+    errors = metrics.frame_errors(corners[chosen], found, corners[chosen], truth, K)
+    low, high = metrics.bootstrap(errors, repeats=4000)["add_0.1"]
+    expected = stats.binom.ppf([0.025, 0.975], 120, 0.75) / 120
+    np.testing.assert_allclose([low, high], expected, atol=1.5 / 120)
+
+
+def test_a_figure_that_many_drawn_sets_lack_has_the_interval_of_the_others(corners, poses, K):
+    found = [None] * 50
+    found[3] = turned(2, start=poses[3])
+    errors = metrics.frame_errors(corners, found, corners, poses, K)
+    assert metrics.bootstrap(errors, 50)["rotation_deg_median"] == pytest.approx((2, 2))
+
+
+def test_a_single_frame_has_no_interval(corners, poses, K):
+    errors = metrics.frame_errors(corners[:1], poses[:1], corners[:1], poses[:1], K)
+    assert metrics.bootstrap(errors) == {}
 
 
 def test_intervals_of_smaller_frames_hold_their_figures(grid, poses, K):
