@@ -529,7 +529,7 @@ def test_the_probability_is_about_the_fraction_of_right_poses(K, clip_frames, al
 
 @pytest.mark.parametrize("turned", [1, 2, 3])
 def test_a_wrong_track_is_not_trusted(K, root, turned):
-    """A ship in flat colours, whose track begins with a pose that is ambiguous with the true one."""
+    """A ship in flat colours; its track begins with a pose that is ambiguous with the true one."""
     ship = load_mesh(root / "data" / "xwing.obj")
     aligner = Aligner(ship)
     truth = flight(12)
