@@ -35,8 +35,8 @@ class Aligner:
 
     Args:
         target: `Target`, or the `Mesh` of one with the lookalikes of the X-wing.
-        blur: pixels of a frame, standard deviation of its Gaussian blur; that a pixel is the mean
-            over its square is counted apart.
+        blur: pixels of a frame, standard deviation of its Gaussian blur, in addition to the
+            averaging over each pixel's square.
         refinement: `RefinementSettings`; None: the defaults.
         verification: `VerificationSettings`; None: the defaults.
 

@@ -292,8 +292,8 @@ class Refiner:
 
     Args:
         mesh: `Mesh` of the target.
-        blur: pixels of a frame, standard deviation of its Gaussian blur; that a pixel is the mean
-            over its square is counted apart.
+        blur: pixels of a frame, standard deviation of its Gaussian blur, in addition to the
+            averaging over each pixel's square.
         settings: `RefinementSettings`; None: the defaults.
     """
 
@@ -433,7 +433,7 @@ class Refiner:
         points, column_flow, row_flow = pixel_flow(pixels, depth, view.K, position)
         slope_x, slope_y = _slopes(painting.picture, pixels)
         jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
-        jacobian = jacobian.reshape(18, len(pixels))  # a row for each part of a step and channel
+        jacobian = jacobian.reshape(18, len(pixels))  # rows: each component of a step, channel
         jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
         return Template(
             view,

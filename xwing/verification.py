@@ -21,7 +21,7 @@ from xwing.refinement import Refined, Refiner, robust_cost
 
 SAME_POSE = 30.0  # degrees: poses that differ by less are no rivals
 
-# Of poses that differ by less degrees only the best is refined further, after the coarse picture
+# Of poses that differ by fewer degrees, only the best is refined further, after the coarse picture
 # and after the first drawing of the fine one.
 SIMILAR_COARSE = 10.0
 SIMILAR_FINE = 3.0
@@ -38,7 +38,9 @@ class VerificationSettings:
     # Which poses are tried.
     min_explained_contrast: float = 0.42  # fraction that a pose must explain at least
     well_explained: float = 0.65  # fraction from which no other pose or picture is tried
-    usual_ratio: float = 0.9  # of what a track explained lately, which is then enough as well
+    usual_ratio: float = (
+        0.9  # with less of what it explained lately, a track tries a coarse picture
+    )
     min_contrast: float = 45.0  # log-likelihood: less contrast counts as this much
     confident_margin: float = 10.0  # log-likelihood: min_explained_contrast is enough from there on
     nearby_angles: tuple = (12.0, 25.0)  # degrees, of further starts where too little is explained
