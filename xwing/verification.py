@@ -38,9 +38,7 @@ class VerificationSettings:
     # Which poses are tried.
     min_explained_contrast: float = 0.42  # fraction that a pose must explain at least
     well_explained: float = 0.65  # fraction from which no other pose or picture is tried
-    usual_ratio: float = (
-        0.9  # with less of what it explained lately, a track tries a coarse picture
-    )
+    usual_ratio: float = 0.9  # a track that explains less of its usual tries a coarse picture
     min_contrast: float = 45.0  # log-likelihood: less contrast counts as this much
     confident_margin: float = 10.0  # log-likelihood: min_explained_contrast is enough from there on
     nearby_angles: tuple = (12.0, 25.0)  # degrees, of further starts where too little is explained
