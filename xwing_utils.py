@@ -374,7 +374,7 @@ def load_target(path: str | Path) -> Target:
     {"name", "point", "normal"}), "mirror" (4, 4), "symmetries" and "lookalikes" (lists of (4, 4)),
     "axes" (pairs of point and direction), "flat_axis" (3,), "lasers" (pairs of points). What is not
     given is derived: the box is that of the mesh, and the keypoints are spread over the visible
-    surface.
+    surface, in pairs where it has a mirror. A "mirror" of null says that it has none.
 
     Args:
         path: of the JSON file, or of a mesh that trimesh reads.
@@ -410,7 +410,8 @@ def target_from_record(record: object, source: str | Path, folder: str | Path) -
     box = values.pop("box", None)
     keypoints = values.pop("keypoints", None)
     if box is None or keypoints is None:
-        base = _derive_target(mesh, box, values.get("mirror"), keypoints)
+        find_mirror = "mirror" not in record  # null says that there is none
+        base = _derive_target(mesh, box, keypoints, values.get("mirror"), find_mirror)
     else:
         base = _plain_target(mesh, box, *keypoints)
 
@@ -560,17 +561,36 @@ def _read_mirror(value, name):
     return matrix
 
 
+def _read_direction(value, name):
+    direction = _read_numbers(value, name, (3,))
+    if not direction.any():
+        raise ValueError(f"{name}: expected a direction, got zeros")
+    return direction
+
+
+def _read_list(value, name, shape):
+    """Return the arrays (N, *shape) of a list, which may be empty."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {str(value)[:80]}")
+    return _read_numbers(value, name, (None, *shape)) if value else np.zeros((0, *shape))
+
+
 def _read_motions(value, name):
-    if not len(value):
-        return np.zeros((0, 4, 4))
-    motions = _read_numbers(value, name, (None, 4, 4))
-    return np.array([_rigid_matrix(motion, f"{name} {i}") for i, motion in enumerate(motions)])
+    motions = _read_list(value, name, (4, 4))
+    for i, motion in enumerate(motions):
+        _rigid_matrix(motion, f"{name} {i}")
+    return motions
+
+
+def _read_symmetries(value, name):
+    motions = _read_motions(value, name)
+    if not any(np.array_equal(motion, np.eye(4)) for motion in motions):
+        motions = np.concatenate([np.eye(4)[None], motions])
+    return motions
 
 
 def _read_axes(value, name):
-    if not len(value):
-        return np.zeros((0, 2, 3))
-    axes = _read_numbers(value, name, (None, 2, 3))
+    axes = _read_list(value, name, (2, 3))
     lengths = np.linalg.norm(axes[:, 1], axis=1)
     if (np.abs(lengths - 1) > 1e-4).any():
         raise ValueError(f"{name}: expected unit directions, got lengths {lengths}")
@@ -580,19 +600,19 @@ def _read_axes(value, name):
 _FIELDS = {  # key of a target's JSON file -> its reader
     "name": _read_name,
     "unit": _read_unit,
-    "up": functools.partial(_read_numbers, shape=(3,)),
+    "up": _read_direction,
     "box": _read_box,
     "keypoints": _read_keypoints,
     "mirror": _read_mirror,
-    "symmetries": _read_motions,
+    "symmetries": _read_symmetries,
     "axes": _read_axes,
     "lookalikes": _read_motions,
-    "flat_axis": functools.partial(_read_numbers, shape=(3,)),
-    "lasers": functools.partial(_read_numbers, shape=(None, 2, 3)),
+    "flat_axis": _read_direction,
+    "lasers": functools.partial(_read_list, shape=(2, 3)),
 }
 
 
-def _derive_target(path, box=None, mirror=None, keypoints=None):
+def _derive_target(path, box=None, keypoints=None, mirror=None, find_mirror=True):
     """Make a target from a mesh; only what is not given is derived."""
     mesh, textured = _read_mesh(path)
     if box is None:
@@ -601,7 +621,7 @@ def _derive_target(path, box=None, mirror=None, keypoints=None):
 
     if keypoints is None:
         points, normals = _visible_surface(mesh, diameter)
-        if mirror is None and not textured:  # a texture is rarely its own mirror image
+        if mirror is None and find_mirror and not textured:  # a print is no mirror image of itself
             mirror = _find_mirror(points, box, diameter)
         points, normals = _spread_points(points, normals, mirror, diameter)
         names = [f"surface {i}" for i in range(len(points))]
