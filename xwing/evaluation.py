@@ -147,7 +147,7 @@ def _updated_readme(readme, rows):
 
 
 def _for_json(figures):
-    """The figures of JSON_KEYS that there are, None in place of NaN, which JSON does not have."""
+    """The figures that JSON_KEYS names, with None in place of NaN, which JSON cannot hold."""
     chosen = {}
     for key in JSON_KEYS:
         if key in figures:
