@@ -58,8 +58,9 @@ def estimate(pose, margin=20.0, runner_up=None):
 def tilted(pose, tilt, roll):
     """Tilt and roll the ship in its place; its long axis keeps its direction in the picture."""
     centre = pose[:3, :3] @ xu.BOUNDING_BOX.mean(0) + pose[:3, 3]
-    across, wrong = np.cross(pose[:3, 1], centre), pose.copy()
+    across = np.cross(pose[:3, 1], centre)
     turn = Rotation.from_rotvec(np.radians(tilt) * across / np.linalg.norm(across)).as_matrix()
+    wrong = pose.copy()
     wrong[:3, :3] = turn @ pose[:3, :3] @ Rotation.from_euler("y", roll, degrees=True).as_matrix()
     wrong[:3, 3] = centre - wrong[:3, :3] @ xu.BOUNDING_BOX.mean(0)
     return wrong
@@ -69,7 +70,9 @@ def tilted(pose, tilt, roll):
 
 
 def test_poses_that_are_pixels_off_end_within_half_a_pixel(aligner, frames, K):
-    before, after, claims = [], [], []
+    before = []
+    after = []
+    claims = []
     for i, (image, truth) in enumerate(zip(*frames)):
         start = moved(truth, 4, 0.01, i)
         pose, covariance = aligner.align(image, start, K)
@@ -83,7 +86,7 @@ def test_poses_that_are_pixels_off_end_within_half_a_pixel(aligner, frames, K):
 
 
 def test_the_distance_is_not_biased(aligner, frames, K):
-    """Mixed in grey levels instead of light, a bright ship before a dark sky looked nearer."""
+    """If pixels were mixed in grey levels, a bright ship before a dark sky would seem nearer."""
     off = []
     for image, truth in zip(*frames):
         pose, _ = aligner.align(image, moved(truth, 1, 0.002, 0), K)
@@ -123,7 +126,8 @@ def test_a_coarse_picture_is_tried_where_less_is_explained_than_usual(
 
 @pytest.mark.parametrize("width,height,scale", [(1024, 1024, 4), (600, 300, 1)])
 def test_a_frame_of_another_size_gives_the_same_pose(aligner, frames, K, width, height, scale):
-    image, truth = frames[0][1], frames[1][1]
+    image = frames[0][1]
+    truth = frames[1][1]
     canvas = np.zeros((height, width, 3), np.uint8)
     large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     canvas[: large.shape[0], : large.shape[1]] = large
@@ -132,14 +136,16 @@ def test_a_frame_of_another_size_gives_the_same_pose(aligner, frames, K, width, 
 
 
 def test_the_arguments_are_left_alone(aligner, frames, K):
-    image, truth = frames[0][0].copy(), frames[1][0].copy()
+    image = frames[0][0].copy()
+    truth = frames[1][0].copy()
     aligner.verify(image, estimate(truth), K)
     np.testing.assert_array_equal(image, frames[0][0])
     np.testing.assert_array_equal(truth, frames[1][0])
 
 
 def test_a_precise_start_is_kept_where_the_pixels_say_nothing(aligner, frames, K):
-    truth, flat = frames[1][0], np.full((256, 256, 3), 40, np.uint8)
+    truth = frames[1][0]
+    flat = np.full((256, 256, 3), 40, np.uint8)
     found = aligner.align(flat, truth, K, np.diag([1e-6] * 3 + [1e-8] * 3))
     assert found is None or xu.rotation_error(found[0], truth) < 0.1
 
@@ -148,7 +154,8 @@ def test_a_precise_start_is_kept_where_the_pixels_say_nothing(aligner, frames, K
     "shift", [(2.0, 0, 0), (0, 0, -2.0)], ids=["beside the frame", "behind the camera"]
 )
 def test_a_ship_out_of_sight_cannot_be_aligned(aligner, frames, K, shift):
-    image, gone = frames[0][0], frames[1][0].copy()
+    image = frames[0][0]
+    gone = frames[1][0].copy()
     gone[:3, 3] += shift
     assert aligner.align(image, gone, K) is None
     assert not aligner.track(image, gone, K).accepted
@@ -197,9 +204,8 @@ def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K
     def right(aligner):
         starts = [estimate(tilted(truth, 0, 35), 2.0) for truth in frames[1]]
         found = [aligner.verify(image, start, K) for image, start in zip(frames[0], starts)]
-        return sum(
-            f.accepted and xu.rotation_error(f.pose, true) < 2 for f, true in zip(found, frames[1])
-        )
+        pairs = zip(found, frames[1])
+        return sum(one.accepted and xu.rotation_error(one.pose, true) < 2 for one, true in pairs)
 
     assert right(aligner) >= 9
     assert right(with_settings(aligner, nearby_angles=())) < 8
@@ -213,7 +219,8 @@ def test_confident_pixels_overrule_keypoints_that_say_nothing(aligner, frames, K
 
 
 def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K):
-    image, truth = frames[0][0], frames[1][0]
+    image = frames[0][0]
+    truth = frames[1][0]
     found = aligner.verify(image, estimate(truth, 2.0), K)
     least = aligner.verifier.settings.min_probability
     assert found.accepted and least <= found.probability <= 1 and not found.reason
@@ -235,7 +242,8 @@ def test_every_piece_of_evidence_counts():
 
 def test_other_views_put_a_frame_right_and_make_it_more_probable(aligner, frames, K):
     for image, truth in zip(*(part[:4] for part in frames)):
-        wrong, good = estimate(tilted(truth, 50, 100), 0.5), estimate(moved(truth, 3, 0.005, 1))
+        wrong = estimate(tilted(truth, 50, 100), 0.5)
+        good = estimate(moved(truth, 3, 0.005, 1))
         found = [aligner.verify(image, wrong, K, others) for others in ([], [good], [good] * 3)]
         assert xu.rotation_error(found[1].pose, truth) < 2
         assert found[2].accepted and found[1].probability < found[2].probability
@@ -313,10 +321,12 @@ def test_an_estimate_without_a_pose_comes_back(aligner, frames, K):
 
 def test_many_frames_are_verified_as_each_alone(aligner, frames, K, monkeypatch):
     """A frame whose pose is uncertain, here the second of three, is verified again."""
-    images, poses = np.array(frames[0][:3]), frames[1][:3]
+    images = np.array(frames[0][:3])
+    poses = frames[1][:3]
     estimates = [estimate(moved(pose, 2, 0.005, i)) for i, pose in enumerate(poses)]
     estimates[1] = estimate(tilted(poses[1], 50, 100), 0.5)
-    alone, asked = [aligner.verify(image, one, K) for image, one in zip(images, estimates)], []
+    alone = [aligner.verify(image, one, K) for image, one in zip(images, estimates)]
+    asked = []
     enough = aligner.verifier.settings.confident_probability
     assert [one.probability >= enough for one in alone] == [True, False, True]
 
@@ -344,11 +354,12 @@ def test_what_a_pose_explains_looks_like_the_frame(aligner, frames, K):
 
 
 def results(aligner, factor, image, start, K):
-    """What align, track and verify find for a mesh scaled by a factor, in the units before.
+    """What align, track and verify find for a mesh scaled by a factor, in the original units.
 
     Poses (3, 4, 4), standard deviations (3, 6) and the probability.
     """
-    units = np.outer(np.repeat([1.0, factor], 3), np.repeat([1.0, factor], 3))
+    factors = np.repeat([1.0, factor], 3)
+    units = np.outer(factors, factors)
     covariance = np.diag([2e-3] * 3 + [1e-4] * 3) * units
     pose = xu.scale_pose(start, factor)
     flipped = estimate(pose @ xu.XWING.lookalikes[0], 2.0)

@@ -59,10 +59,12 @@ def cast(triangles, pose, K, pixels):
     """The triangle (or -1) and depth (or inf) that rays through pixels' centres (N, 2) meet."""
     seen = triangles @ pose[:3, :3].T + pose[:3, 3]
     near = mesh.NEAR * np.linalg.norm(np.ptp(triangles.reshape(-1, 3), axis=0))
-    ids, depths = [], []
+    ids = []
+    depths = []
     for pixel in pixels:
         z, which = hits(seen, np.zeros(3), np.linalg.solve(K, [*(pixel + 0.5), 1]))
-        z, which = z[z >= near], which[z >= near]
+        which = which[z >= near]
+        z = z[z >= near]
         ids.append(which[z.argmin()] if len(z) else -1)
         depths.append(z.min(initial=np.inf))
     return np.array(ids), np.array(depths)
@@ -114,7 +116,8 @@ def test_the_supplied_mesh_fills_the_bounding_box_and_is_symmetric_material_by_m
 
 
 def test_the_diameter_is_the_diagonal_of_the_box_of_what_is_drawn(ship):
-    low, high = xu.BOUNDING_BOX[0], xu.BOUNDING_BOX[7]
+    low = xu.BOUNDING_BOX[0]
+    high = xu.BOUNDING_BOX[7]
     assert abs(ship.diameter - np.linalg.norm(high - low)) < 1e-3
     assert abs(ship.near - 0.01) < 1e-6  # model units, as before lengths were in diameters
     stray = dataclasses.replace(ship, vertices=np.concatenate([ship.vertices, [[9, 9, 9]]]))
@@ -124,15 +127,11 @@ def test_the_diameter_is_the_diagonal_of_the_box_of_what_is_drawn(ship):
 
 def test_what_an_obj_may_hold(tmp_path):
     write(tmp_path, "newmtl red paint\nNs 10\nillum 2\nKd 0.9 0.123456 0\n", "a.mtl")
-    path = write(
-        tmp_path,
-        b"\xef\xbb\xbf"
-        + SQUARE.encode()  # with a byte order mark
-        + b"# caf\xe9 in Latin-1\nmtllib a.mtl\nvn 0 0 1\nf 1//1 2//1 3//1 4//1\n"
-        b"usemtl  red paint\nf 1 2 3\nusemtl none\nf 1 3 4\n"
-        b"usemtl red paint\nf 2\t3 4\r\n",
-    )
-    found = mesh.load_mesh(path)
+    byte_order_mark = b"\xef\xbb\xbf"
+    text = byte_order_mark + SQUARE.encode()
+    text += b"# caf\xe9 in Latin-1\nmtllib a.mtl\nvn 0 0 1\nf 1//1 2//1 3//1 4//1\n"
+    text += b"usemtl  red paint\nf 1 2 3\nusemtl none\nf 1 3 4\nusemtl red paint\nf 2\t3 4\r\n"
+    found = mesh.load_mesh(write(tmp_path, text))
     assert found.names == ["default", "red paint"]
     assert np.array_equal(found.colours, [mesh.GREY, [0.9, 0.123456, 0]])
     assert found.face_materials.tolist() == [0, 0, 0, 1, 1]
@@ -255,7 +254,7 @@ def test_every_format_gives_the_same_triangles(tmp_path, suffix):
     )
     np.testing.assert_allclose(found.triangles, shape.triangles, atol=1e-6)
     assert found.colours.shape == (1, 3) and (found.face_materials == 0).all()
-    assert type(found.vertices) is type(found.faces) is np.ndarray  # of trimesh's are slower
+    assert type(found.vertices) is type(found.faces) is np.ndarray  # trimesh's own are slower
     np.testing.assert_allclose(found.diameter, np.sqrt(36 + 16 + 4), rtol=0.05)
 
 
@@ -368,10 +367,8 @@ def test_the_parts_of_a_scene_stand_in_their_places_and_share_materials_by_name(
 
     found = mesh.load_mesh(tmp_path / "a.glb")
     assert found.names == ["red", "bare"]
-    light = 55 / 255  # of a GLB is linear: IEC 61966-2-1
-    np.testing.assert_allclose(
-        found.colours[0], [1, 0, 1.055 * light ** (1 / 2.4) - 0.055], atol=1e-6
-    )
+    blue = 1.055 * (55 / 255) ** (1 / 2.4) - 0.055  # colours of a GLB are linear: IEC 61966-2-1
+    np.testing.assert_allclose(found.colours[0], [1, 0, blue], atol=1e-6)
     assert np.array_equal(found.colours[1], mesh.GREY)
     boxes = found.triangles[found.face_materials == 0]
     wanted = np.concatenate([box.triangles @ moved[:3, :3].T + moved[:3, 3], box.triangles])
@@ -416,8 +413,10 @@ def torus(steps):
     from_axis = 1 + 0.3 * np.cos(v)
     vertices = np.stack([from_axis * np.cos(u), from_axis * np.sin(u), 0.3 * np.sin(v)], -1)
     rows = np.arange(steps**2).reshape(steps, steps)
-    a, b = rows, np.roll(rows, -1, 0)
-    c, d = np.roll(b, -1, 1), np.roll(a, -1, 1)
+    a = rows
+    b = np.roll(rows, -1, 0)
+    c = np.roll(b, -1, 1)
+    d = np.roll(a, -1, 1)
     faces = np.concatenate([np.stack([a, b, c], -1), np.stack([a, c, d], -1)])
     return vertices.reshape(-1, 3), faces.reshape(-1, 3)
 
@@ -462,7 +461,8 @@ def test_materials_keep_their_colours_and_outlines_when_a_mesh_is_simplified(tmp
         after = areas(simple.triangles[simple.face_materials == material]).sum()
         assert abs(after / before - 1) < 0.01
 
-    pose, K = np.eye(4), np.array([[300.0, 0, 150], [0, 300, 150], [0, 0, 1]])
+    pose = np.eye(4)
+    K = np.array([[300.0, 0, 150], [0, 300, 150], [0, 0, 1]])
     pose[:3, :3] = Rotation.from_euler("x", 40, degrees=True).as_matrix()
     pose[2, 3] = 4
     pictures = []
@@ -544,7 +544,7 @@ def test_a_textured_mesh_keeps_its_triangles(tmp_path):
 
 # ------------------------------------------------------------ drawing
 
-CAMERAS = {  # width, height, K: not square, off-centre, skewed, without the ship in the middle
+CAMERAS = {  # width, height, K: some are not square, some off-centre or skewed
     "square": (256, 256, [[248.9, 0, 128], [0, 248.9, 128], [0, 0, 1]]),
     "wide": (311, 173, [[260, 0, 120], [0, 230, 101], [0, 0, 1]]),
     "tall and skewed": (120, 301, [[300, 25, 20], [0, 310, 170], [0, 0, 1]]),
@@ -554,10 +554,12 @@ CAMERAS = {  # width, height, K: not square, off-centre, skewed, without the shi
 @pytest.mark.parametrize("name", CAMERAS)
 def test_the_rasteriser_shows_what_rays_through_the_pixels_meet(ship, poses, name):
     width, height, K = CAMERAS[name]
-    K, triangles, rng = np.array(K), ship.triangles, np.random.default_rng(0)
+    K = np.array(K)
+    triangles = ship.triangles
+    rng = np.random.default_rng(0)
     for pose in poses[:3]:
         pose = pose.copy()
-        pose[:2, 3] = 0
+        pose[:2, 3] = 0  # in front of the camera
         ids, depth = mesh.rasterise(triangles, pose, K, width, height)
         assert ids.shape == depth.shape == (height, width)
         assert (ids.dtype, depth.dtype) == (np.int32, np.float32)
@@ -572,7 +574,8 @@ def test_the_rasteriser_shows_what_rays_through_the_pixels_meet(ship, poses, nam
 
 
 def test_triangles_that_cross_the_plane_of_the_camera_are_cut_there():
-    rng, K = np.random.default_rng(1), np.array([[260, 0, 120], [0, 250, 101], [0, 0, 1.0]])
+    rng = np.random.default_rng(1)
+    K = np.array([[260, 0, 120], [0, 250, 101], [0, 0, 1.0]])
     triangles = rng.uniform([-1, -1, -1.5], [1, 1, 2.5], (40, 3, 3))
     assert ((triangles[..., 2] < 0).any(1) & (triangles[..., 2] > 0).any(1)).sum() > 10
     ids, depth = mesh.rasterise(triangles, np.eye(4), K, 301, 173)
@@ -585,8 +588,9 @@ def test_triangles_that_cross_the_plane_of_the_camera_are_cut_there():
 
 
 def test_nothing_is_drawn_nearer_than_the_near_plane(ship):
-    K, pose = np.array([[260, 0, 120], [0, 250, 101], [0, 0, 1.0]]), np.eye(4)
-    pose[2, 3] = 0.1  # the ship's parts are from -0.08 to 0.26 units ahead
+    K = np.array([[260, 0, 120], [0, 250, 101], [0, 0, 1.0]])
+    pose = np.eye(4)
+    pose[2, 3] = 0.1  # the ship reaches from -0.08 to 0.26 units ahead of the camera
     pose[:3, :3] = Rotation.from_euler("x", 90, degrees=True).as_matrix()
     nearest = {}
     for near in (None, ship.near, 0.05, 0.2):
@@ -599,13 +603,15 @@ def test_nothing_is_drawn_nearer_than_the_near_plane(ship):
 
 @pytest.mark.parametrize("unit", [1024, 1000])
 def test_nothing_depends_on_the_unit_of_length(ship, poses, K, unit):
-    triangles, pose = ship.triangles, poses[0].copy()
+    triangles = ship.triangles
+    pose = poses[0].copy()
     pose[:3, 3] = 0, 0, 0.15  # some parts are cut at the near plane
     scaled = pose.copy()
     scaled[:3, 3] *= unit
     ids, depth = mesh.rasterise(triangles, pose, K, 256, 256)
     large_ids, large_depth = mesh.rasterise(unit * triangles, scaled, K, 256, 256)
-    points, sun = triangles.mean(1)[::20], np.array([0.6, 0, 0.8])
+    points = triangles.mean(1)[::20]
+    sun = np.array([0.6, 0, 0.8])
     lit = mesh.sunlit(triangles, points, sun)
     large_lit = mesh.sunlit(unit * triangles, unit * points, sun)
     area, openness = mesh.visibility(triangles, views=10)
@@ -634,16 +640,16 @@ def test_normals_are_right_handed_and_as_long_as_twice_the_area():
 
 
 def test_front_facing_is_counter_clockwise_as_seen(K):
-    triangle = np.array(
-        [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], float
-    )  # counter-clockwise seen from +z
-    above, below = np.diag([1.0, -1, -1, 1]), np.eye(4)
+    # Counter-clockwise as seen from +z.
+    triangle = np.array([[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], float)
+    above = np.diag([1.0, -1, -1, 1])
+    below = np.eye(4)
     above[2, 3] = below[2, 3] = 5
     assert mesh.front_facing_triangles(triangle, above).tolist() == [True]
     assert mesh.front_facing_triangles(triangle, below).tolist() == [False]
 
 
-def test_the_largest_triangles_make_up_the_share_of_the_surface(ship):
+def test_the_largest_triangles_make_up_the_fraction_of_the_surface(ship):
     triangles = ship.triangles
     area = areas(triangles)
     chosen = mesh.largest_triangles(triangles, 0.9)
@@ -658,17 +664,16 @@ def test_what_never_shows_can_be_left_out_and_what_is_inside_is_dark(ship, poses
     large = K * [[4], [4], [1]]
     whole = mesh.rasterise(ship.triangles, poses[0], large, 1024, 1024)[1]
     part = mesh.rasterise(ship.triangles[kept], poses[0], large, 1024, 1024)[1]
-    assert (
-        len(kept) < 0.6 * len(front) and (np.isfinite(whole) == np.isfinite(part)).mean() > 0.9999
-    )
+    assert len(kept) < 0.6 * len(front)
+    assert (np.isfinite(whole) == np.isfinite(part)).mean() > 0.9999
     assert (openness >= 0).all() and (openness <= 1).all() and (openness[area == 0] == 0).all()
-    box = np.array([[-1, 1, 0], [1, 1, 0], [1, -1, 0]], float)[
-        None
-    ]  # alone: wide open on both sides
-    area, openness = mesh.visibility(box)
+
+    sheet = np.array([[[-1, 1, 0], [1, 1, 0], [1, -1, 0]]], float)
+    area, openness = mesh.visibility(sheet)  # alone: wide open on both sides
     assert openness.min() > 0.95 and (area > 0).all()
-    roof = np.concatenate([box, 5 * box + [0, 0, 0.3]])
-    assert mesh.visibility(roof)[1][0].min() < 0.4 < 0.9 < mesh.visibility(roof)[1][0].max()
+    under_a_roof = np.concatenate([sheet, 5 * sheet + [0, 0, 0.3]])
+    openness = mesh.visibility(under_a_roof)[1][0]
+    assert openness.min() < 0.4 < 0.9 < openness.max()
 
 
 def test_a_triangle_without_area_never_shows():
@@ -680,16 +685,13 @@ def test_a_triangle_without_area_never_shows():
 
 @pytest.mark.parametrize("sun", [(0.6, 0, 0.8), (-0.48, 0.6, -0.64), (-0.36, -0.48, 0.8)])
 def test_the_sun_shines_on_what_no_ray_towards_it_hits(ship, sun):
-    triangles, sun = ship.triangles, np.array(sun)
+    triangles = ship.triangles
+    sun = np.array(sun)
     area = areas(triangles)
-    points = triangles[
-        np.random.default_rng(4).choice(len(triangles), 150, p=area / area.sum())
-    ].mean(1)
+    rng = np.random.default_rng(4)
+    points = triangles[rng.choice(len(triangles), 150, p=area / area.sum())].mean(1)
     depth = np.array([hits(triangles, point, sun)[0].max(initial=0) for point in points])
     clear = (depth < 1e-4) | (depth > 0.02)  # thinner parts are within the tolerance
     lit = mesh.sunlit(triangles, points, sun)
-    assert (
-        clear.sum() > 80
-        and 0.2 < lit[clear].mean() < 0.8
-        and (lit == (depth < 0.02))[clear].mean() > 0.95
-    )
+    assert clear.sum() > 80 and 0.2 < lit[clear].mean() < 0.8
+    assert (lit == (depth < 0.02))[clear].mean() > 0.95

@@ -212,7 +212,10 @@ def test_a_long_absence_throws_nothing_away(K, before, gone, after):
 
 
 def test_the_frames_before_settle_a_flip(K):
-    """Every second frame from 40 to 59 shows top and bottom exchanged, and alone a rolled ship."""
+    """In every second frame from 40 to 59 the corners of top and bottom are exchanged.
+
+    Alone, such a frame shows a rolled ship.
+    """
     truth = flight()
     oracle = Oracle(truth, K, noise=0.8, corners_only=True)
     oracle.confidence[:] = 0.9
@@ -369,7 +372,7 @@ def test_the_pixels_follow_the_ship_without_the_network(K, clip_frames, aligner)
     images, truth = (part[60:100] for part in clip_frames)
     live, detector = play(images, truth, K, aligner, known=lambda i: i == 0)
     assert all(t.status == "tracked" for t in live)
-    # At the start, after 1, 2, 4, 8, 16 and 32 frames, and once for a second ship.
+    # The network is used at the start, after 1, 2, 4, 8, 16 and 32 frames, and for a second ship.
     assert detector.asked == 8
     assert np.median(errors(live, truth)) < 0.3 and errors(live, truth).max() < 1
 
@@ -499,7 +502,7 @@ def probability(live):
     return np.array([t.probability for t in live])
 
 
-def test_a_probability_is_one_and_a_lost_frame_has_none(K, clip_frames, aligner):
+def test_a_probability_is_between_0_and_1_and_a_lost_frame_has_none(K, clip_frames, aligner):
     images, truth = (list(part[60:120]) for part in clip_frames)
     images[10:40] = [np.zeros_like(images[0])] * 30
     live, _ = play(images, truth, K, aligner, known=lambda i: not 10 <= i < 40)
@@ -508,7 +511,7 @@ def test_a_probability_is_one_and_a_lost_frame_has_none(K, clip_frames, aligner)
     assert lost.any() and (found[lost] == 0).all()
     assert ((found > 0) & (found < 1))[~lost].all()
     assert found[5:10].min() > 0.9 and found[45:].min() > 0.9
-    # It falls, the longer nothing is seen.
+    # It falls while nothing is seen.
     assert (np.diff(found[11:25]) <= 0).all()
     assert found[24] < 0.5
 
@@ -526,7 +529,7 @@ def test_the_probability_is_about_the_fraction_of_right_poses(K, clip_frames, al
 
 @pytest.mark.parametrize("turned", [1, 2, 3])
 def test_a_wrong_track_is_not_trusted(K, root, turned):
-    """A ship in flat colours; the track begins with a pose that is ambiguous with the true one."""
+    """A ship in flat colours; its track begins with a pose that is ambiguous with the true one."""
     ship = load_mesh(root / "data" / "xwing.obj")
     aligner = Aligner(ship)
     truth = flight(12)

@@ -1,13 +1,14 @@
 """The pose of a target, refined and judged on the pixels of a frame.
 
-`Aligner` is the face of three rooms. `appearance` says what each pixel should look like at a pose.
-`refinement` moves a pose until its drawing and the frame agree. `verification` compares rival poses
-and says how probable it is that the best one is right. An `Aligner` puts them together for one
-target, in three ways: `align` refines a pose that is known roughly, `track` a pose that is
-predicted from the frames before, and `verify` decides on a frame alone.
+An `Aligner` combines three modules for one target. `appearance` says what each pixel should look
+like at a pose. `refinement` moves a pose until its drawing and the frame agree. `verification`
+compares rival poses and says how probable it is that the best one is right. `align` refines a pose
+that is known roughly. `track` refines a pose that is predicted from the frames before. `verify`
+decides on a frame alone.
 
-The rooms behind work with a mesh of one and the same size, whatever the unit of the target: single
-precision then rounds alike, and limits mean the same. Poses and covariances are converted here.
+Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
+that compare radians with lengths mean the same, and single precision rounds in the same places.
+Poses and covariances are converted here.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from xwing.verification import VerificationSettings, Verifier, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
-WORKING_DIAMETER = (
-    0.4698348885512867  # of the mesh inside; that of the X-wing, which stays as it is
-)
+# The diameter of every mesh inside: that of the X-wing's mesh, whose numbers are thus left alone.
+# PnP has a constant of its own, because it scales by the target's box, which is slightly smaller.
+WORKING_DIAMETER = 0.4698348885512867
 
 
 class Aligner:
@@ -33,15 +34,18 @@ class Aligner:
         pose, covariance = aligner.align(image, pose, K)
 
     Args:
-        target: `Target`, or a `Mesh`, whose poses are then ambiguous as those of the X-wing.
-        blur: pixels, standard deviation of the filter that frames were taken through, beside the
-            square of the pixel.
+        target: `Target`, or the `Mesh` of one with the lookalikes of the X-wing.
+        blur: pixels of a frame, standard deviation of its Gaussian blur, in addition to the
+            averaging over each pixel's square.
         refinement: `RefinementSettings`; None: the defaults.
         verification: `VerificationSettings`; None: the defaults.
 
     Attributes:
+        target: `Target`; the X-wing where a mesh was given.
         mesh: `Mesh` of the target, in its own unit.
-        scale: working units for one model unit; `refiner` and `verifier` use working units.
+        scale: working units for one model unit.
+        refiner: `Refiner`, in working units.
+        verifier: `Verifier`, in working units.
     """
 
     def __init__(
@@ -73,8 +77,8 @@ class Aligner:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) pixels.
-            covariance: (6, 6) of the pose, or None; with it, what the pixels leave open stays as it
-                is.
+            covariance: (6, 6) of the pose, which is then a prior: what the pixels do not determine
+                stays as it is. None: no prior.
 
         Returns:
             pose (4, 4) and covariance (6, 6), or None where too little of the target shows or the
@@ -104,8 +108,8 @@ class Aligner:
             pose: (4, 4) model -> OpenCV camera, the prediction.
             K: (3, 3) pixels.
             covariance: (6, 6) of the prediction, or None.
-            usual: fraction of the contrast that the track explained lately. Where the pose explains
-                less, the steps begin again on a coarse picture.
+            usual: fraction of the contrast that the track explained lately. Where the refined pose
+                explains clearly less, the prediction is refined on a coarse picture first.
 
         Returns:
             PoseEstimate, accepted if it explains enough of the contrast.
@@ -117,13 +121,15 @@ class Aligner:
         explained = self.verifier.explained_contrast(refined)
 
         if explained < min(settings.well_explained, settings.usual_ratio * usual):
-            again = self.refiner.align(image, start, K, prior)
-            more = self.verifier.explained_contrast(again)
-            if more > explained:
-                refined, explained = again, more
+            from_coarse = self.refiner.align(image, start, K, prior)
+            explained_from_coarse = self.verifier.explained_contrast(from_coarse)
+            if explained_from_coarse > explained:
+                refined = from_coarse
+                explained = explained_from_coarse
 
         if refined is None:
-            return xu.PoseEstimate(pose, covariance, False, "too little of the ship is in sight")
+            return xu.PoseEstimate(pose, covariance, False, "too little of the target is in sight")
+
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         found = xu.PoseEstimate(
@@ -134,7 +140,17 @@ class Aligner:
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
     ) -> xu.PoseEstimate:
-        """Refine and judge the estimate for a single frame; see `Verifier.verify`."""
+        """Refine and judge the estimate for a single frame; see `Verifier.verify`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            estimate: `PoseEstimate` from the keypoints.
+            K: (3, 3) pixels.
+            others: further `PoseEstimate` for the same frame.
+
+        Returns:
+            PoseEstimate of the best pose, accepted if it is probably right.
+        """
         first, *others = [_scale_estimate(one, self.scale) for one in (estimate, *others)]
         found = self.verifier.verify(image, first, K, others)
         return _scale_estimate(found, 1 / self.scale)
@@ -150,7 +166,7 @@ class Aligner:
             K: (3, 3) pixels.
 
         Returns:
-            Two pictures (h, w, 3) uint8 of the working size, or None where too little shows.
+            Two pictures (h, w, 3) uint8 around the target, or None where too little shows.
         """
         painting = self.refiner.paint_pose(image, xu.scale_pose(pose, self.scale), K)
         if painting is None:
@@ -164,6 +180,14 @@ class Aligner:
         """Measure how badly some poses, and a smooth sky, explain a frame.
 
         See `Verifier.photometric_costs`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            poses: N (4, 4), model -> OpenCV camera.
+            K: (3, 3) pixels.
+
+        Returns:
+            costs (N,) and the cost of the sky, negative log-likelihoods except for a constant.
         """
         poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)

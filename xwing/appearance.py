@@ -1,11 +1,11 @@
 """What each pixel should look like at a pose: linear light, colours, light and background.
 
 The shape of the target is known, so a pose says which pixel shows which surface. How the target is
-painted and lit is not known. In linear light, however, both enter the picture linearly: as one
-colour for each material, and as light that varies smoothly with the direction of the surface. A
-pose is therefore drawn as a sum whose coefficients are open (`LinearShader.draw`), and the
-coefficients are solved for, such that the drawing explains the frame best (`LinearShader.paint`).
-What the target does not cover is guessed from the pixels around it.
+painted and lit is not known. In linear light, however, the picture is linear in both: in one
+colour for each material, and in light that varies smoothly with the direction of the surface. A
+pose is therefore drawn as a sum of terms with unknown coefficients (`LinearShader.draw`). Linear
+least squares then gives the coefficients with which the drawing explains the frame best
+(`LinearShader.paint`). What the target does not cover is guessed from the pixels around it.
 
 Sums are formed in linear light, because a pixel that shows two surfaces mixes their light.
 Differences are measured in grey levels, because the noise of a frame is about even there.
@@ -20,7 +20,7 @@ import xwing_utils as xu
 from xwing.mesh import Mesh, draw_triangles, triangle_normals, visibility
 
 SUPERSAMPLING = 2  # samples per pixel and direction
-MIN_DETAIL = 0.25  # samples: triangles that show less wherever they are seen from are not drawn
+MIN_DETAIL = 0.25  # samples: a triangle that shows less from every side is not drawn
 OCCLUSION = 0.9  # fraction of the light that other parts of the target keep away
 VIEW_MARGIN = 6  # pixels of a view around the target
 MIN_VIEW_SIZE = 8  # pixels: a view that is narrower or lower shows too little
@@ -44,7 +44,7 @@ def to_grey(light: np.ndarray) -> np.ndarray:
 def grey_slope(light: np.ndarray) -> np.ndarray:
     """Return d grey / d light (P,) at the brightness of colours (P, 3).
 
-    Where it is darker than grey level 40 the slope of grey level 40 is used: noise has no slope.
+    Below grey level 40 the slope at grey level 40 is used, because dark pixels are mostly noise.
     """
     brightness = light @ np.full(3, 1 / 3, np.float32)
     brightness = np.maximum(brightness, np.float32(0.027))
@@ -53,7 +53,7 @@ def grey_slope(light: np.ndarray) -> np.ndarray:
 
 def mean_square(colours: np.ndarray) -> np.ndarray:
     """Return the mean square (P,) over the three channels of colours (P, 3)."""
-    # The function mean of numpy is slow where it averages only three numbers.
+    # np.mean is slow where it averages only three numbers.
     return np.einsum("pc,pc->p", colours, colours) / np.float32(3)
 
 
@@ -70,7 +70,7 @@ class View:
     image: np.ndarray  # (h, w, 3) float32 grey levels
     light: np.ndarray  # (h, w, 3) float32, the same in linear light
     K: np.ndarray  # (3, 3) camera matrix of this part
-    blur: float  # pixels of the view, standard deviation of the filter that it was taken through
+    blur: float  # pixels of the view, standard deviation of its Gaussian blur
 
 
 def cut_view(
@@ -88,12 +88,11 @@ def cut_view(
         pixels: (P, 2) positions in the frame that the view should contain, with a margin.
         K: (3, 3) camera matrix of the frame.
         shrink: factor by which the view is smaller than the frame.
-        blur: pixels of the frame, standard deviation of the Gaussian filter that it was taken
-            through.
+        blur: pixels of the frame, standard deviation of the Gaussian blur that it has.
         extra_blur: pixels of the view, standard deviation of a Gaussian filter to apply.
 
     Returns:
-        View, or None where less than MIN_VIEW_SIZE of it would lie inside the frame.
+        View, or None where the part inside the frame would be narrower or lower than MIN_VIEW_SIZE.
     """
     size = np.array(image.shape[1::-1]) // shrink
     pixels = pixels / shrink
@@ -141,10 +140,10 @@ class Painting:
 class LinearShader:
     """Draws a mesh in linear light, as a sum whose coefficients are its colours and the light.
 
-    Each surface shows the colour of its material under even light. To this is added light that
-    varies smoothly with the direction of the surface. Where the paint is the true one, the added
-    light is multiplied by the brightness of the material. Other parts of the target keep some of
-    both kinds of light away.
+    Each surface shows the colour of its material under even light, plus light that varies smoothly
+    with the direction of the surface. Where the mesh is drawn in its true paint, this second light
+    is multiplied by the brightness of the material. Other parts of the target keep some of both
+    away (ambient occlusion).
 
     Source: Ramamoorthi and Hanrahan, SIGGRAPH 2001 (nine spherical harmonics hold diffuse light).
     """
@@ -163,15 +162,16 @@ class LinearShader:
 
         self.tables = self._shading_tables(mesh, mesh.face_materials[shown], openness[shown])
 
-        # A weak penalty draws the coefficients towards zero, those of the light more than colours.
+        # A weak penalty (ridge regression) draws the coefficients of the light towards zero, and
+        # those of the colours even more weakly.
         penalty = [0.1] * len(mesh.names) + [1.0] * self.HARMONICS
-        self.stiffness = np.diag(np.float32(penalty)) * 255**2
+        self.regularisation = np.diag(np.float32(penalty)) * 255**2
 
     def _shading_tables(self, mesh, materials, openness):
         """What a sample adds to a drawing, in any paint and in the true paint: (2, 2 F + 1, M + 9).
 
         The rows are the fronts of the triangles, their backs, and one of zeros for a sample that
-        shows none. The columns are those of the shading basis, and a last one for the coverage.
+        shows no triangle. The columns are those of the shading basis, then one for the coverage.
         """
         materials = np.tile(materials, 2)
         colours = np.eye(len(mesh.names))[materials]
@@ -204,7 +204,8 @@ class LinearShader:
         rows = [part.astype(np.int32).ravel() for part in _samples_of_pixels(rows)]
         depth = np.minimum.reduce(_samples_of_pixels(depth))
 
-        # A pixel is the mean of its samples. Row -1 of a table, for a sample that is free, is zero.
+        # A pixel is the mean of its samples. Row -1 of a table is zero: it is for a sample that
+        # shows no triangle.
         table = self.tables[int(true_paint)]
         covered = np.flatnonzero(np.max(rows, axis=0) >= 0)
         basis = np.zeros((height * width, table.shape[1]), np.float32)
@@ -218,7 +219,8 @@ class LinearShader:
         """The row of a shading table for each sample (height, width), -1 for none; their depth."""
         rotation = np.float32(pose[:3, :3])
         translation = np.float32(pose[:3, 3])
-        back = self.normals @ (-rotation.T @ translation) < self.offsets
+        camera = -rotation.T @ translation  # in model axes
+        back = self.normals @ camera < self.offsets  # (F,) whether the camera sees the back
 
         samples_per_unit = SUPERSAMPLING * K[0, 0] / translation[2]
         area = np.where(back, self.area[:, 1], self.area[:, 0]) * samples_per_unit**2
@@ -239,7 +241,7 @@ class LinearShader:
         Args:
             view: `View` that the drawing was made for.
             drawing: `Drawing`.
-            noise: grey levels, the least spread of what remains unexplained.
+            noise: grey levels, lower limit of the spread of what remains unexplained.
             behind: (h, w, 3) linear light of the background; None guesses it around the drawing.
 
         Returns:
@@ -259,35 +261,39 @@ class LinearShader:
         return Painting(view, drawing, to_grey(picture), spread)
 
     def _fit_coefficients(self, basis, light, grey_per_light, noise):
-        """Explain light (P, 3) by a basis (P, M + 8): what is explained, (P, 3), and the spread.
+        """Fit light (P, 3) by a basis (P, M + 8) in iteratively reweighted least squares.
 
-        The method is iteratively reweighted least squares. The spread is that of the rest, in grey
-        levels.
+        Returns the fitted light (P, 3) and the spread of the rest in grey levels.
         """
-        unit = np.square(grey_per_light)
-        weight = unit
+        to_grey_squared = np.square(grey_per_light)  # squares of light become squares of grey
+        weight = to_grey_squared
 
         for _ in range(3):
             weighted = basis.T * weight
-            coefficients = np.linalg.solve(weighted @ basis + self.stiffness, weighted @ light)
+            information = weighted @ basis + self.regularisation
+            coefficients = np.linalg.solve(information, weighted @ light)
             painted = basis @ coefficients
 
-            squared = mean_square(light - painted) * unit
+            squared = mean_square(light - painted) * to_grey_squared
             deviation = 1.4826 * float(np.sqrt(np.median(squared)))  # of a normal distribution
             spread = max(noise, deviation)
-            weight = unit / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
+            weight = to_grey_squared / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
 
         return painted, spread
 
 
 def _samples_of_pixels(picture):
-    """The SUPERSAMPLING^2 pictures (h, w) that consist of one sample of each pixel."""
+    """SUPERSAMPLING^2 pictures (h, w), each of one sample of every pixel."""
     steps = range(SUPERSAMPLING)
     return [picture[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps]
 
 
 def near_target(coverage: np.ndarray) -> np.ndarray:
-    """Return which pixels (h, w) show the target, or touch one that does; by coverage (h, w)."""
+    """Return a mask (h, w) of the pixels that show the target or touch one that does.
+
+    Args:
+        coverage: (h, w) float32, fraction of each pixel that the target covers.
+    """
     return cv2.dilate(coverage, np.ones((3, 3))) > 0.02
 
 
@@ -295,7 +301,7 @@ def near_target(coverage: np.ndarray) -> np.ndarray:
 
 
 def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Guess the picture without the target: each pixel from those around it that show none of it.
+    """Guess the picture without the target, from the pixels around it.
 
     Args:
         light: (h, w, 3) float32, linear light.
@@ -308,7 +314,7 @@ def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     layers = np.concatenate([light * free, free], axis=2)
     total = np.float32([0, 0, 0, 1e-12])
 
-    # The nearest free pixels count most. Further ones only count where there are no nearer ones.
+    # The weights fall so steeply that distant pixels count only where there are no nearer ones.
     for reach in (3, 12, 48):
         size = 2 * reach + 1, 2 * reach + 1
         mean = cv2.blur(layers, size, borderType=cv2.BORDER_REFLECT)
@@ -318,14 +324,14 @@ def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
 
 
 def smooth_sky(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Explain pixels by a smooth sky alone, quadratic in x and in y: their grey levels (P, 3).
+    """Fit a smooth sky to some pixels: a polynomial that is quadratic in x and in y.
 
     Args:
         image: (h, w, 3) float32 grey levels.
-        pixels: (P,) flat pixels of the image.
+        pixels: (P,) indices of pixels in the flattened image.
 
     Returns:
-        (P, 3) grey levels of the sky that is fitted to these pixels.
+        (P, 3) grey levels of the sky at these pixels.
     """
     row, column = np.float32(np.divmod(pixels, image.shape[1])) / max(image.shape[:2])
     x = column - 0.5

@@ -24,13 +24,18 @@ POSE_COLUMNS = (
 
 
 def export_track(path: str | Path, track: Sequence, K: np.ndarray, width: int, height: int) -> None:
-    """Write the poses of a track to a file, which is replaced only when the new one is whole.
+    """Write the poses of a track to a file.
 
-    One row a frame: frame (from 0), seconds, status ("tracked", "predicted", "lost"), probability
-    that the pose is right, translation tx ty tz (model units), unit quaternion qw qx qy qz, matrix
-    m00 ... m33 by rows, reason. Pose: model -> camera, x right, y down, z forward; empty (null)
-    where lost. The JSON file holds {"schema": 2, "camera": {K, width, height}, "frames": [...]}
-    with the matrix as four rows.
+    A CSV file has one row a frame: frame (from 0), seconds, status ("tracked", "predicted",
+    "lost"), probability that the pose is right, translation tx ty tz (model units), unit quaternion
+    qw qx qy qz, matrix m00 ... m33 by rows, reason. The pose leads from the model to the camera (x
+    right, y down, z forward). It is empty where the target is lost.
+
+    A JSON file holds {"schema": 2, "camera": {K, width, height}, "frames": [...]}. Each frame has
+    the same values, with translation, quaternion and matrix (four rows) as lists, null where the
+    target is lost.
+
+    A file that exists is replaced only once the new one is complete.
 
     Args:
         path: a `.csv` or a `.json` file.
@@ -56,8 +61,8 @@ def export_track(path: str | Path, track: Sequence, K: np.ndarray, width: int, h
 def _json_text(track, camera):
     frames = []
     for index, tracked in enumerate(track):
-        row = {"frame": index, **_head(tracked), **_numbers(tracked.pose)}
-        frames.append({**row, "reason": tracked.reason})
+        frame = {"frame": index, **_state(tracked), **_pose_forms(tracked.pose)}
+        frames.append({**frame, "reason": tracked.reason})
     return json.dumps({"schema": SCHEMA, "camera": camera, "frames": frames}, indent=1)
 
 
@@ -67,15 +72,16 @@ def _csv_text(track):
         if tracked.pose is None:
             numbers = [None] * len(POSE_COLUMNS)
         else:
-            numbers = np.concatenate([np.ravel(part) for part in _numbers(tracked.pose).values()])
-        rows.append([*_head(tracked).values(), *numbers, tracked.reason])
+            forms = _pose_forms(tracked.pose).values()
+            numbers = np.concatenate([np.ravel(form) for form in forms])
+        rows.append([*_state(tracked).values(), *numbers, tracked.reason])
 
     columns = ["seconds", "status", "probability", *POSE_COLUMNS, "reason"]
     return pd.DataFrame(rows, columns=columns).to_csv(index_label="frame")
 
 
-def _head(tracked):
-    """What a row says before the pose."""
+def _state(tracked):
+    """Time, status and probability of a `TrackedPose`."""
     return {
         "seconds": round(tracked.seconds, 6),
         "status": tracked.status,
@@ -83,7 +89,7 @@ def _head(tracked):
     }
 
 
-def _numbers(pose):
+def _pose_forms(pose):
     """A pose (4, 4), or None, as translation, quaternion (w first, not negative) and matrix."""
     if pose is None:
         return {"translation": None, "quaternion": None, "matrix": None}

@@ -25,11 +25,11 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 
 KINDS = "obj", "ply", "stl", "off", "glb"  # suffixes of the files that `load_mesh` reads
-OBJ_CORNERS = "i", "i/i", "i//i", "i/i/i"  # how an OBJ file may write the corners of a face
+OBJ_CORNERS = "i", "i/i", "i//i", "i/i/i"  # corners of an OBJ face, with an i for each index
 GREY = (0.6, 0.6, 0.6)  # of a material without a colour
 MAX_TRIANGLES = 200_000  # a mesh of more is simplified when it is read
 NEAR = 0.021285  # diameters: what is nearer to the camera's plane is not drawn
-FAR = 212.8407286  # diameters, 100 X-wing units: a camera there stands for one infinitely far away
+FAR = 212.8407286  # diameters, 100 X-wing units: a camera this far away sees nearly in parallel
 NO_AREA = 1e-12  # a triangle has no area below this fraction of its longest edge squared
 MANY_WITHOUT_AREA = 0.01  # fraction; caps of revolved shapes have some, a damaged export has many
 
@@ -106,13 +106,7 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
     """
     path = Path(path)
     mesh = _read(path)
-
-    if not np.isfinite(mesh.vertices).all():
-        bad = np.flatnonzero(~np.isfinite(mesh.vertices).all(1))
-        raise ValueError(
-            f"{path}: {len(bad):,} of {len(mesh.vertices):,} vertices are not finite, "
-            f"the first {mesh.vertices[bad[0]].tolist()}; export the mesh again"
-        )
+    _check_finite(path, mesh)
     _check_area(path, mesh)
 
     if max_triangles is None or len(mesh.faces) <= max_triangles:
@@ -135,9 +129,9 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
 
 
 class _FolderResolver(trimesh.resolvers.FilePathResolver):
-    """Reads the files that a mesh names from its folder, and remembers which it could not read.
+    """Reads the files that a mesh names, from its folder only.
 
-    trimesh continues silently without them.
+    It remembers which it could not read, because trimesh continues without them and says nothing.
     """
 
     def __init__(self, path):
@@ -156,7 +150,7 @@ class _FolderResolver(trimesh.resolvers.FilePathResolver):
 
 
 def _read(path):
-    """A mesh file as a `Mesh`; each index is in range."""
+    """A mesh file as a `Mesh` whose indices are in range; its vertices are not checked."""
     kind = path.suffix[1:].lower()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mesh; data/make_xwing.py writes the supplied one")
@@ -198,10 +192,12 @@ def _read_parts(content, kind, resolver):
 def _read_obj(text, resolver):
     """The parts of an OBJ file in the order in which it first uses their materials.
 
-    trimesh reads some faces wrongly or not at all, and does not say so. They are refused.
+    trimesh reads some faces wrongly and leaves out others, and does not say so. Such files are
+    refused.
     """
     triangles = sum(_count_triangles(line) for line in re.findall(r"(?m)^[ \t]*f[ \t].*", text))
     parts = _load_parts(text, "obj", resolver)
+
     found = sum(len(part.faces) for part in parts)
     if found != triangles:
         raise ValueError(f"trimesh finds {found:,} of {triangles:,} triangles")
@@ -212,8 +208,8 @@ def _read_obj(text, resolver):
 
 
 def _count_triangles(line):
-    """How many triangles a face of an OBJ file gives; ValueError where trimesh misreads it."""
-    corners = re.sub(r"[1-9]\d*", "i", line).split()[1:]
+    """How many triangles the face in a line gives; ValueError where trimesh would misread it."""
+    corners = re.sub(r"[1-9]\d*", "i", line).split()[1:]  # "f 1//3 2//3 4//3": three times "i//i"
     if len(corners) < 3 or len(set(corners)) > 1 or corners[0] not in OBJ_CORNERS:
         raise ValueError(
             f"'{line.strip()}' is not a face of three or more corners of one kind with absolute "
@@ -224,11 +220,11 @@ def _count_triangles(line):
 
 def _check_off_is_whole(text):
     """ValueError where an OFF file ends early; trimesh would take the faces that are left."""
-    lines = trimesh.util.comment_strip(text).partition("OFF")[2].splitlines()
-    lines = [line for line in lines if line.strip()]
-    vertices, faces = (int(number) for number in lines[0].split()[:2])
-    if len(lines) - 1 < vertices + faces:
-        raise ValueError(f"{vertices} vertices and {faces} faces announced, {len(lines) - 1} found")
+    content = trimesh.util.comment_strip(text).partition("OFF")[2]
+    counts, *rows = [line for line in content.splitlines() if line.strip()]
+    vertices, faces = (int(number) for number in counts.split()[:2])
+    if len(rows) < vertices + faces:
+        raise ValueError(f"{vertices} vertices and {faces} faces announced, {len(rows)} found")
 
 
 def _load_parts(content, kind, resolver):
@@ -251,7 +247,7 @@ def _load_parts(content, kind, resolver):
 
 
 def _check_part(part):
-    """ValueError where vertices are not points of space or a face names one that is not there."""
+    """ValueError where vertices do not have three coordinates or an index is out of range."""
     count, dimensions = part.vertices.shape
     if dimensions != 3:
         raise ValueError(f"a vertex has {dimensions} coordinates instead of 3")
@@ -262,24 +258,19 @@ def _check_part(part):
 
 def _merge(parts):
     """One `Mesh` of several `trimesh.Trimesh`, grouped by material."""
-    groups = {}
-    for part in parts:
-        material = getattr(part.visual, "material", None)
-        key = tuple(_colour(part)) if material is None else id(material)
-        groups.setdefault(key, []).append(part)
-
-    names = []
-    for first, *_ in groups.values():
-        names.append(trimesh.util.unique_name(_material_name(first), names))
-    colours = np.array([_colour(first) for first, *_ in groups.values()])
-    textures = [_texture(first) for first, *_ in groups.values()]
-
-    parts = [part for group in groups.values() for part in group]
+    groups = list(_group_by_material(parts).values())
+    parts = [part for group in groups for part in group]
     vertices, faces = trimesh.util.append_faces(
         [np.asarray(part.vertices) for part in parts], [np.asarray(part.faces) for part in parts]
     )
-    counts = [sum(len(part.faces) for part in group) for group in groups.values()]
+    counts = [sum(len(part.faces) for part in group) for group in groups]
     face_materials = np.repeat(np.arange(len(groups)), counts)
+
+    names = []
+    for first, *_ in groups:
+        names.append(trimesh.util.unique_name(_material_name(first), names))
+    colours = np.array([_colour(first) for first, *_ in groups])
+    textures = [_texture(first) for first, *_ in groups]
 
     coordinates = None
     if all(texture is None for texture in textures):
@@ -289,14 +280,28 @@ def _merge(parts):
     return Mesh(names, colours, vertices, faces, face_materials, coordinates, textures)
 
 
+def _group_by_material(parts):
+    """Lists of the parts that share a material or, where they have none, a colour; as a dict."""
+    groups = {}
+    for part in parts:
+        material = _material(part)
+        key = tuple(_colour(part)) if material is None else id(material)
+        groups.setdefault(key, []).append(part)
+    return groups
+
+
+def _material(part):
+    return getattr(part.visual, "material", None)
+
+
 def _material_name(part):
-    material = getattr(part.visual, "material", None)
+    material = _material(part)
     return "default" if material is None else material.name
 
 
 def _picture(part):
     """The picture (h, w, 3) uint8 of a part's material, or None."""
-    material = getattr(part.visual, "material", None)
+    material = _material(part)
     image = getattr(material, "image", None)  # of an OBJ's or PLY's
     if image is None:
         image = getattr(material, "baseColorTexture", None)  # of a GLB's
@@ -323,8 +328,8 @@ def _corner_coordinates(part):
 
 
 def _colour(part):
-    """The colour (3,) sRGB of a part: see `load_mesh`. trimesh rounds most to 8 bits."""
-    material = getattr(part.visual, "material", None)
+    """The colour (3,) sRGB of a part, as `load_mesh` says."""
+    material = _material(part)
     if material is None and part.visual.kind is not None:
         return part.visual.face_colors[:, :3].mean(0) / 255
 
@@ -332,17 +337,29 @@ def _colour(part):
     if picture is not None:
         return picture.mean((0, 1)) / 255
 
-    diffuse = getattr(material, "kwargs", {}).get("kd")  # of an OBJ's, not rounded
+    # Of an OBJ's material. trimesh's own attribute for it is rounded to 8 bits.
+    diffuse = getattr(material, "kwargs", {}).get("kd")
     if np.shape(diffuse) == (3,) and np.isfinite(diffuse).all():
         return np.array(diffuse)
+
     base = getattr(material, "baseColorFactor", None)  # of a GLB's, linear light
     if base is not None:
         return trimesh.visual.color.linear_to_srgb(base[:3] / 255)
     return np.array(GREY)
 
 
+def _check_finite(path, mesh):
+    """ValueError where a vertex is not finite."""
+    bad = np.flatnonzero(~np.isfinite(mesh.vertices).all(1))
+    if len(bad) > 0:
+        raise ValueError(
+            f"{path}: {len(bad):,} of {len(mesh.vertices):,} vertices are not finite, "
+            f"the first {mesh.vertices[bad[0]].tolist()}; export the mesh again"
+        )
+
+
 def _check_area(path, mesh):
-    """Refuse a mesh of fewer than two triangles that have an area; warn where many have none."""
+    """ValueError where fewer than two triangles have an area; a warning where many have none."""
     without = ~_has_area(mesh.triangles)
     left = len(mesh.faces) - np.count_nonzero(without)
     if left < 2:
@@ -372,15 +389,16 @@ def _simplify(mesh, count):
     """A `Mesh` without textures in at most `count` triangles, where that is possible.
 
     Each material is simplified alone, so it keeps its colour. Its border stays as it is, so it
-    still fits its neighbours. Only where this leaves too many triangles may the borders move: loose
-    triangles have nothing but borders. Lengths are in diameters meanwhile, because the library's
-    thresholds are absolute.
+    still fits its neighbours. The borders may move only where too many triangles would be left:
+    loose triangles have nothing but borders.
     """
+    # The library's thresholds are absolute, so lengths are in diameters meanwhile.
     vertices = mesh.vertices / mesh.diameter
     shown = _has_area(mesh.triangles)
     groups = [mesh.faces[shown & (mesh.face_materials == row)] for row in range(len(mesh.names))]
 
-    limits = np.arange(count + 1)  # for each material; the largest that keeps to `count` in all
+    # All materials have the same limit: the largest that leaves at most `count` triangles in all.
+    limits = np.arange(count + 1)
     totals = sum(np.minimum(len(group), limits) for group in groups)
     limit = np.searchsorted(totals, count, side="right") - 1
 
@@ -442,14 +460,14 @@ def rasterise(
     cut = np.flatnonzero(ahead.any(1) & ~ahead.all(1))
 
     pieces = [(i, piece) for i in cut for piece in _beyond_near(corners[i], near)]
-    ids = np.concatenate([kept, [i for i, _ in pieces]]).astype(np.float32)
+    ids = np.concatenate([kept, [i for i, _ in pieces]]).astype(np.float32)  # drawn as colours
     corners = np.concatenate([corners[kept], *(piece[None] for _, piece in pieces)])
     picture, depth = draw_triangles(corners, ids[:, None], K, width, height)
     return picture[..., 0].astype(np.int32), depth
 
 
 def _beyond_near(triangle, near):
-    """A list of triangles: the part of a triangle (3, 3), camera frame, beyond the near plane.
+    """The part of a triangle (3, 3), camera frame, beyond the near plane: a list of triangles.
 
     Source: Sutherland and Hodgman, Reentrant Polygon Clipping, CACM 17(1), 1974.
     """
@@ -515,8 +533,8 @@ def triangle_normals(triangles: np.ndarray) -> np.ndarray:
 def front_facing_triangles(triangles: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """(F,) bool: whether the camera sees the corners of each triangle counter-clockwise.
 
-    The outer sides look so only where the mesh is wound that way. Some meshes, such as the X-wing,
-    are not: see `visibility`.
+    In most meshes these are the triangles whose outer side is seen. Not all triangles of the X-wing
+    are wound that way: see `visibility`.
 
     Args:
         triangles: (F, 3, 3) corners in model units.
@@ -527,7 +545,7 @@ def front_facing_triangles(triangles: np.ndarray, pose: np.ndarray) -> np.ndarra
 
 
 def largest_triangles(triangles: np.ndarray, fraction: float = 0.9) -> np.ndarray:
-    """Rows of the largest of triangles (F, 3, 3) that have this fraction of the whole surface."""
+    """Rows of the largest triangles (F, 3, 3), together this fraction of the whole surface."""
     area = np.linalg.norm(triangle_normals(triangles), axis=1)
     order = np.argsort(-area)
     return order[: np.searchsorted(area[order].cumsum(), fraction * area.sum()) + 1]
@@ -553,18 +571,18 @@ def visibility(
     """
     diameter = diagonal(triangles)
     rows = np.arange(len(triangles))
-    areas = triangle_normals(triangles) / 2  # normals as long as the triangles are large
-    largest = np.zeros((len(triangles), 2))
-    seen = np.zeros((len(triangles), 2))
-    facing = np.zeros((len(triangles), 2))
+    vector_areas = triangle_normals(triangles) / 2  # (F, 3) normals as long as the area
+    largest = np.zeros((len(triangles), 2))  # area that shows in a picture, front and back
+    seen = np.zeros((len(triangles), 2))  # sum of the areas that show
+    facing = np.zeros((len(triangles), 2))  # sum of the areas that would show without other parts
 
     for direction in xu.fibonacci_sphere(views):
         pose, K = _far_camera(triangles, direction, size, diameter)
         ids, _ = rasterise(triangles, pose, K, size, size, NEAR * diameter)
-        pixel = (pose[2, 3] / K[0, 0]) ** 2  # square model units
-        area = np.bincount(ids[ids >= 0], minlength=len(triangles)) * pixel
+        pixel_area = (pose[2, 3] / K[0, 0]) ** 2  # square model units
+        area = np.bincount(ids[ids >= 0], minlength=len(triangles)) * pixel_area
 
-        projected = areas @ direction
+        projected = vector_areas @ direction
         side = (projected < 0).astype(int)
         largest[rows, side] = np.maximum(largest[rows, side], area)
         seen[rows, side] += area
@@ -577,7 +595,10 @@ def visibility(
 
 
 def _far_camera(triangles, direction, size, diameter):
-    """(pose, K) of a camera far away in a direction (3,); the mesh fills its `size` pixels."""
+    """(pose, K) of a camera far away in a direction (3,) from the model's origin.
+
+    A mesh about the origin fills its picture, which is `size` pixels wide and high.
+    """
     reach = 1.05 * np.linalg.norm(triangles, axis=-1).max()
     distance = FAR * diameter
     pose = np.eye(4)
@@ -595,17 +616,17 @@ def sunlit(
     bias: float = 0.0085140,
     diameter: float | None = None,
 ) -> np.ndarray:
-    """Which points on a mesh a far sun shines on, that is, which no other part shadows.
+    """Which points on a mesh a distant sun shines on, because no other part shadows them.
 
     Args:
         triangles: (F, 3, 3) model units.
         points: (P, 3) on their surface, model units.
         sun: (3,) unit vector towards the sun, in model axes.
-        size: Pixels, of the picture of the mesh as the sun sees it.
+        size: Width and height of the shadow map, pixels.
         bias: How far a point may lie behind what the sun sees, as a fraction of the diameter, so
             that rounding shadows nothing.
-        diameter: Of the whole mesh, model units. None takes the diagonal of the triangles' bounding
-            box. Pass it where the triangles are only some of the mesh's, or for speed.
+        diameter: Diameter of the whole mesh, model units. None takes the diagonal of the triangles'
+            bounding box. Pass it where the triangles are only some of the mesh's, or for speed.
     Returns:
         (P,) bool.
     Source: the shadow map, Williams, Casting Curved Shadows on Curved Surfaces, SIGGRAPH 1978.

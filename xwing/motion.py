@@ -2,10 +2,10 @@
 
 A target's motion is its pose and its velocity, with the uncertainty of both. From one frame to the
 next the pose moves on at that velocity, and the uncertainty grows, because the target may have
-accelerated. The pose that is measured in the next frame then corrects the prediction: each counts
-as much as its covariance allows. Once a clip is finished, the smoother goes through it from the
-last frame to the first, so that each frame also learns from the frames after it. Poses are no
-vectors, but small errors of a pose are: they are steps of `xwing_utils.move_pose`, a rotation
+accelerated. The pose that is measured in the next frame then corrects the prediction. Both are
+weighted by their covariances. Once a clip is finished, the smoother goes through it from the last
+frame to the first, so that the frames after a frame improve its pose too. Poses do not form a
+vector space, but small errors of a pose do: they are steps of `xwing_utils.move_pose`, a rotation
 vector in camera axes and a translation.
 """
 
@@ -27,7 +27,7 @@ class Motion:
     covariance: np.ndarray  # (12, 12) of a step of the pose, then of the velocity
 
     def step_from(self, other: "Motion") -> np.ndarray:
-        """Return the step (12,) of pose and velocity that leads from another motion here."""
+        """Return the step (12,) of pose and velocity from another motion to this one."""
         pose_step = xu.pose_step(self.pose, other.pose)
         return np.concatenate([pose_step, self.velocity - other.velocity])
 
@@ -66,27 +66,27 @@ class MotionModel:
 
     diameter: float  # of the target, model units
     rotation_acceleration: float = 3.0  # spectral density, rad/s^2 per root Hz
-    translation_acceleration: float = 1.489951999232902  # diameters/s^2 per root Hz
+    translation_acceleration: float = 1.489951999232902  # the same, diameters/s^2 per root Hz
     rotation_velocity: float = 1.5  # standard deviation at a track's start, rad/s
-    translation_velocity: float = 1.0642514280235016  # deviation at a start, diameters/s
+    translation_velocity: float = 1.0642514280235016  # the same, diameters/s
 
     def start(self, pose: np.ndarray, covariance: np.ndarray) -> Motion:
         """Return a motion of unknown velocity at a pose (4, 4) with covariance (6, 6)."""
-        whole = np.zeros((12, 12))
-        whole[:6, :6] = covariance
-        whole[6:, 6:] = self._variances(self.rotation_velocity, self.translation_velocity)
-        return Motion(pose, np.zeros(6), whole)
+        joint = np.zeros((12, 12))
+        joint[:6, :6] = covariance
+        joint[6:, 6:] = self._variances(self.rotation_velocity, self.translation_velocity)
+        return Motion(pose, np.zeros(6), joint)
 
     def predict(self, motion: Motion, seconds: float) -> tuple[Motion, np.ndarray]:
         """Predict a motion some seconds later, or earlier where they are negative.
 
         Args:
-            motion: known at one time.
-            seconds: from that time to the time of the prediction.
+            motion: from which to predict.
+            seconds: from the time of the motion to that of the prediction.
 
         Returns:
-            the predicted motion, and the transition (12, 12) of errors from the known to the
-            predicted one.
+            the predicted motion, and the transition matrix (12, 12), which turns errors of the
+            motion into errors of the prediction.
         """
         step = motion.velocity * seconds
 
@@ -99,8 +99,8 @@ class MotionModel:
         # pose and velocity have opposite signs.
         density = self._variances(self.rotation_acceleration, self.translation_acceleration)
         t = abs(seconds)
-        mixed = np.sign(seconds) * t**2 / 2
-        noise = np.kron([[t**3 / 3, mixed], [mixed, t]], density)
+        cross = np.sign(seconds) * t**2 / 2
+        noise = np.kron([[t**3 / 3, cross], [cross, t]], density)
 
         covariance = transition @ motion.covariance @ transition.T + noise
         predicted = Motion(xu.move_pose(motion.pose, step), motion.velocity, covariance)
@@ -117,9 +117,9 @@ class FilteredMotion:
     """What the filter knew of one frame."""
 
     predicted: Motion | None  # before the frame's measurement; None where there was no track
-    transition: np.ndarray | None  # (12, 12) of errors, from the frame before to `predicted`
+    transition: np.ndarray | None  # (12, 12) with which it was predicted, see `MotionModel.predict`
     motion: Motion | None  # after the measurement; None where the target is lost
-    started: bool  # a new track: the frames before say nothing about it
+    started: bool  # whether a new track starts here, which the frames before say nothing about
 
 
 def smooth(filtered: Sequence[FilteredMotion]) -> list[Motion | None]:
@@ -148,9 +148,9 @@ def smooth(filtered: Sequence[FilteredMotion]) -> list[Motion | None]:
 
 
 def _smooth_step(motion, following, later):
-    """A filtered motion, corrected by what is `later` known of the `following` frame."""
+    """A filtered motion, corrected by the smoothed motion `later` of the `following` frame."""
     predicted = following.predicted
     gain = np.linalg.solve(predicted.covariance, following.transition @ motion.covariance).T
     step = gain @ later.step_from(predicted)
-    learnt = gain @ (later.covariance - predicted.covariance) @ gain.T
-    return motion.moved(step, motion.covariance + learnt)
+    change = gain @ (later.covariance - predicted.covariance) @ gain.T
+    return motion.moved(step, motion.covariance + change)

@@ -1,14 +1,14 @@
 """A pose moved until drawing and frame agree (Gauss-Newton).
 
-What differs between the drawing of a pose and the frame says how the pose must move. Each pixel of
-the drawing is a point of the surface, so it is known how it moves in the picture with the pose, and
-the slopes of the picture say how its colour differs there. Drawing costs most of the time. Each
-drawing therefore serves several steps, as a `Template`: its points are looked up elsewhere in the
-frame where the pose moves. Pixels that cannot be explained (shadows, stars) lose their weight. A
-pose that is further off is refined on a coarse picture first.
+The difference between the drawing of a pose and the frame says how the pose must move. Each pixel
+of the drawing is a point of the surface. How this point moves in the picture with the pose is
+known, and the slopes of the picture say how the colour changes along the way. Drawing takes most of
+the time, so each drawing serves several steps, as a `Template`: when the pose moves, the points of
+the template are looked up at their new places in the frame. Pixels that cannot be explained
+(shadows, stars) lose their weight. A pose that is further off is refined on a coarse picture first.
 
-A step of a pose is a turn in radians and a shift in model units. Some limits depend on how the two
-compare, so a target should be about one unit large: `alignment` sees to that.
+A step of a pose is a rotation in radians and a translation in model units. MAX_CONDITION compares
+their precisions, so `alignment` scales every mesh to the size of the X-wing.
 
 Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gauss-Newton on
     brightness); Golub and Pereyra, SIAM J. Numer. Anal. 10(2), 1973 (colours and light are
@@ -22,7 +22,6 @@ import numpy as np
 from scipy.spatial import ConvexHull
 
 import xwing_utils as xu
-from xwing import mesh as meshes
 from xwing.appearance import (
     Drawing,
     LinearShader,
@@ -34,9 +33,10 @@ from xwing.appearance import (
     near_target,
     to_light,
 )
+from xwing.mesh import NEAR, Mesh
 
-MAX_DISTANCE = 21285.0  # diameters: a point that is further away has run away
-MAX_STEP_TURN = 0.5  # radians about one axis: a larger step of Gauss-Newton is not believed
+MAX_DISTANCE = 21285.0  # diameters: with a point further away the pose has diverged
+MAX_STEP_TURN = 0.5  # radians about one axis: a larger step of Gauss-Newton is rejected
 MAX_CONDITION = 1e12  # of an information matrix: with a larger one the pose is not determined
 
 
@@ -44,16 +44,16 @@ MAX_CONDITION = 1e12  # of an information matrix: with a larger one the pose is 
 class RefinementSettings:
     """What decides how a pose is refined; the defaults were chosen on validation frames."""
 
-    noise: float = 4.0  # grey levels: no pixel is trusted further than that
+    noise: float = 4.0  # grey levels, lower limit of the spread of the differences
     effective_sample_ratio: float = 0.09  # fraction of the pixels that count as independent
     working_size: int = 150  # pixels: a target that spans more is refined on a smaller picture
     min_pixels: int = 50  # of the target, in the picture that is worked on
     coarse_factor: int = 2  # by how much more the coarse picture is shrunk
-    coarse_blur: float = 1.0  # pixels: its blur, beside, which attracts poses from further off
-    prior_std_scale: float = 2.0  # factor on the standard deviations that a start comes with
+    coarse_blur: float = 1.0  # pixels: its additional blur, so that poses further off converge
+    prior_std_scale: float = 2.0  # factor on the standard deviations of the expected pose
     max_drawings: int = 4  # on one level
     max_steps: int = 6  # of Gauss-Newton on one drawing
-    max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn anew
+    max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn again
     negligible_gain: float = 0.02  # log-likelihood that is not worth another step
 
 
@@ -65,20 +65,23 @@ def robust_weight(residual: np.ndarray, spread: float, effective_sample_ratio: f
 
     Args:
         residual: (P, 3) differences in grey levels.
-        spread: grey levels, standard deviation of the small ones among them.
+        spread: grey levels, standard deviation without the outliers.
         effective_sample_ratio: fraction of the pixels that count as independent of each other.
 
     Returns:
-        (P,) float32, for squares of grey levels.
+        (P,) float32, per squared grey level.
     """
-    forgiven = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    return np.float32(effective_sample_ratio / spread**2) / (1 + forgiven)
+    squared = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
+    return np.float32(effective_sample_ratio / spread**2) / (1 + squared)
 
 
 def robust_cost(residual: np.ndarray, spread: float, effective_sample_ratio: float) -> float:
-    """Return the negative log-likelihood, except for a constant, of what `robust_weight` takes."""
-    forgiven = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
-    total = float(np.log1p(forgiven).sum(dtype=float))
+    """Return the negative log-likelihood of differences, except for a constant.
+
+    The arguments are those of `robust_weight`.
+    """
+    squared = mean_square(residual) / np.float32(xu.CAUCHY * spread) ** 2
+    total = float(np.log1p(squared).sum(dtype=float))
     return 1.5 * effective_sample_ratio * xu.CAUCHY**2 * total
 
 
@@ -88,17 +91,17 @@ def robust_cost(residual: np.ndarray, spread: float, effective_sample_ratio: flo
 def pixel_flow(
     pixels: np.ndarray, depth: np.ndarray, K: np.ndarray, centre: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Say which points of a surface some pixels show, and how these points move in the picture.
+    """Return the points of a surface that some pixels show, and how they move in the picture.
 
     Args:
-        pixels: (P,) flat pixels of the picture.
+        pixels: (P,) indices of pixels in the flattened picture.
         depth: (h, w) float32 model units.
         K: (3, 3) camera matrix of the picture.
         centre: (3,) float32 position of the target in camera axes, about which it is turned.
 
     Returns:
-        points (P, 3) in camera axes, from the centre; d column (6, P) and d row (6, P) for a step
-        of `xwing_utils.move_pose`.
+        points (P, 3) in camera axes, from the centre; the derivatives of their column (6, P) and
+        row (6, P) in pixels by a step of `xwing_utils.move_pose`.
     """
     row, column = np.float32(np.divmod(pixels, depth.shape[1]))
     z = depth.ravel()[pixels]
@@ -132,10 +135,10 @@ class Template:
     pose: np.ndarray  # (4, 4) at which it was painted
     spread: float  # grey levels, standard deviation of what the painting does not explain
     diameter: float  # model units, of the target
-    pixels: np.ndarray  # (P,) flat pixels of the view
+    pixels: np.ndarray  # (P,) indices of pixels in the flattened view
     points: np.ndarray  # (P, 3) camera axes, from the position of the target
     colours: np.ndarray  # (P, 3) grey levels
-    jacobian: np.ndarray  # (6, 3 P) for a step of `move_pose`, when colours and light follow
+    jacobian: np.ndarray  # (6, 3 P) for a step of `move_pose`, after which it is painted again
 
     def positions(self, pose: np.ndarray) -> np.ndarray | None:
         """Return where in the view the points lie at another pose: (P, 2) pixels.
@@ -147,15 +150,15 @@ class Template:
 
         nearest = points[:, 2].min() / self.diameter
         furthest = points[:, 2].max() / self.diameter
-        if not (nearest > meshes.NEAR and furthest < MAX_DISTANCE):  # true for NaN as well
+        if not (nearest > NEAR and furthest < MAX_DISTANCE):  # true for NaN as well
             return None
         return points @ np.float32(self.view.K[:2].T) / points[:, 2:]
 
     def residual(self, positions: np.ndarray) -> np.ndarray:
         """Return the frame at some positions (P, 2) less the colours: (P, 3) grey levels."""
-        # In OpenCV the centre of a pixel has whole coordinates. A picture is at most 32767 wide, so
-        # the points are looked up in rows of 1024.
-        rows = -(-len(positions) // 1024)
+        # In OpenCV the centre of a pixel has whole coordinates. A map of positions must be narrower
+        # than 32,768, so the points are looked up in rows of 1,024.
+        rows = int(np.ceil(len(positions) / 1024))
         centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
         seen = cv2.remap(
             self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
@@ -181,12 +184,12 @@ class _Prior:
 
 @dataclasses.dataclass(frozen=True)
 class Refined:
-    """Where the steps on one level ended."""
+    """A pose after the steps on one level."""
 
     pose: np.ndarray  # (4, 4)
     information: np.ndarray  # (6, 6), the inverse of the covariance
     template: Template  # of the last drawing
-    residual: np.ndarray  # (P, 3) grey levels that the template leaves there
+    residual: np.ndarray  # (P, 3) grey levels, the frame less the template at this pose
     shift: float  # pixels, root mean square, from where the template was drawn
     cost: float = np.inf  # negative log-likelihood, once it is compared with that of other poses
 
@@ -219,7 +222,7 @@ class _Descent:
         self.damping = 1e-3
 
     def run(self):
-        """Step until nothing is gained: `Refined`, or None where the template cannot be placed."""
+        """Step until nothing is gained: `Refined`, or None where a point is behind the camera."""
         start = self._fit(self.template.pose)
         if start is None:
             return None
@@ -248,7 +251,7 @@ class _Descent:
         return _Fit(pose, positions, residual, cost + self.prior.cost(pose))
 
     def _normal_equations(self, fit):
-        """Information (6, 6) about a step from there, and gradient (6,) of the log-likelihood."""
+        """Information (6, 6) about a step from a fit, and gradient (6,) of the log-likelihood."""
         ratio = self.settings.effective_sample_ratio
         weight = robust_weight(fit.residual, self.template.spread, ratio)
         jacobian = self.template.jacobian
@@ -259,18 +262,23 @@ class _Descent:
         return information, gradient
 
     def _improve(self, fit, information, gradient):
-        """The `_Fit` after a step that lowers the cost, or None; other steps are damped more."""
+        """The `_Fit` after a step that lowers the cost, or None where no step gains enough.
+
+        The damping rises until a step lowers the cost.
+        """
         while self.damping < 10:
             damping = self.damping * np.diag(np.diag(information) + 1e-9)
             step = np.linalg.solve(information + damping, gradient)
             if gradient @ step < 2 * self.settings.negligible_gain:
                 return None
 
-            believed = np.abs(step[:3]).max() < MAX_STEP_TURN
-            trial = self._fit(xu.move_pose(fit.pose, step)) if believed else None
+            trial = None
+            if np.abs(step[:3]).max() < MAX_STEP_TURN:
+                trial = self._fit(xu.move_pose(fit.pose, step))
             if trial is not None and trial.cost < fit.cost:
                 self.damping /= 10
                 return trial
+
             self.damping *= 100
 
         return None
@@ -284,16 +292,14 @@ class Refiner:
 
     Args:
         mesh: `Mesh` of the target.
-        blur: pixels of a frame, standard deviation of the filter that it was taken through, beside
-            the square of the pixel.
-        settings: `RefinementSettings`.
+        blur: pixels of a frame, standard deviation of its Gaussian blur, in addition to the
+            averaging over each pixel's square.
+        settings: `RefinementSettings`; None: the defaults.
     """
 
-    def __init__(
-        self, mesh: meshes.Mesh, blur: float = 0.4, settings: RefinementSettings | None = None
-    ):
+    def __init__(self, mesh: Mesh, blur: float = 0.4, settings: RefinementSettings | None = None):
         self.shader = LinearShader(mesh)
-        self.outline = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # what may lie outermost
+        self.hull = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # (V, 3), for `view`
         self.diameter = mesh.diameter
         self.blur = blur
         self.settings = settings or RefinementSettings()
@@ -306,8 +312,8 @@ class Refiner:
         covariance: np.ndarray | None = None,
     ) -> Refined | None:
         """Refine a pose on a coarse picture, then on a fine one; see `refine` for the arguments."""
-        rough = self.refine(image, pose, K, covariance, coarse=True)
-        start = pose if rough is None else rough.pose  # a small target shows on the fine level only
+        coarse = self.refine(image, pose, K, covariance, coarse=True)
+        start = pose if coarse is None else coarse.pose  # a small target shows only on the fine one
         return self.refine(image, start, K, covariance, expected=pose)
 
     def refine(
@@ -326,9 +332,9 @@ class Refiner:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera, where the steps begin.
             K: (3, 3) camera matrix.
-            covariance: (6, 6) of the expected pose, or None where nothing is known of it.
+            covariance: (6, 6) of the expected pose; None: no pose is expected.
             coarse: whether the coarse picture is used instead of the fine one.
-            expected: (4, 4) pose that the covariance is about; None: `pose`.
+            expected: (4, 4) pose that has this covariance; None: `pose`.
             drawings: how often the target may be drawn; None: as the settings say.
 
         Returns:
@@ -374,7 +380,7 @@ class Refiner:
             View, or None where too little would show, or the target reaches behind the camera.
         """
         poses = np.reshape(poses, (-1, 4, 4))
-        pixels = np.array([xu.project_pose(self.outline, pose, K) for pose in poses])
+        pixels = np.array([xu.project_pose(self.hull, pose, K) for pose in poses])
         if not np.isfinite(pixels).all():
             return None
 
@@ -390,8 +396,8 @@ class Refiner:
         """Draw a pose (see `LinearShader.draw`); None where too little shows or it is too near."""
         drawing = self.shader.draw(view, pose, true_paint)
         enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
-        beyond = drawing.depth.min() > meshes.NEAR * self.diameter
-        return drawing if enough and beyond else None
+        far_enough = drawing.depth.min() > NEAR * self.diameter
+        return drawing if enough and far_enough else None
 
     def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
         """Solve for the colours and the light of a drawing; see `LinearShader.paint`."""
@@ -413,7 +419,10 @@ class Refiner:
         return None if drawing is None else self.paint(view, drawing)
 
     def _template(self, painting):
-        """The `Template` of a painting, with the pixels beside the target: it may move there."""
+        """The `Template` of a painting.
+
+        It has the pixels beside the target too, because the target may move there.
+        """
         view = painting.view
         drawing = painting.drawing
         depth = _depth_around(drawing.depth)
@@ -424,7 +433,7 @@ class Refiner:
         points, column_flow, row_flow = pixel_flow(pixels, depth, view.K, position)
         slope_x, slope_y = _slopes(painting.picture, pixels)
         jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
-        jacobian = jacobian.reshape(18, len(pixels))
+        jacobian = jacobian.reshape(18, len(pixels))  # rows: each component of a step, channel
         jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
         return Template(
             view,
@@ -440,7 +449,8 @@ class Refiner:
     def _explained_by_colours(self, jacobian, colours, painting, pixels):
         """The part of a jacobian (18, P) that other colours and another light explain as well.
 
-        They would be solved for anew after each step, so this part says nothing about the pose.
+        This part says nothing about the pose, because the colours and the light that fit best are
+        found again at every pose (variable projection).
         """
         ratio = self.settings.effective_sample_ratio
         residual = painting.view.image.reshape(-1, 3)[pixels] - colours
@@ -450,21 +460,25 @@ class Refiner:
         basis = painting.drawing.shading_basis
         basis = basis.reshape(-1, basis.shape[-1])[pixels] * slope[:, None]
         weighted = basis.T * weight
-        stiffness = self.shader.stiffness * np.float32(ratio / painting.spread**2)
+        regularisation = self.shader.regularisation * np.float32(ratio / painting.spread**2)
 
-        coefficients = np.linalg.solve(weighted @ basis + stiffness, weighted @ jacobian.T)
+        information = weighted @ basis + regularisation
+        coefficients = np.linalg.solve(information, weighted @ jacobian.T)
         return coefficients.T @ basis.T
 
 
 def _depth_around(depth):
-    """Depth (h, w) of a drawing and of two pixels beside it: a rim moves with its nearer side."""
+    """Depth (h, w) of a drawing and of two pixels beside it.
+
+    Each pixel has the smallest depth around it, because an edge moves with its nearer side.
+    """
     near = cv2.erode(depth, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
     wide = cv2.erode(near, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
     return np.where(np.isfinite(near), near, wide)
 
 
 def _slopes(picture, pixels):
-    """Slopes of a picture (h, w, 3) to the right and down at flat pixels: (3, P) each."""
+    """Slopes of a picture (h, w, 3) to the right and down at pixels (P,): (3, P) each."""
     difference = np.float32([-0.5, 0, 0.5])
     same = np.float32([1])
     right = cv2.sepFilter2D(picture, -1, difference, same)

@@ -1,9 +1,9 @@
 """One target followed through time: its pose is predicted, aligned, judged and filtered.
 
-From frame to frame a target moves little. The pose that is expected from the last frames is
-therefore near enough for the alignment to finish on the pixels alone, in a few milliseconds. A
-Kalman filter on SE(3) makes the prediction and takes up the result. The network is slower, and is
-asked in three cases only: where there is no track; where the alignment explains less of the frame
+From frame to frame a target moves little. A Kalman filter on SE(3) predicts its pose from the last
+frames. The prediction is so close that the alignment can refine it on the pixels alone, in a few
+milliseconds, and the filter takes the refined pose as its measurement. The network is slower, and
+is used in three cases only: where there is no track; where the alignment explains less of the frame
 than it did lately; and now and then to find the target again independently of the track
 (redetection), because a track that began with a wrong pose would otherwise go on for ever. A
 redetection replaces the track only if it explains the pixels better.
@@ -24,7 +24,7 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing.export import export_track  # noqa: F401  can be imported from here too
+from xwing.export import export_track  # noqa: F401  users import it from here, too
 from xwing.motion import FilteredMotion, MotionModel, smooth
 
 # The longest gap in the measurements that the prediction bridges, seconds.
@@ -36,13 +36,14 @@ START_MARGIN = 3.0
 # After this many frames of a new track its velocity is known well enough to follow it backwards.
 START_FRAMES = 6
 
-# Chi square by which a measured pose may differ from the prediction: 6 degrees of freedom, 99.9 %.
+# The largest squared Mahalanobis distance of a measured pose from the prediction: the 99.9 %
+# quantile of chi square with 6 degrees of freedom.
 GATE = 22.5
 
-# Degrees from the prediction from which an alignment has found something else.
+# An alignment that ends this many degrees or more from the prediction has found something else.
 MAX_TURN = 25.0
 
-# Degrees between two poses from which they contradict each other.
+# Two poses that differ by more than this many degrees contradict each other.
 CONTRADICTION_TURN = 30.0
 
 # The network is asked where the explained contrast falls below this fraction of its usual value.
@@ -54,18 +55,19 @@ CONTRAST_WEIGHT = 0.2
 # Seconds between two redetections of a target that is followed. A new track has them sooner.
 REDETECTION_SECONDS = 1.0
 
-# The result of a redetection in the background is used this much later, on any machine; seconds.
+# Seconds after which the result of a redetection in the background is used. The delay is fixed, so
+# that fast and slow machines give the same track.
 REDETECTION_DELAY = 0.3
 
 # A redetected pose replaces the track if it is better on the pixels by this log-likelihood.
 MIN_COST_GAIN = 20.0
 
-# Without pixels to decide, this many redetections in a row that contradict a track drop it.
+# Without an aligner, a track is dropped after this many redetections in a row that contradict it.
 MAX_CONTRADICTIONS = 3
 
-# Status, whether pixels were compared -> weights of `trust_features`. These logistic models were
-# fitted by tools/calibrate_probability.py to 12,790 poses, 1,782 of them wrong, of ten flights
-# rendered for it.
+# Weights of `trust_features`, by status and by whether the pose was compared with the pixels. These
+# logistic models were fitted by tools/calibrate_probability.py to 12,790 poses, 1,782 of them
+# wrong, from ten flights that were rendered for this purpose.
 PROBABILITY = {
     ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
     ("tracked", False): (-6.85, 0.0, -6.96, 0.0),
@@ -106,12 +108,11 @@ class TrackedPose:
 
 
 def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
-    """Return the four features that tell a right pose from a wrong one.
+    """Return the four features of the logistic models for the probability of a pose.
 
     Args:
         covariance: (6, 6) of the pose, radians and model units.
-        contrast: fraction of the frame's contrast that the pose explains; one that is not known
-            counts as 0.
+        contrast: fraction of the frame's contrast that the pose explains; NaN counts as 0.
         diameter: of the target, model units.
 
     Returns:
@@ -125,12 +126,12 @@ def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What one frame did to the tracker."""
+    """What was measured in one frame, and what the filter made of it."""
 
     seconds: float
     estimate: xu.PoseEstimate  # what was measured, accepted or not
     filtered: FilteredMotion
-    reason: str  # why there is no measurement
+    reason: str  # why the measurement was not used; empty where it was
     second_target: np.ndarray | None  # (4, 4)
 
 
@@ -139,14 +140,14 @@ class _Redetection:
     """When the network looks again for a target that is followed.
 
     A track is most often wrong when it is new. So the network looks again whenever the track is
-    twice as old as it was the last time, but not less often than every REDETECTION_SECONDS. The
-    frames of a track that is older than that need not wait: the network works in the background.
+    twice as old as it was the last time, but not less often than every REDETECTION_SECONDS. Once a
+    track is older than that, its frames do not wait: the network works in the background.
     """
 
-    track_started: float = 0.0  # seconds
-    last: float = 0.0  # seconds, when the network looked last
+    track_started: float = 0.0  # time in seconds
+    last: float = 0.0  # time in seconds when the network looked last
     contradictions: int = 0  # redetections in a row that contradict the track
-    pending: Future | None = None  # what the network is looking for in the background
+    pending: Future | None = None  # the result of the redetection in the background
 
     def start_track(self, seconds):
         """Begin again with a new track."""
@@ -159,8 +160,8 @@ class _Redetection:
         interval = min(REDETECTION_SECONDS, self.last - self.track_started)
         return seconds - self.last >= interval
 
-    def may_wait(self, seconds):
-        """Whether the track is so old that the network may work in the background."""
+    def runs_in_background(self, seconds):
+        """Whether the track is so old that its frames do not wait for the network."""
         return seconds - self.track_started >= REDETECTION_SECONDS
 
     def has_result(self, seconds):
@@ -168,7 +169,7 @@ class _Redetection:
         return self.pending is not None and seconds >= self.last + REDETECTION_DELAY
 
     def take_result(self):
-        """The result from the background, waited for where it is not there yet."""
+        """The result from the background; waits until it is there."""
         result = self.pending.result()
         self.pending = None
         return result
@@ -186,11 +187,13 @@ class Tracker:
     keeps its steps needs 4 kB a frame.
 
     Attributes:
-        K, fps, detector, aligner: as they were given; the last two may be exchanged between frames.
+        K, fps, detector, aligner: as they were given; the last two may be replaced between frames.
         target: the `Target` that is followed.
+        model: the `MotionModel` that predicts it.
+        motion: its `Motion` in the last frame, or None where it is lost.
         second_target: (4, 4) pose of a second target that the network saw lately, or None.
-        steps: what happened in the last frame, or in all frames if they are kept.
-        age: frames since the track has started.
+        steps: measurement and filter state of the last frame, or of all frames if they are kept.
+        age: number of frames of the track so far.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ class Tracker:
         self.motion = None
         self.seconds = -1 / fps  # time of the last frame
         self.measured_seconds = 0.0  # time of the last frame with a measurement
-        self.usual_contrast = 0.0
+        self.usual_contrast = 0.0  # running mean of the fraction of the contrast that is explained
         self.age = 0
         self.second_target = None
         self.steps = collections.deque(maxlen=None if keep else 1)
@@ -298,7 +301,7 @@ class Tracker:
         return self._tracked(step, motion)
 
     def smoothed(self) -> list[TrackedPose]:
-        """Return the track of all kept frames, each with what is known before and after it.
+        """Return the forward-backward smoothed track of all frames whose steps are kept.
 
         Frames that were predicted after the target was last seen stay as they are.
         """
@@ -314,7 +317,10 @@ class Tracker:
         return max(seconds, self.seconds + 1e-3)
 
     def _filter(self, estimate, predicted):
-        """The motion with an estimate or None, whether it starts a track, and why it is None."""
+        """The filter's motion after an estimate, whether that starts a track, and a reason.
+
+        Where the estimate is not used, the motion is None and the reason says why.
+        """
         if not estimate.accepted:
             return None, False, estimate.reason or "not measured"
 
@@ -386,15 +392,15 @@ class Tracker:
     def _measure_without_pixels(self, image, seconds):
         """The network's `PoseEstimate` near the prediction.
 
-        It prefers poses like the predicted one, which would keep a wrong track alive. So now and
-        then the network is asked without that prior, and several answers in a row against the track
-        drop it.
+        The prediction is a prior of the estimate, which would keep a wrong track alive. So now and
+        then the pose is estimated without it. A track is dropped when several such estimates in a
+        row contradict it.
         """
         predicted = self._predict(seconds)
         if self._is_redetection_due(seconds):
             redetected = self._detect(image, near=predicted.pose)
             if redetected.accepted and _contradict(redetected.pose, predicted.pose):
-                self._redetection.contradictions += 1  # and the next frame is asked at once
+                self._redetection.contradictions += 1  # a redetection remains due in the next frame
             else:
                 self._redetection.contradictions = 0
                 self._redetection.last = seconds
@@ -408,7 +414,7 @@ class Tracker:
         return self._detect(image, near=predicted.pose, prior=predicted.pose)
 
     def _detect(self, image, near=None, prior=None):
-        """The network's `PoseEstimate` as of `_estimate`, verified on the pixels if possible."""
+        """The network's `PoseEstimate`, verified on the pixels where there is an aligner."""
         if self.detector is None:
             return xu.PoseEstimate(None, reason="there is no detector to find the target with")
         estimate = self._estimate(image, near, prior)
@@ -417,7 +423,7 @@ class Tracker:
         return self.aligner.verify(image, estimate, self.K)
 
     def _estimate(self, image, near=None, prior=None):
-        """The `PoseEstimate` from the network's keypoints in a frame, or near a pose (4, 4)."""
+        """The `PoseEstimate` from the network's keypoints, in the whole frame or near a pose."""
         box = None
         corners = None if near is None else self._box_corners(near)
         if corners is not None:
@@ -442,9 +448,9 @@ class Tracker:
     def _check_by_redetection(self, image, aligned, seconds):
         """The aligned estimate of a track, or the network's if that explains the frame better.
 
-        The frame of a new track is given to the network at once. That of an older one is looked at
-        in the background, and a better pose found there is looked for again in the frame in which
-        it is used.
+        While a track is new, its frames wait for the network. Later the network works in the
+        background. A better pose that it finds there is of an older frame, so the target is then
+        detected again in the current one.
         """
         better = None
         if self._redetection.has_result(seconds):
@@ -453,13 +459,14 @@ class Tracker:
                 better = self._detect(image)
         elif self._is_redetection_due(seconds):
             self._redetection.last = seconds
-            if self._redetection.may_wait(seconds):
+            if self._redetection.runs_in_background(seconds):
                 self._redetection.pending = self._background.submit(
                     self._redetect_all, image.copy(), aligned.pose
                 )
             else:
                 self.second_target = None
                 better = self._redetect(image, aligned.pose)
+
         return better if better is not None and better.accepted else aligned
 
     def _redetect_all(self, image, pose):
@@ -470,7 +477,7 @@ class Tracker:
         """The network's `PoseEstimate` if it explains a frame better than a pose, or None."""
         other = self._estimate(image, near=pose)
         if not other.accepted or not _contradict(other.pose, pose):
-            return None  # without the time to verify it
+            return None  # verifying it would take time
 
         other = self.aligner.verify(image, other, self.K)
         if not other.accepted or not _contradict(other.pose, pose):
@@ -485,6 +492,7 @@ class Tracker:
         if corners is None:
             return None
 
+        # The first target is painted over in the median colour of the frame.
         hull = cv2.convexHull(corners.clip(-1e4, 1e4).round().astype(np.int32))
         painted_over = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
         found = self._estimate(painted_over)
@@ -521,7 +529,7 @@ def _contradict(one, other):
 
 
 def _continued(estimate, predicted):
-    """The motion of a track with the next estimate; None if that is too far from it."""
+    """A track's motion after an estimate; None where that is too far from the prediction."""
     excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
     if excess > 1 and _is_aligned(estimate) and _is_near(estimate, predicted):
         # The pixels confirm a manoeuvre that the model did not expect.
@@ -531,7 +539,7 @@ def _continued(estimate, predicted):
 
 
 def _is_near(estimate, predicted):
-    """Whether an alignment from a predicted motion has found the same thing."""
+    """Whether an aligned estimate is turned little enough against the prediction."""
     return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
 
 
@@ -554,7 +562,7 @@ def track_clip(
     fps: float | None = None,
     progress: bool = True,
 ) -> list[TrackedPose]:
-    """Track a finished clip, forward-backward smoothed.
+    """Track a finished clip; the track is forward-backward smoothed.
 
     Args:
         clip: `Clip`, or another iterable of `Frame`.
@@ -565,9 +573,9 @@ def track_clip(
         progress: show a bar.
 
     Returns:
-        list of N `TrackedPose`. Gaps of up to MAX_GAP_SECONDS between tracked frames are
-        "predicted". Longer ones, and what comes before the first or after the last tracked frame,
-        are "lost" and have no pose.
+        list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked frames are
+        "predicted". Frames in longer gaps, before the first and after the last tracked frame are
+        "lost" and have no pose.
 
     Raises:
         ValueError: a wrong K, fps that are not positive, or a detector and an aligner of different
@@ -587,7 +595,8 @@ def track_clip(
         if has_settled and aligner is not None:
             _track_backwards(tracker, recent_images, estimates)
 
-    # Without an aligner no estimate was replaced, and only the live filter knows dropped tracks.
+    # With an aligner, estimates may have been replaced, so the filter runs again. Without one, none
+    # was replaced, and only the live filter knows which tracks were dropped.
     if aligner is not None:
         tracker = _filter_again(tracker, estimates)
     return _without_open_gaps(tracker.smoothed(), fps)
@@ -596,15 +605,16 @@ def track_clip(
 def _track_backwards(tracker, recent_images, estimates):
     """Follow a target back from where its track has started, while the pixels confirm it.
 
-    It replaces estimates that are missing or explain less of their frames. recent_images: those of
-    the last frames, the START_FRAMES of the new track among them.
+    Entries of `estimates` that were not accepted, or that explain less of their frames, are
+    replaced. `recent_images` are those of the last frames, the START_FRAMES of the new track among
+    them.
     """
     steps = list(tracker.steps)
     start = len(steps) - START_FRAMES
-    motion = smooth([step.filtered for step in steps[start:]])[0]
-    velocity = motion.velocity
-    motion = tracker.model.start(motion.pose, motion.covariance[:6, :6])
-    motion = dataclasses.replace(motion, velocity=velocity)
+    smoothed = smooth([step.filtered for step in steps[start:]])[0]
+    # The way back is a new track: it has the smoothed velocity, but the covariance of a start.
+    motion = tracker.model.start(smoothed.pose, smoothed.covariance[:6, :6])
+    motion = dataclasses.replace(motion, velocity=smoothed.velocity)
 
     seconds = steps[start].seconds
     usual_contrast = steps[start].estimate.explained_contrast
@@ -631,7 +641,7 @@ def _is_better(estimate, known):
 
 
 def _filter_again(live, estimates):
-    """A tracker that has taken a clip's final estimates, at the times of the live one."""
+    """A new tracker after a clip's final estimates, at the times of the live one's frames."""
     tracker = Tracker(live.K, live.fps, live.detector, live.aligner, keep=True)
     for estimate, step in zip(estimates, live.steps):
         tracker.second_target = step.second_target
@@ -640,30 +650,29 @@ def _filter_again(live, estimates):
 
 
 def _without_open_gaps(track, fps):
-    """The track without predictions that do not bridge a short gap between tracked frames."""
+    """The track with only those predictions that bridge a short gap between tracked frames."""
     is_tracked = [tracked.status == "tracked" for tracked in track]
-    edges = np.flatnonzero(np.diff([True, *is_tracked, True]))
+    changes = np.flatnonzero(np.diff([True, *is_tracked, True]))  # gaps start and end there
 
     track = list(track)
-    for start, end in zip(edges[::2], edges[1::2]):
+    for start, end in zip(changes[::2], changes[1::2]):
         is_inside = start > 0 and end < len(track)
         longest = MAX_GAP_SECONDS + 1.5 / fps
         if is_inside and track[end].seconds - track[start - 1].seconds <= longest:
             continue
         for index in range(start, end):
-            gap = track[index]
-            track[index] = TrackedPose("lost", gap.seconds, reason=gap.reason)
+            missing = track[index]
+            track[index] = TrackedPose("lost", missing.seconds, reason=missing.reason)
     return track
 
 
 def summary(track: Sequence[TrackedPose]) -> str:
-    """Say in one line how many frames of a track are tracked, predicted and lost.
+    """Return a line that says how many frames of a track are tracked, predicted and lost.
+
+    It also says in how many frames a second target was seen, if in any.
 
     Args:
         track: one `TrackedPose` a frame.
-
-    Returns:
-        the line; it also says in how many frames there is a second target, if there is one.
     """
     counts = collections.Counter(tracked.status for tracked in track)
     parts = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]

@@ -3,8 +3,8 @@
 A pose that has been refined may still be the wrong one, because a target may look nearly alike from
 two sides. So the poses that it is ambiguous with are refined as well, and all of them are drawn
 over the same pixels, as if the target could be painted in any way. The one that explains these
-pixels best wins. Three kinds of evidence then say whether the winner is right: how far its edges
-are those of the frame, by how much its rivals explain the pixels worse, and how many of the
+pixels best wins. Three kinds of evidence then say whether the winner is right: how well its edges
+agree with those of the frame, how much worse its rivals explain the pixels, and how many of the
 network's estimates agree with it. A logistic model turns them into a probability.
 """
 
@@ -19,9 +19,12 @@ import xwing_utils as xu
 from xwing.appearance import near_target, smooth_sky, surroundings
 from xwing.refinement import Refined, Refiner, robust_cost
 
-SAME_POSE = 30.0  # degrees: poses that are turned by less against each other are no rivals
-SIMILAR_COARSE = 10.0  # degrees: such poses lead to the same one, from a coarse picture on
-SIMILAR_FINE = 3.0  # degrees: the same, on the fine picture
+SAME_POSE = 30.0  # degrees: poses that differ by less are no rivals
+
+# Of poses that differ by fewer degrees, only the best is refined further, after the coarse picture
+# and after the first drawing of the fine one.
+SIMILAR_COARSE = 10.0
+SIMILAR_FINE = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,11 @@ class VerificationSettings:
     # Which poses are tried.
     min_explained_contrast: float = 0.42  # fraction that a pose must explain at least
     well_explained: float = 0.65  # fraction from which no other pose or picture is tried
-    usual_ratio: float = 0.9  # of what a track explained lately, from which it is well explained
-    min_contrast: float = 45.0  # log-likelihood: with less contrast there is nothing to explain
-    confident_margin: float = 10.0  # log-likelihood margin from which keypoints need explain less
+    usual_ratio: float = (
+        0.9  # with less of what it explained lately, a track tries a coarse picture
+    )
+    min_contrast: float = 45.0  # log-likelihood: less contrast counts as this much
+    confident_margin: float = 10.0  # log-likelihood: min_explained_contrast is enough from there on
     nearby_angles: tuple = (12.0, 25.0)  # degrees, of further starts where too little is explained
     ruled_out_margin: float = 30.0  # log-likelihood: rivals that are worse by this are dropped
 
@@ -53,12 +58,12 @@ class VerificationSettings:
 
 
 def evidence(agreement: float, margin: float, votes: list) -> np.ndarray:
-    """Put together what speaks for a pose: the features of the logistic model.
+    """Return the features of the logistic model for a pose.
 
     Args:
         agreement: 0 to 1, see `edge_agreement`.
         margin: log-likelihood by which its best rival explains the pixels worse.
-        votes: bool for each estimate of the network, whether it is about the same pose.
+        votes: bool for each estimate of the network, whether it agrees with the pose.
 
     Returns:
         (4,): one, the agreement, the logarithm of the margin, votes for less votes against.
@@ -73,10 +78,10 @@ def edge_agreement(
     coverage: np.ndarray,
     settings: VerificationSettings | None = None,
 ) -> float:
-    """Measure how much of a drawing's edges a frame has too, however strong they are there.
+    """Measure how many of a drawing's edges a frame has too, however strong they are there.
 
-    It is the mean cosine between the directions of both. Patterns of the paint, shadows and other
-    light add edges to a frame, but take few away.
+    It is the weighted mean of the cosine between the gradients of both. Patterns of the paint,
+    shadows and other light add edges to a frame, but take few away.
 
     Args:
         seen: (h, w, 3) float32 grey levels of the frame.
@@ -93,18 +98,18 @@ def edge_agreement(
     settings = settings or VerificationSettings()
     seen = _steepest_slopes(seen)
     drawn = _steepest_slopes(drawn)
-    length = np.linalg.norm(drawn, axis=0)
-    strength = np.linalg.norm(seen, axis=0)
+    seen_strength = np.linalg.norm(seen, axis=0)
+    drawn_strength = np.linalg.norm(drawn, axis=0)
 
     around = cv2.dilate(coverage, np.ones((7, 7))) > 0.01
-    weight = np.minimum(length, settings.strong_edge) * around
-    cosine = np.abs((drawn * seen).sum(0)) / (length * strength + 1e-3)
-    agreement = (weight * cosine * (strength > settings.min_edge)).sum()
+    weight = np.minimum(drawn_strength, settings.strong_edge) * around
+    cosine = np.abs((drawn * seen).sum(0)) / (drawn_strength * seen_strength + 1e-3)
+    agreement = (weight * cosine * (seen_strength > settings.min_edge)).sum()
     return float(agreement / (weight.sum() + 1e-3))
 
 
 def _steepest_slopes(image):
-    """(2, h, w) slopes to the right and down, of each pixel's steepest colour."""
+    """(2, h, w) slopes to the right and down, in each pixel's channel with the steepest."""
     smooth = cv2.GaussianBlur(image, (0, 0), 0.7)
     slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
     steepest = np.square(slopes).sum(0).argmax(-1)
@@ -113,13 +118,13 @@ def _steepest_slopes(image):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """The best pose for a frame, and what speaks for it."""
+    """The best pose for a frame, and the evidence for it."""
 
     best: Refined
     runner_up: np.ndarray | None  # (4, 4) the best different pose
     margin: float  # log-likelihood by which the runner-up explains the pixels worse
     edge_agreement: float  # 0 to 1, see `edge_agreement`
-    votes: list  # bool for each estimate, whether it is about the same pose
+    votes: list  # bool for each estimate, whether it agrees with the best pose
     explained_contrast: float  # fraction of the contrast that the best pose explains
 
     @property
@@ -132,11 +137,11 @@ class Judgement:
 
 
 class Verifier:
-    """Finds the best pose for a frame among those that its estimates may be, and judges it.
+    """Finds the best pose for a frame, starting from its estimates, and judges it.
 
     Args:
-        refiner: `Refiner` of the target.
-        target: `Target`: which poses are ambiguous.
+        refiner: `Refiner` of the target's mesh.
+        target: `Target`, which says what a pose is ambiguous with.
         settings: `VerificationSettings`; None: the defaults.
         scale: units of the refiner's mesh for one unit of the target.
     """
@@ -170,13 +175,14 @@ class Verifier:
         estimates = [one for one in (estimate, *others) if one.pose is not None]
         judgement = self.judge(image, estimates, K)
         if judgement is None:
-            reason = estimate.reason or "too little of the ship is in sight"
+            reason = estimate.reason or "too little of the target is in sight"
             return dataclasses.replace(estimate, accepted=False, reason=reason)
 
         probability = float(expit(judgement.evidence @ self.settings.evidence_weights))
         accepted = probability >= self.settings.min_probability
         edges = f"{judgement.edge_agreement:.0%} of its edges are in the frame"
         reason = "" if accepted else f"right with a probability of {probability:.2f}: {edges}"
+
         return dataclasses.replace(
             estimate,
             pose=judgement.best.pose,
@@ -210,7 +216,7 @@ class Verifier:
         ranked, explained = self._rank(image, found, K)
         best, *rivals = _drop_similar(ranked, SAME_POSE)
 
-        # Without a rival on the pixels, what the keypoints said of the runner-up remains.
+        # Without a rival on the pixels, runner-up and margin are those of the keypoints.
         runner_up = rivals[0].pose if rivals else estimates[0].runner_up
         margin = rivals[0].cost - best.cost if rivals else estimates[0].log_likelihood_margin
 
@@ -238,8 +244,8 @@ class Verifier:
             coarse: whether the coarse picture is used.
 
         Returns:
-            costs (N,), infinite where the target does not show, and the cost of the sky: negative
-            log-likelihoods over the same pixels, except for a constant.
+            costs (N,), infinite where the target does not show, and the cost of the sky. They are
+            negative log-likelihoods over the same pixels, except for a constant.
         """
         costs = np.full(len(poses), np.inf)
         view = self.refiner.view(image, poses, K, coarse)
@@ -261,7 +267,7 @@ class Verifier:
         return costs, self._sky_cost(view.image, pixels)
 
     def _candidates(self, image, estimates, K):
-        """The `Refined` poses that the estimates may stand for.
+        """`Refined` poses, among them the best one for the frame if the search succeeds.
 
         A single estimate that explains the frame is enough. Otherwise all estimates and their
         runners-up are tried, and what these are ambiguous with. Where the best of them explains too
@@ -302,7 +308,7 @@ class Verifier:
         return self._refine_all(image, [candidate.pose for candidate in best], K)
 
     def _search_nearby(self, image, found, pose, K):
-        """What turns of a pose lead to, and what the best of all is then ambiguous with."""
+        """What poses turned against a pose lead to, and what the best of all is ambiguous with."""
         axes = np.hstack([pose[:3, :3].T, np.zeros((3, 3))])  # of the target, as steps of a pose
         steps = [
             angle * axis
@@ -343,6 +349,7 @@ class Verifier:
         return sorted(ranked, key=lambda candidate: candidate.cost), explained
 
     def _edge_agreement(self, image, pose, K):
+        """The `edge_agreement` of a pose; 0 where too little of it shows."""
         painting = self.refiner.paint_pose(image, pose, K)
         if painting is None:
             return 0.0
@@ -350,6 +357,7 @@ class Verifier:
         return edge_agreement(painting.view.image, painting.picture, coverage, self.settings)
 
     def _sky_cost(self, image, pixels):
+        """The cost of a smooth sky at flat indices of pixels (P,)."""
         seen = image.reshape(-1, 3)[pixels]
         return self._cost(seen - smooth_sky(image, pixels))
 
@@ -360,7 +368,7 @@ class Verifier:
 
 
 def _drop_similar(ranked, degrees):
-    """Of `Refined`, best first, those that are turned further against every better one."""
+    """`Refined`, best first, without those within some degrees of a better one that is kept."""
     kept = []
     for candidate in ranked:
         errors = [xu.rotation_error(candidate.pose, better.pose) for better in kept]
@@ -377,7 +385,7 @@ def rotated_views(
 ) -> list[list]:
     """Estimate poses in frames that are rotated by one, two and three quarters of a turn.
 
-    The network makes other errors in a rotated frame (test-time augmentation).
+    This is test-time augmentation: the network makes other errors in a rotated frame.
 
     Args:
         model: from `load_model`.
@@ -406,7 +414,9 @@ def rotated_views(
 
 
 def verify_frames(aligner, images: np.ndarray, estimates: list, K: np.ndarray, model) -> list:
-    """Verify many frames on all cores; those that stay uncertain again, with `rotated_views`.
+    """Verify many frames on all cores.
+
+    Frames that stay uncertain are verified again, with the estimates of `rotated_views` too.
 
     Args:
         aligner: `Aligner`.
@@ -441,5 +451,5 @@ def _verify_in_parallel(aligner, images, estimates, K, others):
 
 
 def _verify(aligner, image, estimate, K, others):
-    cv2.setNumThreads(1)  # the frames are what is divided among the cores
+    cv2.setNumThreads(1)  # in this process: each core already has frames of its own
     return aligner.verify(image, estimate, K, others)
