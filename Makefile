@@ -72,7 +72,8 @@ browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(BIN)/pytest tests/test_browser.py
 
-# The tables of weights/README.md: what a training step costs, and what encoders and losses reach.
+# Tables of weights/EXPERIMENTS.md: what a training step costs, and what encoders, losses and
+# augmentations do for the result.
 compare: $(STAMP)
 	$(BIN)/python tools/compare_training.py
 

@@ -19,7 +19,7 @@ Conventions:
 * The X-wing's model frame has x across the wings, -y towards the nose, +z up; it is 0.345 long.
 * A model matrix (model -> world) and the camera files follow OpenGL: the camera looks down -z,
   y points up. A *pose* is (4, 4), model -> OpenCV camera: x right, y down, z forward.
-* Angles are in degrees.
+* Angles are in degrees; the entries of rotation vectors, of steps and of covariances in radians.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -48,167 +49,16 @@ ROOT = Path(__file__).resolve().parent  # of the repository
 # ============================================================ files
 
 
-def read_json(path: str | Path) -> object:
-    """Read a JSON file.
+def load_dataset(folder: str | Path) -> tuple[list[Path], np.ndarray]:
+    """Read a set: its N frames in the order of their numbers, and their model matrices (N, 4, 4).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no JSON.
+        FileNotFoundError, ValueError: there is no frame, a matrix is missing or is not rigid.
     """
-    try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
-
-
-@contextlib.contextmanager
-def part_files(*paths: str | Path) -> Iterator[list[Path]]:
-    """Yield temporary paths that replace `paths` together at the end.
-
-    An exception inside the block leaves all of `paths` as they were. Leftovers of killed runs are
-    removed first.
-
-    Raises:
-        OSError: there is no room or no permission; the error names the path that was asked for.
-    """
-    suffix = f"{os.getpid()}-{id(paths)}.part"
-    parts = {Path(path): Path(path).with_name(f".{Path(path).name}.{suffix}") for path in paths}
-    for path in parts:
-        _remove_leftovers(path)
-
-    try:
-        yield list(parts.values())
-        for path, part in parts.items():
-            os.replace(part, path)
-    except OSError as error:
-        about_a_part = str(error.filename) in ("None", *map(str, parts.values()))
-        if error.errno and about_a_part:
-            raise OSError(error.errno, error.strerror, str(next(iter(parts)))) from None
-        raise
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path):
-    """Remove the temporary files of `path` whose processes have ended."""
-    for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
-        process = int(old.name.split(".")[-2].split("-")[0])
-        if not psutil.pid_exists(process):
-            old.unlink(missing_ok=True)
-
-
-def write_files(contents: dict[Path, str | bytes]) -> None:
-    """Write {path: text or bytes}, either all of them or none.
-
-    Raises:
-        OSError: there is no room or no permission.
-    """
-    with part_files(*contents) as parts:
-        for part, content in zip(parts, contents.values()):
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def setting(name: str, default: object) -> object:
-    """Return a notebook's constant; the environment variable XWING_<name> overrides it.
-
-    Args:
-        name: of the constant.
-        default: what holds where the variable is not set. The value gets its type.
-
-    Raises:
-        ValueError: the variable cannot be read as the default's type, or is not finite.
-    """
-    text = os.environ.get(f"XWING_{name}", "")
-    if not text:
-        return default
-
-    try:
-        value = type(default)(text)
-        if isinstance(value, float) and not np.isfinite(value):
-            raise ValueError
-    except ValueError:
-        expected = f"expected a number such as {default:g}, got {text!r}"
-        raise ValueError(f"XWING_{name}: {expected}") from None
-
-    print(f"{name} = {value!r}, from the environment variable XWING_{name}")
-    return value
-
-
-def check_array(value: object, shape: Sequence[int | None], name: str) -> np.ndarray:
-    """Return `value` as a float64 array of `shape`, where None stands for any length.
-
-    Raises:
-        ValueError: the value is not numeric or has another shape; the message says what it is.
-    """
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        got = str(value)[:80]
-        raise ValueError(f"{name}: expected numbers of shape {shape}, got {got}") from None
-
-    fits = array.ndim == len(shape)
-    fits = fits and all(want in (None, got) for want, got in zip(shape, array.shape))
-    if not fits:
-        text = f"{name}: expected shape {shape}, got {array.shape}"
-        raise ValueError(text.replace("None", "N"))
-    return array
-
-
-def _check_matrix(value, name, rigid=True):
-    """Return (4, 4) float64 with finite entries; `rigid` asks for a rotation and a translation."""
-    matrix = check_array(value, (4, 4), name)
-    if not np.isfinite(matrix).all():
-        fix = "render or remove the frame"
-        raise ValueError(f"{name}: the matrix has NaN or infinite entries; {fix}")
-    if not rigid:
-        return matrix
-
-    _check_isometry(matrix, name)
-    if np.linalg.det(matrix[:3, :3]) < 0:
-        text = "the matrix mirrors (determinant -1); a pose must be a rotation"
-        raise ValueError(f"{name}: {text}")
-    return matrix
-
-
-def _check_isometry(matrix, name):
-    """Raise ValueError unless a matrix (4, 4) keeps all distances."""
-    linear = matrix[:3, :3]
-    skew = np.abs(linear @ linear.T - np.eye(3)).max()
-    last_row = np.abs(matrix[3] - [0, 0, 0, 1]).max()
-    if max(skew, last_row) > 1e-4:
-        text = "not a rigid motion (rotation and translation, no scale)"
-        raise ValueError(f"{name}: {text}; got\n{matrix}")
-
-
-def load_camera(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the camera of a set.
-
-    Args:
-        path: a camera file, or the folder that holds `camera_info.json`.
-
-    Returns:
-        the model-view and the projection matrix, (4, 4) each, OpenGL.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a camera; the message names the file.
-    """
-    if Path(path).is_dir():
-        path = Path(path) / "camera_info.json"
-    info = read_json(path)
-    names = {"model_view_matrix", "projection_matrix"}
-    missing = names.difference(info if isinstance(info, dict) else ())
-    if missing:
-        text = f"{' and '.join(sorted(missing))} missing; expected a set's camera file"
-        raise ValueError(f"{path}: {text}")
-
-    name = f"{path}, projection_matrix"
-    projection = _check_matrix(info["projection_matrix"], name, rigid=False)
-    perspective = np.allclose(projection[3], [0, 0, -1, 0])
-    if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not perspective:
-        raise ValueError(f"{name}: no OpenGL perspective projection; got\n{projection}")
-    view = _check_matrix(info["model_view_matrix"], f"{path}, model_view_matrix")
-    return view, projection
+    paths = list_frames(folder)
+    files = [path.with_name(f"{path.stem}_mat.json") for path in paths]
+    matrices = [_rigid_matrix(read_json(file), str(file)) for file in files]
+    return paths, np.array(matrices)
 
 
 def list_frames(folder: str | Path) -> list[Path]:
@@ -225,16 +75,37 @@ def list_frames(folder: str | Path) -> list[Path]:
     return sorted(paths, key=lambda path: (int(path.stem), path.stem))
 
 
-def load_dataset(folder: str | Path) -> tuple[list[Path], np.ndarray]:
-    """Read a set: its N frames in the order of their numbers, and their model matrices (N, 4, 4).
+def load_camera(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the camera of a set.
+
+    Args:
+        path: a camera file, or the folder that holds `camera_info.json`.
+
+    Returns:
+        the model-view matrix (4, 4), world -> OpenGL camera, and the projection matrix (4, 4),
+        OpenGL camera -> clip space.
 
     Raises:
-        FileNotFoundError, ValueError: there is no frame, a matrix is missing or is not rigid.
+        FileNotFoundError, ValueError: no such file, or not a camera; the message names the file.
     """
-    paths = list_frames(folder)
-    files = [path.with_name(f"{path.stem}_mat.json") for path in paths]
-    matrices = [_check_matrix(read_json(file), str(file)) for file in files]
-    return paths, np.array(matrices)
+    if Path(path).is_dir():
+        path = Path(path) / "camera_info.json"
+
+    info = read_json(path)
+    names = {"model_view_matrix", "projection_matrix"}
+    missing = names.difference(info if isinstance(info, dict) else ())
+    if missing:
+        text = f"{' and '.join(sorted(missing))} missing; expected a set's camera file"
+        raise ValueError(f"{path}: {text}")
+
+    name = f"{path}, projection_matrix"
+    projection = _finite_matrix(info["projection_matrix"], name)
+    perspective = np.allclose(projection[3], [0, 0, -1, 0])
+    if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not perspective:
+        raise ValueError(f"{name}: no OpenGL perspective projection; got\n{projection}")
+
+    view = _rigid_matrix(info["model_view_matrix"], f"{path}, model_view_matrix")
+    return view, projection
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -267,7 +138,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 def _upright_rgb(image):
     """Return a Pillow image as (H, W, 3) uint8, turned as its EXIF header says."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, grey
+    if image.mode.startswith("I"):  # 16 bits, grey; Pillow's own conversion would cut at 255
         grey = (np.asarray(image) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
@@ -276,13 +147,151 @@ def _upright_rgb(image):
     return np.array(image.convert("RGB"))
 
 
+def read_json(path: str | Path) -> object:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
+
+
+def check_array(value: object, shape: Sequence[int | None], name: str) -> np.ndarray:
+    """Return `value` as a float64 array of `shape`, where None stands for any length.
+
+    Raises:
+        ValueError: the value is not numeric or has another shape; the message says what it is.
+    """
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        got = str(value)[:80]
+        raise ValueError(f"{name}: expected numbers of shape {shape}, got {got}") from None
+
+    same_rank = array.ndim == len(shape)
+    same_lengths = all(want in (None, got) for want, got in zip(shape, array.shape))
+    if not (same_rank and same_lengths):
+        text = f"{name}: expected shape {shape}, got {array.shape}"
+        raise ValueError(text.replace("None", "N"))
+    return array
+
+
+def _finite_matrix(value, name):
+    """Return (4, 4) float64, or raise ValueError."""
+    matrix = check_array(value, (4, 4), name)
+    if not np.isfinite(matrix).all():
+        fix = "render or remove the frame"
+        raise ValueError(f"{name}: the matrix has NaN or infinite entries; {fix}")
+    return matrix
+
+
+def _rigid_matrix(value, name):
+    """Return (4, 4) float64, a rotation and a translation, or raise ValueError."""
+    matrix = _finite_matrix(value, name)
+    _check_isometry(matrix, name)
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        text = "the matrix mirrors (determinant -1); a pose must be a rotation"
+        raise ValueError(f"{name}: {text}")
+    return matrix
+
+
+def _check_isometry(matrix, name):
+    """Raise ValueError unless a matrix (4, 4) keeps all distances."""
+    linear = matrix[:3, :3]
+    linear_error = np.abs(linear @ linear.T - np.eye(3)).max()
+    last_row_error = np.abs(matrix[3] - [0, 0, 0, 1]).max()
+    if max(linear_error, last_row_error) > 1e-4:
+        text = "not a rigid motion (rotation and translation, no scale)"
+        raise ValueError(f"{name}: {text}; got\n{matrix}")
+
+
+def write_files(contents: dict[Path, str | bytes]) -> None:
+    """Write {path: text or bytes}, either all of them or none.
+
+    Raises:
+        OSError: there is no room or no permission.
+    """
+    with part_files(*contents) as parts:
+        for part, content in zip(parts, contents.values()):
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def part_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """Yield temporary paths beside `paths`, which replace them together at the end.
+
+    An exception inside the block leaves all of `paths` as they were. Leftovers of killed runs are
+    removed first.
+
+    Raises:
+        OSError: there is no room or no permission; the error names the first of `paths`.
+    """
+    suffix = f"{os.getpid()}-{id(paths)}.part"
+    parts = {Path(path): Path(path).with_name(f".{Path(path).name}.{suffix}") for path in paths}
+    for path in parts:
+        _remove_leftovers(path)
+
+    try:
+        yield list(parts.values())
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        # An error of the disk names no file or a temporary one. Any other is the block's own.
+        temporary = {str(part) for part in parts.values()}
+        from_writing = error.filename is None or str(error.filename) in temporary
+        if error.errno and from_writing:
+            raise OSError(error.errno, error.strerror, str(next(iter(parts)))) from None
+        raise
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path):
+    """Remove the temporary files of `path` whose processes have ended."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        process = int(old.name.split(".")[-2].split("-")[0])  # .NAME.PROCESS-ID.part
+        if not psutil.pid_exists(process):
+            old.unlink(missing_ok=True)
+
+
+def setting(name: str, default: object) -> object:
+    """Return a notebook's constant; the environment variable XWING_<name> overrides it.
+
+    Args:
+        name: of the constant.
+        default: the value where the variable is not set; the result has its type.
+
+    Raises:
+        ValueError: the variable cannot be read as the default's type, or is not finite.
+    """
+    text = os.environ.get(f"XWING_{name}", "")
+    if not text:
+        return default
+
+    try:
+        value = type(default)(text)
+        if isinstance(value, float) and not np.isfinite(value):
+            raise ValueError
+    except ValueError:
+        expected = f"expected a number such as {default:g}, got {text!r}"
+        raise ValueError(f"XWING_{name}: {expected}") from None
+
+    print(f"{name} = {value!r}, from the environment variable XWING_{name}")
+    return value
+
+
 # ============================================================ target
 
 SURFACE_POINTS = 28  # keypoints on a target's surface, beside the 8 corners of its box
-BOX_EDGES = np.array(
-    [(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit]
-)  # (12, 2)
-# A box looks symmetric, so corners get confused: (8,) permutations, the true one first.
+MIRROR_IN_X = np.diag([-1.0, 1.0, 1.0, 1.0])  # (4, 4)
+# (12, 2) pairs of corners; their numbers differ in one bit, see `box_corners`.
+BOX_EDGES = np.array([(k, k ^ bit) for bit in (1, 2, 4) for k in range(8) if not k & bit])
+# A box looks symmetric, so a network confuses its corners in these ways: (8,) permutations.
 CORNER_PERMUTATIONS = {
     "identity": np.arange(8),
     "left-right": np.arange(8) ^ 1,
@@ -307,12 +316,10 @@ class Target:
     box: np.ndarray  # (8, 3) corners of the bounding box, see `box_corners`
     diameter: float  # the box's diagonal
     keypoints: np.ndarray  # (K, 3) for the network: the 8 corners, then points of the surface
-    normals: np.ndarray  # (K, 3) outward; zero: the point is visible from all round
-    names: list  # K
+    normals: np.ndarray  # (K, 3) outward; zero: the point is visible from all sides
+    names: list  # (K,) of the keypoints
     mirror: np.ndarray | None  # (4, 4) reflection that maps the target onto itself
-    symmetries: (
-        np.ndarray
-    )  # (S, 4, 4) motions after which it looks the same, the identity among them
+    symmetries: np.ndarray  # (S, 4, 4) motions after which it looks the same, with the identity
     axes: np.ndarray  # (A, 2, 3) a point and a unit direction of each axis of revolution
     lookalikes: np.ndarray  # (L, 4, 4) motions after which it looks nearly the same: errors
     flat_axis: np.ndarray | None  # (3,) of a flat target, ambiguous with its mirror image in depth
@@ -320,7 +327,7 @@ class Target:
 
     @functools.cached_property
     def mirror_permutation(self) -> np.ndarray | None:
-        """(K,) what each keypoint turns into in a mirror image; None without a mirror."""
+        """(K,) the index of each keypoint's mirror image; None without a mirror."""
         return None if self.mirror is None else mirror_permutation(self.keypoints, self.mirror)
 
 
@@ -329,12 +336,13 @@ def box_corners(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
     The bits of a corner's number say where it is: bit 1 is set at the high end of x, bit 2 of y,
     bit 4 of z. On the X-wing these are the pilot's left, the tail and the top.
+
+    Args:
+        low: (3,) the corner with the smallest coordinates.
+        high: (3,) the corner with the largest coordinates.
     """
-    x, y, z = zip(low, high)
-    return np.array([(a, b, c) for c in z for b in y for a in x], dtype=float)
-
-
-MIRROR_IN_X = np.diag([-1.0, 1.0, 1.0, 1.0])  # (4, 4)
+    xs, ys, zs = zip(low, high)
+    return np.array([(x, y, z) for z in zs for y in ys for x in xs], dtype=float)
 
 
 def mirror_permutation(points: np.ndarray, mirror: np.ndarray = MIRROR_IN_X) -> np.ndarray:
@@ -353,8 +361,8 @@ def mirror_permutation(points: np.ndarray, mirror: np.ndarray = MIRROR_IN_X) -> 
     tolerance = 2e-6 * np.linalg.norm(np.ptp(points, axis=0))
     nearest = distance.min(1)
     if (nearest > tolerance).any():
-        alone = points[nearest.argmax()]
-        raise ValueError(f"points: {alone} has no mirror image among them; add it")
+        unpaired = points[nearest.argmax()]
+        raise ValueError(f"points: {unpaired} has no mirror image among them; add it")
     return distance.argmin(1)
 
 
@@ -366,19 +374,20 @@ def load_target(path: str | Path) -> Target:
     {"name", "point", "normal"}), "mirror" (4, 4), "symmetries" and "lookalikes" (lists of (4, 4)),
     "axes" (pairs of point and direction), "flat_axis" (3,), "lasers" (pairs of points). What is not
     given is derived: the box is that of the mesh, and the keypoints are spread over the visible
-    surface.
+    surface, in pairs where it has a mirror. A "mirror" of null says that it has none.
 
     Args:
         path: of the JSON file, or of a mesh that trimesh reads.
 
     Raises:
         FileNotFoundError: there is no such file, or no such mesh.
-        ValueError: a key that is not known, a value that does not fit, or a mesh that cannot be
-            read. The message names the file and the key.
+        ValueError: an unknown key, a value that does not fit, or a mesh that cannot be read. The
+            message names the file and the key.
     """
     path = Path(path)
     if path.suffix.lower() != ".json":
         return _derive_target(path)
+
     target = target_from_record(read_json(path), path, path.parent)
     if not target.mesh.is_file():
         raise FileNotFoundError(f"{path}: its mesh {target.mesh} is not there; correct 'mesh'")
@@ -396,6 +405,27 @@ def target_from_record(record: object, source: str | Path, folder: str | Path) -
     Raises:
         ValueError: as `load_target`.
     """
+    values = _read_fields(record, source)
+    mesh = Path(folder) / record["mesh"]
+    box = values.pop("box", None)
+    keypoints = values.pop("keypoints", None)
+    if box is None or keypoints is None:
+        find_mirror = "mirror" not in record  # null says that there is none
+        base = _derive_target(mesh, box, keypoints, values.get("mirror"), find_mirror)
+    else:
+        base = _plain_target(mesh, box, *keypoints)
+
+    target = dataclasses.replace(base, **values)
+    try:
+        _ = target.mirror_permutation
+    except ValueError as error:
+        text = f"does not map the keypoints on each other; {error}"
+        raise ValueError(f"{source}, mirror: {text}") from None
+    return target
+
+
+def _read_fields(record, source):
+    """Return what a target's JSON file says, {key: converted value}; without the mesh."""
     if not isinstance(record, dict) or not isinstance(record.get("mesh"), str):
         raise ValueError(f"{source}: no target; expected an object with 'mesh', the name of a file")
     known = {"mesh", *_FIELDS}
@@ -408,24 +438,7 @@ def target_from_record(record: object, source: str | Path, folder: str | Path) -
     for key, read in _FIELDS.items():
         if record.get(key) is not None:
             values[key] = read(record[key], f"{source}, {key}")
-
-    mesh = Path(folder) / record["mesh"]
-    if {"box", "keypoints"} <= set(values):
-        base = _plain_target(mesh, values["box"], *values["keypoints"])
-    else:
-        base = _derive_target(
-            mesh, values.get("box"), values.get("mirror"), values.get("keypoints")
-        )
-    values.pop("box", None)
-    values.pop("keypoints", None)
-    target = dataclasses.replace(base, **values)
-    try:
-        _ = target.mirror_permutation
-    except ValueError as error:
-        raise ValueError(
-            f"{source}, mirror: does not map the keypoints on each other; {error}"
-        ) from None
-    return target
+    return values
 
 
 def target_record(target: Target) -> dict:
@@ -457,23 +470,22 @@ def target_record(target: Target) -> dict:
 
 
 def check_same_target(first: Target, second: Target, what: str) -> None:
-    """Raise ValueError where two targets have other keypoints.
+    """Raise ValueError where two targets have different keypoints.
 
     Args:
-        first: of which `what` were made, named in the message.
-        second: the one that is asked for.
-        what: e.g. "the weights".
+        first: the target that `what` were made for.
+        second: the target that is asked for.
+        what: the subject of the message, e.g. "the weights".
     """
-    a = first.keypoints
-    b = second.keypoints
-    same = a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-6 * first.diameter)
-    if not same:
+    tolerance = 1e-6 * first.diameter
+    same_shape = first.keypoints.shape == second.keypoints.shape
+    if not (same_shape and np.allclose(first.keypoints, second.keypoints, rtol=0, atol=tolerance)):
         text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
         raise ValueError(f"{text}; take those of this target, or train some")
 
 
 def _plain_target(mesh, box, keypoints, normals, names):
-    """A target of which nothing more is known; keypoints without the corners."""
+    """A target of which only box (8, 3) and surface keypoints (K, 3) are known."""
     return Target(
         name=Path(mesh).stem,
         mesh=Path(mesh),
@@ -493,10 +505,20 @@ def _plain_target(mesh, box, keypoints, normals, names):
     )
 
 
+# Each of these checks and converts the value of a key; `name` is the subject of its errors.
+
+
 def _read_name(value, name):
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected a name, got {value!r}")
     return value
+
+
+def _read_numbers(value, name, shape):
+    array = check_array(value, shape, name)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got {value}")
+    return array
 
 
 def _read_unit(value, name):
@@ -513,18 +535,14 @@ def _read_box(value, name):
     return box_corners(low, high)
 
 
-def _read_numbers(value, name, shape):
-    array = check_array(value, shape, name)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite numbers, got {value}")
-    return array
-
-
 def _read_keypoints(value, name):
     """Return points (K, 3), normals (K, 3) and K names of the keypoints of the surface."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name}: expected a list of keypoints, got {str(value)[:80]}")
-    points, normals, names = [], [], []
+
+    points = []
+    normals = []
+    names = []
     for i, entry in enumerate(value):
         if not isinstance(entry, dict) or set(entry) != {"name", "point", "normal"}:
             expected = "expected an object with 'name', 'point' and 'normal'"
@@ -535,13 +553,6 @@ def _read_keypoints(value, name):
     return np.array(points), np.array(normals), names
 
 
-def _read_motions(value, name):
-    motions = _read_numbers(value, name, (None, 4, 4)) if len(value) else np.zeros((0, 4, 4))
-    return np.array([_check_matrix(m, f"{name} {i}") for i, m in enumerate(motions)]).reshape(
-        -1, 4, 4
-    )
-
-
 def _read_mirror(value, name):
     matrix = _read_numbers(value, name, (4, 4))
     _check_isometry(matrix, name)
@@ -550,31 +561,59 @@ def _read_mirror(value, name):
     return matrix
 
 
+def _read_direction(value, name):
+    direction = _read_numbers(value, name, (3,))
+    if not direction.any():
+        raise ValueError(f"{name}: expected a direction, got zeros")
+    return direction
+
+
+def _read_list(value, name, shape):
+    """Return the arrays (N, *shape) of a list, which may be empty."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {str(value)[:80]}")
+    return _read_numbers(value, name, (None, *shape)) if value else np.zeros((0, *shape))
+
+
+def _read_motions(value, name):
+    motions = _read_list(value, name, (4, 4))
+    for i, motion in enumerate(motions):
+        _rigid_matrix(motion, f"{name} {i}")
+    return motions
+
+
+def _read_symmetries(value, name):
+    motions = _read_motions(value, name)
+    if not any(np.array_equal(motion, np.eye(4)) for motion in motions):
+        motions = np.concatenate([np.eye(4)[None], motions])
+    return motions
+
+
 def _read_axes(value, name):
-    axes = _read_numbers(value, name, (None, 2, 3)) if len(value) else np.zeros((0, 2, 3))
+    axes = _read_list(value, name, (2, 3))
     lengths = np.linalg.norm(axes[:, 1], axis=1)
     if (np.abs(lengths - 1) > 1e-4).any():
         raise ValueError(f"{name}: expected unit directions, got lengths {lengths}")
     return axes
 
 
-_FIELDS = {  # key of a target's JSON file -> what checks and converts its value
+_FIELDS = {  # key of a target's JSON file -> its reader
     "name": _read_name,
     "unit": _read_unit,
-    "up": functools.partial(_read_numbers, shape=(3,)),
+    "up": _read_direction,
     "box": _read_box,
     "keypoints": _read_keypoints,
     "mirror": _read_mirror,
-    "symmetries": _read_motions,
+    "symmetries": _read_symmetries,
     "axes": _read_axes,
     "lookalikes": _read_motions,
-    "flat_axis": functools.partial(_read_numbers, shape=(3,)),
-    "lasers": functools.partial(_read_numbers, shape=(None, 2, 3)),
+    "flat_axis": _read_direction,
+    "lasers": functools.partial(_read_list, shape=(2, 3)),
 }
 
 
-def _derive_target(path, box=None, mirror=None, keypoints=None):
-    """The target of a mesh alone; what is given is not derived."""
+def _derive_target(path, box=None, keypoints=None, mirror=None, find_mirror=True):
+    """Make a target from a mesh; only what is not given is derived."""
     mesh, textured = _read_mesh(path)
     if box is None:
         box = box_corners(*mesh.bounds)
@@ -582,10 +621,11 @@ def _derive_target(path, box=None, mirror=None, keypoints=None):
 
     if keypoints is None:
         points, normals = _visible_surface(mesh, diameter)
-        if mirror is None and not textured:  # a printed face is not its own mirror image
+        if mirror is None and find_mirror and not textured:  # a print is no mirror image of itself
             mirror = _find_mirror(points, box, diameter)
         points, normals = _spread_points(points, normals, mirror, diameter)
-        keypoints = points, normals, [f"surface {i}" for i in range(len(points))]
+        names = [f"surface {i}" for i in range(len(points))]
+        keypoints = (points, normals, names)
     return dataclasses.replace(_plain_target(path, box, *keypoints), mirror=mirror)
 
 
@@ -598,54 +638,68 @@ def _read_mesh(path):
         raise FileNotFoundError(f"{path}: no such mesh; give an OBJ, PLY, STL, OFF or GLB file")
     try:
         scene = trimesh.load_scene(path, process=False)
-        materials = [getattr(part.visual, "material", None) for part in scene.geometry.values()]
+        textured = any(_has_texture(part) for part in scene.geometry.values())
         mesh = scene.to_mesh()
         extent = np.ptp(mesh.vertices[mesh.faces.ravel()], axis=0) if len(mesh.faces) else 0
         solid = np.all(extent > 0) and np.isfinite(mesh.vertices).all()
     except Exception as error:  # trimesh raises whatever its parsers stumble over
         raise ValueError(f"{path}: cannot be read as a mesh ({error}); export it again") from None
+
     if not solid:
         got = f"{len(mesh.faces)} triangles with an extent of {extent}"
         expected = "expected a solid with finite vertices"
         raise ValueError(f"{path}: {expected}, got {got}; export it again")
     mesh.remove_unreferenced_vertices()
-    pictures = [
-        getattr(material, name, None)
-        for material in materials
-        for name in ("image", "baseColorTexture")  # of OBJ's, of glTF's materials
-    ]
-    return mesh, any(picture is not None for picture in pictures)
+    return mesh, textured
 
 
-def _visible_surface(mesh, diameter, count=40_000, views=60, grid=96):
+def _has_texture(part):
+    """Tell whether a part of a trimesh scene has a picture, from OBJ's or glTF's material."""
+    material = getattr(part.visual, "material", None)
+    pictures = [getattr(material, name, None) for name in ("image", "baseColorTexture")]
+    return any(picture is not None for picture in pictures)
+
+
+def _visible_surface(mesh, diameter, count=40_000, views=60):
     """Return points (P, 3) of the surface that show from outside, and their outward normals (P, 3).
 
-    From each of `views` directions a point shows if none lies clearly before it in its cell of a
-    `grid`. A normal is zero where both sides of the surface show.
+    The points are seen from `views` directions. A normal is zero where both sides of the surface
+    show.
     """
     import trimesh
 
     points, faces = trimesh.sample.sample_surface(mesh, count, seed=0)
     normals = mesh.face_normals[faces]
-    front = np.zeros(len(points))
-    back = np.zeros(len(points))
+    front_views = np.zeros(len(points))
+    back_views = np.zeros(len(points))
     for direction in fibonacci_sphere(views):
-        across = np.linalg.svd(direction[None])[2][1:]  # two axes of the picture
-        place = points @ across.T
-        column, row = ((place - place.min(0)) * grid / diameter).astype(int).T
-        cell = row * (column.max() + 1) + column
-        depth = -points @ direction
-        nearest = np.full(cell.max() + 1, np.inf)
-        np.minimum.at(nearest, cell, depth)
-        shown = depth < nearest[cell] + 1.5 * diameter / grid
-        slant = normals @ direction
-        front += shown & (slant > 0.3)  # a steeper surface spans too much depth in a cell
-        back += shown & (slant < -0.3)
+        shown = _nearest_in_cells(points, direction, diameter)
+        cosine = normals @ direction
+        front_views += shown & (cosine > 0.3)  # a steeper surface spans too much depth in a cell
+        back_views += shown & (cosine < -0.3)
 
-    visible = front + back >= 3  # one alone may be a gap between the samples
-    side = np.sign(front - back)
-    side[np.minimum(front, back) > 0.3 * np.maximum(front, back)] = 0
+    visible = front_views + back_views >= 3  # fewer may be gaps between the samples
+    side = np.sign(front_views - back_views)
+    more = np.maximum(front_views, back_views)
+    less = np.minimum(front_views, back_views)
+    side[less > 0.3 * more] = 0
     return points[visible], (normals * side[:, None])[visible]
+
+
+def _nearest_in_cells(points, direction, diameter, grid=96):
+    """Return (P,) bool: no other point lies clearly nearer to a viewer in the same cell.
+
+    The viewer is far away in a direction (3,). The diameter spans `grid` cells of the picture.
+    """
+    across = np.linalg.svd(direction[None])[2][1:]  # (2, 3) axes of the picture
+    place = points @ across.T
+    column, row = ((place - place.min(0)) * grid / diameter).astype(int).T
+    cell = row * (column.max() + 1) + column
+
+    depth = -points @ direction
+    nearest = np.full(cell.max() + 1, np.inf)
+    np.minimum.at(nearest, cell, depth)
+    return depth < nearest[cell] + 1.5 * diameter / grid
 
 
 def fibonacci_sphere(count: int) -> np.ndarray:
@@ -657,22 +711,25 @@ def fibonacci_sphere(count: int) -> np.ndarray:
     number = np.arange(count)
     height = 1 - (2 * number + 1) / count
     radius = np.sqrt(1 - height**2)
-    turn = np.pi * (1 + 5**0.5) * number
-    return np.column_stack([radius * np.cos(turn), radius * np.sin(turn), height])
+    longitude = np.pi * (1 + 5**0.5) * number  # the golden ratio spreads them evenly
+    return np.column_stack([radius * np.cos(longitude), radius * np.sin(longitude), height])
 
 
 def _find_mirror(points, box, diameter):
-    """Return the reflection (4, 4) along an axis of the box that maps the surface onto itself."""
+    """Return the reflection (4, 4) along an axis of the box that maps points (P, 3) on each other.
+
+    It is None where no axis has one.
+    """
     from scipy.spatial import cKDTree
 
     tree = cKDTree(points)
     centre = box.mean(0)
-    some = points[:: max(1, len(points) // 2000)]
+    sample = points[:: max(1, len(points) // 2000)]  # enough, and fast
     for axis in range(3):
         mirror = np.eye(4)
         mirror[axis, axis] = -1
         mirror[axis, 3] = 2 * centre[axis]
-        distance, _ = tree.query(some @ mirror[:3, :3].T + mirror[:3, 3])
+        distance, _ = tree.query(sample @ mirror[:3, :3].T + mirror[:3, 3])
         if np.quantile(distance, 0.99) < 0.02 * diameter:
             return mirror
     return None
@@ -681,51 +738,56 @@ def _find_mirror(points, box, diameter):
 def _spread_points(points, normals, mirror, diameter):
     """Choose SURFACE_POINTS of points (P, 3) far apart, in pairs where there is a mirror.
 
+    Returns them and their normals, (SURFACE_POINTS, 3) each.
+
     Source: Eldar et al., The Farthest Point Strategy for Progressive Image Sampling, IEEE TIP 6(9),
         1997.
     """
-    chosen, outward = [], []
-    distance = np.linalg.norm(
-        points - points.mean(0), axis=1
-    )  # the first: farthest from the middle
-    while len(chosen) < SURFACE_POINTS and len(points):
+    chosen = []
+    outward = []
+    distance = np.linalg.norm(points - points.mean(0), axis=1)  # starts with the outermost point
+    while len(chosen) < SURFACE_POINTS and (distance >= 0).any():
         best = distance.argmax()
-        found, normal = [points[best]], [normals[best]]
-        if mirror is not None:
-            image = mirror[:3, :3] @ points[best] + mirror[:3, 3]
-            if np.linalg.norm(image - points[best]) < 0.02 * diameter:
-                found = [(image + points[best]) / 2]  # on the plane: its own mirror image
-                normal = [(normal[0] + mirror[:3, :3] @ normal[0]) / 2]
-            elif len(chosen) + 2 <= SURFACE_POINTS:
-                found.append(image)
-                normal.append(mirror[:3, :3] @ normals[best])
-            else:  # there is room for one more only
-                distance[best] = -1
-                if (distance < 0).all():
-                    break
-                continue
-        first = not chosen
-        chosen += found
-        outward += normal
+        found, found_normals = _with_mirror_image(points[best], normals[best], mirror, diameter)
+        if len(chosen) + len(found) > SURFACE_POINTS:
+            distance[best] = -1  # there is no room for a pair: look for a point on the plane
+            continue
+
+        if not chosen:
+            distance = np.full(len(points), np.inf)  # from here on: to the nearest chosen point
         for point in found:
-            apart = np.linalg.norm(points - point, axis=1)
-            distance = apart if first else np.minimum(distance, apart)
-            first = False
+            distance = np.minimum(distance, np.linalg.norm(points - point, axis=1))
+        chosen += found
+        outward += found_normals
     return np.array(chosen), np.array(outward)
+
+
+def _with_mirror_image(point, normal, mirror, diameter):
+    """Return a list of a point (3,) and its mirror image, and a list of their normals.
+
+    A point near the mirror's plane is moved onto it and is its own image.
+    """
+    if mirror is None:
+        return [point], [normal]
+    image = mirror[:3, :3] @ point + mirror[:3, 3]
+    image_normal = mirror[:3, :3] @ normal
+    if np.linalg.norm(image - point) < 0.02 * diameter:
+        return [(image + point) / 2], [(normal + image_normal) / 2]
+    return [point, image], [normal, image_normal]
 
 
 XWING = load_target(ROOT / "data" / "xwing.json")
 BOUNDING_BOX = XWING.box  # (8, 3) model units
 DIAMETER = XWING.diameter  # model units
 KEYPOINTS = XWING.keypoints  # (36, 3) model units
-KEYPOINT_NAMES = XWING.names
+KEYPOINT_NAMES = XWING.names  # (36,)
 NORMALS = XWING.normals  # (36, 3)
 LASERS = XWING.lasers  # (4, 2, 3) model units
-MIRROR = mirror_permutation(BOUNDING_BOX)  # (8,) what each corner turns into in a mirror image
-FRAME_SIZE = 256  # pixels, width and height of the frames of a set
+MIRROR = mirror_permutation(BOUNDING_BOX)  # (8,) the index of each corner's mirror image
 
 # ============================================================ camera and projection
 
+FRAME_SIZE = 256  # pixels, width and height of the frames of a set
 OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL camera -> OpenCV camera, and back
 
 
@@ -769,7 +831,7 @@ def project_points(
         raise ValueError(f"image: {expected}, got shape {np.shape(image)}")
 
     clip = points @ matrix.T
-    behind = ~(clip[:, 3] > 0)
+    behind = ~(clip[:, 3] > 0)  # True for NaN
     if behind.any():
         count = f"{behind.sum()} of {len(points)} points"
         raise ValueError(f"{count} lie at or behind the camera (or are NaN)")
@@ -787,7 +849,7 @@ def camera_matrix(projection_matrix: np.ndarray, width: float, height: float) ->
         height: of the frames, pixels.
     """
     p = check_array(projection_matrix, (4, 4), "projection_matrix")
-    skew = 0.0 - p[0, 1] * width / 2
+    skew = 0.0 - p[0, 1] * width / 2  # 0.0 and not -0.0 without skew
     return np.array(
         [
             [p[0, 0] * width / 2, skew, (1 - p[0, 2]) * width / 2],
@@ -831,16 +893,16 @@ def lens_camera(
 def crop_camera(
     K: np.ndarray, left: float = 0.0, top: float = 0.0, scale: float = 1.0
 ) -> np.ndarray:
-    """Return K (3, 3) of a part of the frames that is then scaled.
+    """Return K (3, 3) of frames that are cropped and then scaled.
 
     Args:
         K: (3, 3) camera matrix of the whole frame, pixels.
-        left: x of the part's left edge, pixels of the frame; may lie outside it.
-        top: y of the part's top edge, pixels of the frame.
+        left: x of the crop's left edge, pixels of the frame; may lie outside it.
+        top: y of the crop's top edge, pixels of the frame; may lie outside it.
         scale: pixels of the result for one pixel of the frame.
     """
-    moved = K - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]])
-    return moved * np.array([[scale], [scale], [1]])
+    cropped = K - np.array([[0, 0, left], [0, 0, top], [0, 0, 0]])
+    return cropped * np.array([[scale], [scale], [1]])
 
 
 def check_camera_matrix(K: np.ndarray) -> np.ndarray:
@@ -850,9 +912,9 @@ def check_camera_matrix(K: np.ndarray) -> np.ndarray:
         ValueError: K is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy.
     """
     K = check_array(K, (3, 3), "K")
-    plain = np.array([[K[0, 0], 0, K[0, 2]], [0, K[1, 1], K[1, 2]], [0, 0, 1]])
+    pinhole = np.array([[K[0, 0], 0, K[0, 2]], [0, K[1, 1], K[1, 2]], [0, 0, 1]])
     positive = min(K[0, 0], K[1, 1]) > 0
-    if not (np.isfinite(K).all() and positive and np.abs(K - plain).max() < 1e-5):
+    if not (np.isfinite(K).all() and positive and np.abs(K - pinhole).max() < 1e-5):
         expected = "expected a camera matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
         raise ValueError(f"K: {expected}, got\n{K}")
     return K
@@ -870,7 +932,12 @@ def pose_in_camera(model_view_matrix: np.ndarray, transformation_mat: np.ndarray
 
 
 def transformation_from_pose(model_view_matrix: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Return the model matrix (4, 4), model -> world, of a pose: inverts `pose_in_camera`."""
+    """Return the model matrix (4, 4), model -> world, of a pose: inverts `pose_in_camera`.
+
+    Args:
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        pose: (4, 4) model -> OpenCV camera.
+    """
     view = check_array(model_view_matrix, (4, 4), "model_view_matrix")
     return np.linalg.inv(view) @ OPENCV @ check_array(pose, (4, 4), "pose")
 
@@ -920,10 +987,10 @@ def keypoints_of(
     keypoints = []
     for i, matrix in enumerate(matrices):
         try:
-            found = project_points(frame, points, model_view_matrix, projection_matrix, matrix)
+            pixels = project_points(frame, points, model_view_matrix, projection_matrix, matrix)
         except ValueError as error:
             raise ValueError(f"matrix {i} of {len(matrices)}: {error}") from None
-        keypoints.append(found)
+        keypoints.append(pixels)
     return np.array(keypoints).reshape(-1, len(points), 2)
 
 
@@ -942,7 +1009,7 @@ def front_facing(
     normals: np.ndarray | None = None,
     target: Target = XWING,
 ) -> np.ndarray:
-    """Tell which points turn their outward normals to the camera; a zero normal always does.
+    """Tell which points' outward normals point towards the camera; a zero normal always counts.
 
     Args:
         matrices: (N, 4, 4) model -> world.
@@ -958,20 +1025,51 @@ def front_facing(
     normals = np.asarray(target.normals if normals is None else normals)
     poses = np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices])
     poses = poses.reshape(-1, 4, 4)
-    turn = poses[:, :3, :3].swapaxes(1, 2)
-    lines_of_sight = points @ turn + poses[:, None, :3, 3]
-    away = (lines_of_sight * (normals @ turn)).sum(-1)
+    transposed = poses[:, :3, :3].swapaxes(1, 2)
+    lines_of_sight = points @ transposed + poses[:, None, :3, 3]  # (N, K, 3), camera to point
+    away = (lines_of_sight * (normals @ transposed)).sum(-1)
     return (away < 0) | ~normals.any(-1)
 
 
 def rotation_error(estimate: np.ndarray, truth: np.ndarray) -> float:
     """Return the angle in degrees between two rotations (3, 3) or poses (4, 4).
 
-    It follows from the chord, which is exact for small angles too.
+    The Frobenius norm of their difference is 2 sqrt(2) sin(angle / 2). That is precise for small
+    angles, where the arc cosine of a trace is not.
     """
     difference = np.asarray(estimate)[:3, :3] - np.asarray(truth)[:3, :3]
     sine = np.linalg.norm(difference) / (2 * np.sqrt(2))
     return float(np.degrees(2 * np.arcsin(min(sine, 1.0))))
+
+
+def mirror_keypoints(
+    keypoints: np.ndarray, width: float, permutation: np.ndarray = MIRROR
+) -> np.ndarray:
+    """Return the keypoints of the left-right mirrored frame.
+
+    Args:
+        keypoints: (..., K, 2+) pixels; what follows x and y is kept.
+        width: of the frame, pixels.
+        permutation: (K,), see `mirror_permutation`.
+
+    Returns:
+        (..., K, 2+): row k is row permutation[k], mirrored.
+    """
+    mirrored = np.array(keypoints)[..., permutation, :]
+    mirrored[..., 0] = width - mirrored[..., 0]
+    return mirrored
+
+
+def mirror_transformation(matrix: np.ndarray, target: Target = XWING) -> np.ndarray:
+    """Return the model matrix (4, 4) that shows the left-right mirrored frame.
+
+    The camera must lie on the world's z axis and look along it.
+
+    Args:
+        matrix: (4, 4) model -> world.
+        target: has a mirror.
+    """
+    return MIRROR_IN_X @ check_array(matrix, (4, 4), "matrix") @ target.mirror
 
 
 # ============================================================ heatmaps
@@ -990,8 +1088,8 @@ def gaussian_heatmaps(
         sigma: standard deviation in pixels.
 
     Returns:
-        (H, W, K) float32, 1 at the continuous position. A keypoint outside the frame leaves its
-        tail.
+        (H, W, K) float32; the Gaussian is 1 at the keypoint's continuous position. Of a keypoint
+        outside the frame, what reaches into the frame is drawn.
 
     Raises:
         ValueError: a wrong shape, NaN, or a sigma that is not positive.
@@ -1006,10 +1104,10 @@ def gaussian_heatmaps(
         raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
 
     height, width = (size, size) if np.isscalar(size) else size
-    columns = np.arange(width)[:, None] + 0.5
-    rows = np.arange(height)[:, None] + 0.5
-    gx = np.exp(-((columns - keypoints[:, 0]) ** 2) / (2 * sigma**2))
-    gy = np.exp(-((rows - keypoints[:, 1]) ** 2) / (2 * sigma**2))
+    x = np.arange(width)[:, None] + 0.5
+    y = np.arange(height)[:, None] + 0.5
+    gx = np.exp(-((x - keypoints[:, 0]) ** 2) / (2 * sigma**2))  # (W, K)
+    gy = np.exp(-((y - keypoints[:, 1]) ** 2) / (2 * sigma**2))  # (H, K)
     return (gy[:, None] * gx[None]).astype(np.float32)
 
 
@@ -1039,16 +1137,16 @@ def heatmap2argmax(heatmaps: np.ndarray, scale: bool = False) -> np.ndarray:
 def decode_heatmaps(heatmaps: np.ndarray, sigma: float = SIGMA) -> tuple[np.ndarray, np.ndarray]:
     """Read sub-pixel keypoints from heatmaps.
 
-    A Gaussian is fitted about the brightest pixel of each, also at a border.
+    A Gaussian is fitted around the brightest pixel of each, also at a border.
 
     Args:
         heatmaps: (..., H, W, K), peaks of 1.
-        sigma: standard deviation of the Gaussians in pixels; scales the windows.
+        sigma: standard deviation of the Gaussians in pixels; the size of the windows follows it.
 
     Returns:
         keypoints (..., K, 2) float64, continuous pixels (x, y), NaN where a heatmap is zero or not
-        finite; and confidence (..., K) float64 in [0, 1], the fraction of a Gaussian's mass that
-        lies within 3 sigma of the peak.
+        finite; and confidence (..., K) float64 in [0, 1]: the heatmap's mass within 3 sigma of the
+        peak as a fraction of a Gaussian's mass there.
 
     Source: Guo, A Simple Algorithm for Fitting a Gaussian Function, IEEE Signal Processing Magazine
         28(5), 2011.
@@ -1059,49 +1157,56 @@ def decode_heatmaps(heatmaps: np.ndarray, sigma: float = SIGMA) -> tuple[np.ndar
     maps = np.moveaxis(heatmaps, -1, -3).reshape(-1, height, width)
 
     window, x, y = _windows(maps, peaks, int(np.ceil(3 * sigma)))
-    middle = window[:, len(x) // 2, len(x) // 2]  # the brightest pixel
-    found = (middle > 0) & (middle < np.inf)
+    brightest = window[:, len(x) // 2, len(x) // 2]
+    found = (brightest > 0) & (brightest < np.inf)
     offset = _gaussian_offset(window, x, y, sigma)
     keypoints = np.where(found[:, None], peaks.reshape(-1, 2) + 0.5 + offset, np.nan)
 
     squared = (x - offset[:, :1, None]) ** 2 + (y - offset[:, 1:, None]) ** 2
     gaussian = np.where(np.isnan(window), 0, np.exp(-squared / (2 * sigma**2)))
-    least = 0.1 * 2 * np.pi * sigma**2  # of a Gaussian that lies outside for the most part
-    mass = np.nansum(np.clip(window, 0, None), (1, 2)) / np.maximum(gaussian.sum((1, 2)), least)
-    confidence = np.where(found, np.clip(mass, 0, 1), 0.0)
+    # At least a tenth of a whole Gaussian is expected: where one lies mostly outside the map, a
+    # little noise must not be confident.
+    expected_mass = np.maximum(gaussian.sum((1, 2)), 0.1 * 2 * np.pi * sigma**2)
+    mass = np.nansum(np.clip(window, 0, None), (1, 2))
+    confidence = np.where(found, np.clip(mass / expected_mass, 0, 1), 0.0)
     return keypoints.reshape(*lead, count, 2), confidence.reshape(*lead, count)
 
 
 def _windows(maps, peaks, radius):
-    """Cut a square about one pixel of each of M maps.
+    """Cut a square around the peak of each of M maps (M, H, W).
 
-    Returns (M, 2r+1, 2r+1) values, NaN outside the map, and the x and y offsets in a square.
+    Returns the values (M, 2 radius + 1, 2 radius + 1), NaN outside the map, and the offsets x and y
+    (2 radius + 1, 2 radius + 1) of a square's pixels from its middle.
     """
+    height, width = maps.shape[1:]
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     positions = peaks.reshape(-1, 1, 1, 2) + np.stack([x, y], -1)
-    size = np.array(maps.shape[:0:-1])
-    columns, rows = np.moveaxis(positions.clip(0, size - 1), -1, 0)
+    columns = positions[..., 0].clip(0, width - 1)
+    rows = positions[..., 1].clip(0, height - 1)
     values = maps[np.arange(len(maps))[:, None, None], rows, columns]
-    return np.where(in_frame(positions, *size), values, np.nan), x, y
+    return np.where(in_frame(positions, width, height), values, np.nan), x, y
 
 
 def _gaussian_offset(window, x, y, sigma):
-    """Offsets (M, 2) from the windows' middles to the peaks.
+    """Return the offsets (M, 2) from the windows' middles to the peaks.
 
-    log h = a + b x + c y + d (x^2 + y^2) is fitted, weighted so that it is the least squares of h.
+    log h = a + b x + c y + d (x^2 + y^2) is fitted by linear least squares. The weights h^2 make
+    its solution that of the least squares of h, to first order.
     """
     near = np.maximum(abs(x), abs(y)) <= max(1, round(1.5 * sigma))
     usable = near & np.isfinite(window) & (window > 1e-6)
-    window = np.where(usable, window, 1).reshape(len(window), x.size).astype(float)
-    weight = window**2 * usable.reshape(window.shape)
+    values = np.where(usable, window, 1).reshape(len(window), x.size).astype(float)
+    weight = values**2 * usable.reshape(values.shape)
 
+    # x and y in sigmas, the matrix scaled to trace 1 and a little added to its diagonal: the
+    # equations can be solved for an empty window too.
     scales = [1, sigma, sigma, sigma**2]
     basis = np.stack([np.ones_like(x), x, y, x**2 + y**2], -1).reshape(-1, 4) / scales
-    normal = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
-    right = (weight * np.log(window)) @ basis
-    scale = np.trace(normal, axis1=1, axis2=2)[:, None] + 1e-300
-    normal = normal / scale[..., None] + 1e-12 * np.eye(4)
-    _, b, c, d = np.linalg.solve(normal, (right / scale)[..., None])[..., 0].T
+    matrix = np.einsum("mp,pi,pj->mij", weight, basis, basis, optimize=True)
+    right = (weight * np.log(values)) @ basis
+    trace = np.trace(matrix, axis1=1, axis2=2)[:, None] + 1e-300
+    matrix = matrix / trace[..., None] + 1e-12 * np.eye(4)
+    _, b, c, d = np.linalg.solve(matrix, (right / trace)[..., None])[..., 0].T
 
     with np.errstate(divide="ignore", invalid="ignore"):
         offset = np.stack([b, c], -1) / (-2 * d[:, None]) * sigma
@@ -1114,14 +1219,14 @@ def keypoint_sigma(
 ) -> np.ndarray:
     """Estimate how uncertain each keypoint is from the width of its heatmap.
 
-    A softmax heatmap is the network's belief in every position, convolved with the target's
-    Gaussian. Its variance is measured in a Gaussian window. The narrowing by the window and sigma^2
-    are then taken off.
+    A softmax heatmap is the network's probability of every position, convolved with the Gaussian
+    that it was trained on. Its variance is measured in a Gaussian window. The effects of the window
+    and of the training's Gaussian are then removed.
 
     Args:
         heatmaps: (..., H, W, K).
         keypoints: (..., K, 2) pixels of the maps.
-        sigma: standard deviation of the target's Gaussian, pixels of the maps.
+        sigma: standard deviation of the training's Gaussian, pixels of the maps.
         reach: standard deviation of the window, pixels of the maps.
 
     Returns:
@@ -1137,13 +1242,13 @@ def keypoint_sigma(
     wx = np.exp(-(x**2) / (2 * reach**2))  # (..., W, K)
     wy = np.exp(-(y**2) / (2 * reach**2))  # (..., H, K)
 
-    rows = []  # sums along x for the powers 0 to 2 of x
-    for i in range(3):
-        weight = (wx * x**i).astype(heatmaps.dtype)
-        rows.append(np.einsum("...hwk,...wk->...hk", heatmaps, weight))
+    row_sums = []  # (..., H, K) sums along x for the powers 0 to 2 of x
+    for power in range(3):
+        weight = (wx * x**power).astype(heatmaps.dtype)
+        row_sums.append(np.einsum("...hwk,...wk->...hk", heatmaps, weight))
 
-    def moment(i, j):
-        return (rows[i] * wy * y**j).sum(-2)
+    def moment(power_of_x, power_of_y):
+        return (row_sums[power_of_x] * wy * y**power_of_y).sum(-2)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         mass = moment(0, 0)
@@ -1153,59 +1258,262 @@ def keypoint_sigma(
         yy = moment(0, 2) / mass - mean_y**2
         xy = moment(1, 1) / mass - mean_x * mean_y
         half = np.hypot((xx - yy) / 2, xy)
-        axes = (xx + yy) / 2 + np.stack([-half, half])  # variances along the principal axes
-        widened = 1 / np.maximum(axes, 1e-9) - 1 / reach**2
-        belief = 1 / np.maximum(widened, 1e-4) - sigma**2
+        principal = (xx + yy) / 2 + np.stack([-half, half])  # (2, ..., K) variances along the axes
+        # A product of Gaussians adds their precisions, a convolution their variances.
+        precision = 1 / np.maximum(principal, 1e-9) - 1 / reach**2
+        variance = 1 / np.maximum(precision, 1e-4) - sigma**2
 
-    spread = np.sqrt(np.maximum(belief, 1e-3).mean(0))
-    known = np.isfinite(keypoints).all(-1) & np.isfinite(spread)
-    return np.where(known, spread, np.inf)
+    deviation = np.sqrt(np.maximum(variance, 1e-3).mean(0))
+    known = np.isfinite(keypoints).all(-1) & np.isfinite(deviation)
+    return np.where(known, deviation, np.inf)
 
 
 # ============================================================ frames and batches
 
 CROP_MARGIN = 48  # pixels by which a training square may reach beyond its frame
-_FAR = -1e4  # pixels; where a keypoint that does not show is put
+_FAR = -1e4  # pixels, the position given to a keypoint that faces away
 
 
-def mirror_keypoints(
-    keypoints: np.ndarray, width: float, permutation: np.ndarray = MIRROR
-) -> np.ndarray:
-    """Return the keypoints of the left-right mirrored frame.
+def make_dataset(
+    paths: Sequence[Path],
+    matrices: np.ndarray,
+    model_view_matrix: np.ndarray,
+    projection_matrix: np.ndarray,
+    batch_size: int = 16,
+    size: int = FRAME_SIZE,
+    crop: bool = False,
+    augmented: bool = True,
+    randomise: Callable | None = None,
+    synthesise: Callable | None = None,
+    shares: tuple[float, float] = (0, 0),
+    epoch_size: int | None = None,
+    without: Sequence[str] = (),
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 2,
+    target: Target = XWING,
+) -> object:
+    """Make a `keras.utils.PyDataset` that reads or draws frames and augments them.
+
+    It yields images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and
+    visibility, which is 1 in the frame and facing the camera, else 0. Points that face away are put
+    far outside the frame.
 
     Args:
-        keypoints: (..., K, 2+) pixels; what follows x and y is kept.
-        width: of the frame, pixels.
-        permutation: (K,), see `mirror_permutation`.
+        paths: N frames, from `load_dataset`.
+        matrices: (N, 4, 4), from `load_dataset`.
+        model_view_matrix: (4, 4), from `load_camera`.
+        projection_matrix: (4, 4), from `load_camera`.
+        batch_size: samples of a batch, over all shards.
+        size: width and height in pixels to which frames and keypoints are scaled after the
+            augmentation.
+        crop: cut a square of that size around the target instead. It keeps all the detail and costs
+            less than the whole frame.
+        augmented: shuffle, mirror (where the target has a mirror) and augment; False leaves the
+            frames alone.
+        randomise: a function (image, pose, K, rng) -> image that changes frames before they are
+            augmented.
+        synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame
+            that is `frame` pixels wide.
+        shares: which fraction of the samples is changed by `randomise`, and which is drawn by
+            `synthesise` (and not augmented). The rest are plain frames.
+        epoch_size: samples of an epoch; by default there are as many as frames.
+        without: steps that are left out, see `augmentation`.
+        seed: of all random numbers.
+        shard: (index, count): this worker takes every count-th sample of each batch, from index on.
+        workers: threads that make batches.
+        target: whose keypoints are learnt.
 
-    Returns:
-        (..., K, 2+): row k is row permutation[k], mirrored.
+    Raises:
+        ValueError: arguments that do not fit together.
     """
-    mirrored = np.array(keypoints)[..., permutation, :]
-    mirrored[..., 0] = width - mirrored[..., 0]
-    return mirrored
+    _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares)
+    if size < 1 or (crop and size > FRAME_SIZE):
+        expected = f"expected pixels, at most {FRAME_SIZE} for squares of a frame"
+        raise ValueError(f"size: {expected}, got {size}")
+    if batch_size < 1 or batch_size % shard[1]:
+        expected = f"expected a multiple of the {shard[1]} workers"
+        raise ValueError(f"batch_size: {expected}, got {batch_size}")
+
+    points = target.keypoints
+    frames = _Frames(
+        paths=list(paths),
+        poses=np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices]),
+        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE),
+        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
+        facing=front_facing(matrices, model_view_matrix, target=target),
+        target=target,
+        size=size,
+        crop=bool(crop),
+        augmented=augmented,
+        randomise=randomise,
+        synthesise=synthesise,
+        shares=shares,
+        without=without,
+    )
+    count = epoch_size or len(paths)
+    return _dataset_class()(frames, batch_size, count, seed, shard, workers)
 
 
-def mirror_transformation(matrix: np.ndarray, target: Target = XWING) -> np.ndarray:
-    """Return the model matrix (4, 4) of the mirrored frame.
+def _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares):
+    """Raise ValueError unless there are samples, and functions for the shares of them."""
+    all_drawn = augmented and shares[1] == 1
+    count = epoch_size or len(paths)
+    if len(paths) != len(matrices) or count < 1 or not (len(paths) or all_drawn):
+        raise ValueError(
+            f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
+            "matrix for each frame (render some: make data), or an epoch_size and all samples drawn"
+        )
 
-    The camera must lie on the z axis and look along it.
+    function_missing = (shares[0] and not randomise) or (shares[1] and not synthesise)
+    are_fractions = min(shares) >= 0 and sum(shares) < 1 + 1e-9  # False for NaN
+    if function_missing or not are_fractions:
+        expected = "expected 0 or more, 1 or less together, and their functions"
+        raise ValueError(f"shares: {expected}; got {shares}")
 
-    Args:
-        matrix: (4, 4) model -> world.
-        target: has a mirror.
-    """
-    return MIRROR_IN_X @ check_array(matrix, (4, 4), "matrix") @ target.mirror
+
+@functools.cache
+def _dataset_class():
+    """The class that `make_dataset` returns. It is defined late: importing Keras takes seconds."""
+    import keras
+
+    class FrameDataset(keras.utils.PyDataset):
+        """Batches that depend on (seed, epoch, index) alone: threads may make them in any order."""
+
+        def __init__(self, frames, batch_size, epoch_size, seed, shard, workers):
+            super().__init__(workers=workers, max_queue_size=8)
+            self.frames = frames
+            self.batch_size = batch_size
+            self.epoch_size = epoch_size
+            self.seed = seed
+            self.shard = shard
+            self.epoch = 0
+            self.finished = {}  # (epoch, index) -> time at which the batch was made, seconds
+
+        def __len__(self):
+            return math.ceil(self.epoch_size / self.batch_size)
+
+        def __getitem__(self, index):
+            shard, shards = self.shard
+            order = self.frames.order(np.random.default_rng([self.seed, self.epoch]))
+            order = np.resize(order, self.epoch_size)  # frames repeat in a longer epoch
+            first = index * self.batch_size
+            batch = order[first : first + self.batch_size]
+
+            rng = np.random.default_rng([self.seed, self.epoch, index, shard])
+            samples = self.frames.samples(batch[shard::shards], rng)
+            self.finished[self.epoch, index] = time.perf_counter()
+            return samples
+
+        def on_epoch_end(self):
+            self.epoch += 1
+
+    return FrameDataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frames:
+    """The frames of a set, and how samples are made from them; see `make_dataset`."""
+
+    paths: list  # N
+    poses: np.ndarray  # (N, 4, 4)
+    K: np.ndarray  # (3, 3) pixels
+    keypoints: np.ndarray  # (N, K, 2) pixels
+    facing: np.ndarray  # (N, K) bool, see `front_facing`
+    target: Target
+    size: int
+    crop: bool
+    augmented: bool
+    randomise: Callable | None
+    synthesise: Callable | None
+    shares: tuple
+    without: Sequence[str]
+
+    def order(self, rng):
+        """Return the numbers of the frames (N,), shuffled if they are augmented."""
+        order = np.arange(len(self.paths))
+        return rng.permutation(order) if self.augmented else order
+
+    def samples(self, chosen, rng):
+        """Return the samples of frames (B,): images (B, size, size, 3) and keypoints (B, K, 3)."""
+        transform = None
+        if self.augmented:
+            transform = augmentation(int(rng.integers(2**31)), self.without)
+        images, keypoints = zip(*(self._sample(i, rng, transform) for i in chosen))
+        return np.stack(images), np.stack(keypoints)
+
+    def _sample(self, i, rng, transform):
+        """Return one sample: image (size, size, 3) uint8 and keypoints (K, 3) float32."""
+        choice = rng.random() if self.augmented else 1.0  # 1: a plain frame
+        if choice < self.shares[1]:
+            return self._synthesised(rng)
+
+        image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
+        if choice < sum(self.shares):
+            image = self.randomise(image, self.poses[i], self.K, rng)
+
+        keypoints = self.keypoints[i]
+        facing = self.facing[i]
+        if self.augmented:
+            image, keypoints, facing = self._mirrored(image, keypoints, facing, rng)
+            image, keypoints = augment(image, keypoints, transform)
+        image, keypoints = self._resized(image, keypoints, rng)
+        return image, self._with_visibility(keypoints, facing)
+
+    def _synthesised(self, rng):
+        """Return a sample that `synthesise` draws."""
+        frame = FRAME_SIZE if self.crop else self.size
+        image, pose, K = self.synthesise(self.size, rng, frame)
+        facing = front_facing([pose], OPENCV, target=self.target)[0]
+        keypoints = project_pose(self.target.keypoints, pose, K)
+        return image, self._with_visibility(keypoints, facing)
+
+    def _mirrored(self, image, keypoints, facing, rng):
+        """Mirror every second frame, where the target has a mirror."""
+        permutation = self.target.mirror_permutation
+        if rng.random() < 0.5 and permutation is not None:
+            image = np.ascontiguousarray(image[:, ::-1])
+            keypoints = mirror_keypoints(keypoints, FRAME_SIZE, permutation)
+            facing = facing[permutation]
+        return image, keypoints, facing
+
+    def _resized(self, image, keypoints, rng):
+        """Return image and keypoints at `size`: a square around the target or the scaled frame."""
+        if self.crop:
+            return self._cropped(image, keypoints, rng)
+        if self.size == FRAME_SIZE:
+            return image, keypoints
+
+        keypoints = keypoints * (self.size / FRAME_SIZE)
+        size = (self.size, self.size)
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA), keypoints
+
+    def _cropped(self, image, keypoints, rng):
+        """Cut a square around the target. Half of them may reach beyond the frame.
+
+        It is black there, and the network learns to find keypoints beyond the frame's edge.
+        """
+        margin = CROP_MARGIN if rng.random() < 0.5 else 0
+        middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
+        corner = np.round(middle - self.size / 2)
+        corner = corner.clip(-margin, FRAME_SIZE - self.size + margin)
+        return crop_image(image, corner, self.size), keypoints - corner
+
+    def _with_visibility(self, keypoints, facing):
+        """Return (K, 3) float32 from keypoints (K, 2) pixels and `facing` (K,) bool."""
+        keypoints = np.where(facing[:, None], keypoints, _FAR)
+        visible = in_frame(keypoints, self.size, self.size)
+        return np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
 
 
 def augmentation(seed: int | None = None, without: Sequence[str] = ()) -> object:
     """Return the albumentations pipeline.
 
-    The mirror is not part of it, because keypoints must change their names with it.
+    The mirror is not part of it, because mirrored keypoints must also be permuted.
 
     Args:
         seed: of the random numbers.
-        without: names of steps that are left out.
+        without: names of the steps that are left out, e.g. "flare".
 
     Raises:
         ValueError: `without` names a step that does not exist.
@@ -1270,7 +1578,7 @@ def augment(
         transform: from `augmentation`.
 
     Returns:
-        the changed image and keypoints.
+        the changed image (H, W, 3) and keypoints (K, 2).
     """
     result = transform(image=image, keypoints=np.asarray(keypoints) - 0.5)
     moved = np.asarray(result["keypoints"], dtype=np.float64).reshape(-1, 2)
@@ -1289,337 +1597,13 @@ def crop_image(image: np.ndarray, corner: Sequence[float], size: int) -> np.ndar
     return cv2.warpAffine(image, shift, (size, size), flags=cv2.INTER_NEAREST)
 
 
-def make_dataset(
-    paths: Sequence[Path],
-    matrices: np.ndarray,
-    model_view_matrix: np.ndarray,
-    projection_matrix: np.ndarray,
-    batch_size: int = 16,
-    size: int = FRAME_SIZE,
-    crop: bool = False,
-    augmented: bool = True,
-    randomise: Callable | None = None,
-    synthesise: Callable | None = None,
-    shares: tuple[float, float] = (0, 0),
-    epoch_size: int | None = None,
-    without: Sequence[str] = (),
-    seed: int = 0,
-    shard: tuple[int, int] = (0, 1),
-    workers: int = 2,
-    target: Target = XWING,
-) -> object:
-    """Make a `keras.utils.PyDataset` that reads or draws frames and augments them.
-
-    It yields images (B, size, size, 3) uint8, and keypoints (B, K, 3) float32: x, y in pixels and
-    visibility, 1 in the frame and facing the camera, else 0. Points that face away are put far
-    outside.
-
-    Args:
-        paths: N frames, from `load_dataset`.
-        matrices: (N, 4, 4), from `load_dataset`.
-        model_view_matrix: (4, 4), from `load_camera`.
-        projection_matrix: (4, 4), from `load_camera`.
-        batch_size: samples of a batch, over all shards.
-        size: width and height in pixels to which frames and keypoints are scaled after the
-            augmentation.
-        crop: cut a square of that size round the target instead: all the detail at a part of the
-            cost.
-        augmented: shuffle, mirror (where the target has a mirror) and `augmentation`; False leaves
-            the frames alone.
-        randomise: a function (image, pose, K, rng) -> image that changes frames before they are
-            augmented.
-        synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame
-            that is `frame` pixels wide.
-        shares: which fraction of the samples is changed by `randomise`, and which is drawn by
-            `synthesise` (and not augmented). The rest are plain frames.
-        epoch_size: samples of an epoch; by default there are as many as frames.
-        without: steps that are left out, see `augmentation`.
-        seed: of everything that is random.
-        shard: (index, count): this worker takes every count-th sample of each batch.
-        workers: threads that make batches.
-        target: whose keypoints are learnt.
-
-    Raises:
-        ValueError: arguments that do not fit together.
-    """
-    _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares)
-    if size < 1 or (crop and size > FRAME_SIZE):
-        expected = f"expected pixels, at most {FRAME_SIZE} for squares of a frame"
-        raise ValueError(f"size: {expected}, got {size}")
-    if batch_size < 1 or batch_size % shard[1]:
-        expected = f"expected a multiple of the {shard[1]} workers"
-        raise ValueError(f"batch_size: {expected}, got {batch_size}")
-
-    points = target.keypoints
-    frames = _Frames(
-        paths=list(paths),
-        poses=np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices]),
-        K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE),
-        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
-        facing=front_facing(matrices, model_view_matrix, target=target),
-        target=target,
-        size=size,
-        crop=bool(crop),
-        augmented=augmented,
-        randomise=randomise,
-        synthesise=synthesise,
-        shares=shares,
-        without=without,
-    )
-    count = epoch_size or len(paths)
-    return _dataset_class()(frames, batch_size, count, seed, shard, workers)
-
-
-def _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise, shares):
-    """Raise ValueError unless there is something to yield samples from."""
-    only_drawn = augmented and shares[1] == 1
-    count = epoch_size or len(paths)
-    if len(paths) != len(matrices) or count < 1 or not (len(paths) or only_drawn):
-        raise ValueError(
-            f"got {len(paths)} frames, {len(matrices)} matrices and shares {shares}; expected a "
-            "matrix for each frame (render some: make data), or an epoch_size and all samples drawn"
-        )
-
-    without_function = (shares[0] and not randomise) or (shares[1] and not synthesise)
-    fractions = min(shares) >= 0 and sum(shares) < 1 + 1e-9  # False for NaN
-    if without_function or not fractions:
-        expected = "expected 0 or more, 1 or less together, and their functions"
-        raise ValueError(f"shares: {expected}; got {shares}")
-
-
-@functools.cache
-def _dataset_class():
-    """The class of `make_dataset`, defined when it is first used: importing Keras takes seconds."""
-    import keras
-
-    class FrameDataset(keras.utils.PyDataset):
-        """Batches that are functions of (seed, epoch, index) alone, for workers in any order."""
-
-        def __init__(self, frames, batch_size, epoch_size, seed, shard, workers):
-            super().__init__(workers=workers, max_queue_size=8)
-            self.frames = frames
-            self.batch_size = batch_size
-            self.epoch_size = epoch_size
-            self.seed = seed
-            self.shard = shard
-            self.epoch = 0
-            self.finished = {}  # (epoch, index) -> when the batch was there, for who waits for it
-
-        def __len__(self):
-            return -(-self.epoch_size // self.batch_size)
-
-        def __getitem__(self, index):
-            part, parts = self.shard
-            order = self.frames.order(np.random.default_rng([self.seed, self.epoch]))
-            rng = np.random.default_rng([self.seed, self.epoch, index, part])
-            first = index * self.batch_size
-            batch = np.resize(order, self.epoch_size)[first : first + self.batch_size]
-            samples = self.frames.samples(batch[part::parts], rng)
-            self.finished[self.epoch, index] = time.perf_counter()
-            return samples
-
-        def on_epoch_end(self):
-            self.epoch += 1
-
-    return FrameDataset
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Frames:
-    """The frames of a set, and how samples are made of them; see `make_dataset`."""
-
-    paths: list
-    poses: np.ndarray  # (N, 4, 4)
-    K: np.ndarray  # (3, 3)
-    keypoints: np.ndarray  # (N, K, 2) pixels
-    facing: np.ndarray  # (N, K) bool
-    target: Target
-    size: int
-    crop: bool
-    augmented: bool
-    randomise: Callable | None
-    synthesise: Callable | None
-    shares: tuple
-    without: Sequence[str]
-
-    def order(self, rng):
-        """The numbers of the frames (N,), shuffled if they are augmented."""
-        order = np.arange(len(self.paths))
-        return rng.permutation(order) if self.augmented else order
-
-    def samples(self, chosen, rng):
-        """The samples of chosen frames: images (B, size, size, 3), keypoints (B, K, 3)."""
-        transform = None
-        if self.augmented:
-            transform = augmentation(int(rng.integers(2**31)), self.without)
-        images, keypoints = zip(*(self._sample(i, rng, transform) for i in chosen))
-        return np.stack(images), np.stack(keypoints)
-
-    def _sample(self, i, rng, transform):
-        """One sample: (size, size, 3) uint8 and (K, 3) float32."""
-        lot = rng.random() if self.augmented else 1.0
-        if lot < self.shares[1]:
-            return self._drawn(rng)
-
-        image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
-        if lot < sum(self.shares):
-            image = self.randomise(image, self.poses[i], self.K, rng)
-        keypoints = self.keypoints[i]
-        facing = self.facing[i]
-        if self.augmented:
-            image, keypoints, facing = self._mirrored(image, keypoints, facing, rng)
-            image, keypoints = augment(image, keypoints, transform)
-        image, keypoints = self._resized(image, keypoints, rng)
-        return image, self._with_visibility(keypoints, facing)
-
-    def _drawn(self, rng):
-        """A sample that is drawn."""
-        frame = FRAME_SIZE if self.crop else self.size
-        image, pose, K = self.synthesise(self.size, rng, frame)
-        facing = front_facing([pose], OPENCV, target=self.target)[0]
-        keypoints = project_pose(self.target.keypoints, pose, K)
-        return image, self._with_visibility(keypoints, facing)
-
-    def _mirrored(self, image, keypoints, facing, rng):
-        """Mirror every second frame of a target that has a mirror."""
-        permutation = self.target.mirror_permutation
-        if rng.random() < 0.5 and permutation is not None:
-            image = np.ascontiguousarray(image[:, ::-1])
-            keypoints = mirror_keypoints(keypoints, FRAME_SIZE, permutation)
-            facing = facing[permutation]
-        return image, keypoints, facing
-
-    def _resized(self, image, keypoints, rng):
-        """A square about the target, or the whole frame scaled."""
-        if self.crop:
-            # The margin beyond the frame is black and still has keypoints to be found.
-            margin = CROP_MARGIN if rng.random() < 0.5 else 0
-            middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
-            corner = np.round(middle - self.size / 2)
-            corner = corner.clip(-margin, FRAME_SIZE - self.size + margin)
-            return crop_image(image, corner, self.size), keypoints - corner
-        if self.size == FRAME_SIZE:
-            return image, keypoints
-        keypoints = keypoints * (self.size / FRAME_SIZE)
-        size = self.size, self.size
-        return cv2.resize(image, size, interpolation=cv2.INTER_AREA), keypoints
-
-    def _with_visibility(self, keypoints, facing):
-        """(K, 3) float32 of the keypoints (K, 2) of a square; `facing` (K,) the camera or not."""
-        keypoints = np.where(facing[:, None], keypoints, _FAR)
-        visible = in_frame(keypoints, self.size, self.size)
-        return np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
-
-
 # ============================================================ network
 
 BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
-DECODER_FILTERS = (128, 64, 32, 32, 16)
+DECODER_FILTERS = (128, 64, 32, 32, 16)  # channels of the five stages of the decoder
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _RESTORE = "restore weights/ with git checkout weights"
 _MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
-
-
-def _segmentation_models():
-    """Import segmentation_models for the Keras backend in use."""
-    import keras
-
-    tensorflow = keras.backend.backend() == "tensorflow"
-    os.environ["SM_FRAMEWORK"] = "tf.keras" if tensorflow else "keras"
-    if not tensorflow:  # names that Keras 3 moved and the package still asks for
-        keras.utils.generic_utils = keras.utils
-        keras.backend.sigmoid = keras.ops.sigmoid
-        keras.backend.int_shape = lambda x: tuple(x.shape)
-    with contextlib.redirect_stdout(None):  # it prints which framework it uses
-        import segmentation_models
-
-    return segmentation_models
-
-
-class HeatmapLoss:
-    """A Keras loss that draws a batch's Gaussian heatmaps from its keypoints, on the device.
-
-    It is called with y_true (B, K, 3) keypoints (see `make_dataset`) and y_pred (B, H, W, K), and
-    returns (B,).
-
-    Args:
-        sigma: standard deviation in pixels of the frames.
-        kind: "softmax", the cross-entropy between the Gaussian as a distribution over the pixels
-            (its part outside the frame is one more class) and the predicted map read as one; "mse",
-            the mean squared error; "weighted", the same with weight 1 + 50 h, so that the few
-            bright pixels count.
-        stride: frame pixels for one pixel of the network's maps.
-
-    Raises:
-        ValueError: another kind.
-
-    Source: Sun et al., Integral Human Pose Regression, ECCV 2018 (softmax); DeTone et al.,
-        SuperPoint, CVPRW 2018, section 3.2 (a class for absent points).
-    """
-
-    def __init__(self, sigma: float = SIGMA, kind: str = "softmax", stride: int = 1) -> None:
-        if kind not in ("softmax", "mse", "weighted"):
-            raise ValueError(f"kind: expected 'softmax', 'mse' or 'weighted', got {kind!r}")
-        self.sigma = float(sigma)
-        self.kind = kind
-        self.stride = stride
-        self.__name__ = f"heatmap_{kind}"
-
-    def __call__(self, y_true, y_pred):
-        """Return the loss (B,) of keypoints (B, K, 3) and maps (B, H, W, K)."""
-        from keras import ops
-
-        y_true = ops.cast(y_true, "float32")
-        y_pred = ops.cast(y_pred, "float32")
-        gx = self._profile(y_true[..., 0], y_pred.shape[2])  # (B, W, K)
-        gy = self._profile(y_true[..., 1], y_pred.shape[1])  # (B, H, K)
-        if self.kind == "softmax":
-            return self._cross_entropy(gx, gy, y_pred)
-
-        heatmaps = gy[:, :, None] * gx[:, None]
-        weight = 1.0 + 50.0 * heatmaps if self.kind == "weighted" else 1.0
-        return ops.mean(weight * ops.square(heatmaps - y_pred), axis=(1, 2, 3))
-
-    def _profile(self, position, length):
-        from keras import ops
-
-        centres = (ops.arange(length, dtype="float32") + 0.5) * self.stride
-        squared = ops.square(centres[None, :, None] - position[:, None])
-        return ops.exp(-squared / (2 * self.sigma**2))
-
-    def _cross_entropy(self, gx, gy, y_pred):
-        from keras import ops
-
-        mass = 2 * np.pi * (self.sigma / self.stride) ** 2  # of a whole Gaussian
-        log_p = ops.log(y_pred + 1e-30) - float(np.log(mass))
-        inside = ops.sum(gy * ops.sum(log_p * gx[:, None], axis=2), axis=1) / mass
-
-        target_inside = ops.minimum(ops.sum(gx, axis=1) * ops.sum(gy, axis=1) / mass, 1.0)
-        absent = 1.0 - ops.sum(y_pred, axis=(1, 2)) / mass
-        outside = (1.0 - target_inside) * ops.log(ops.maximum(absent, 0.0) + 1e-6)
-        return -ops.mean(inside + outside, axis=-1)
-
-
-def spatial_softmax(logits: object, sigma: float) -> object:
-    """Turn logits (B, H, W, K) into heatmaps.
-
-    The softmax runs over a channel's pixels and one more class, "not in the frame". It is scaled by
-    2 pi sigma^2, so that a softmax that equals a Gaussian of that sigma has a peak of 1.
-
-    Args:
-        logits: (B, H, W, K) tensor.
-        sigma: standard deviation of the Gaussians, pixels of the maps.
-    """
-    from keras import ops
-
-    height, width = logits.shape[1:3]
-    logits = ops.cast(logits, "float32")
-    largest = ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0)
-    largest = ops.stop_gradient(largest)
-    weights = ops.exp(logits - largest)
-    absent = height * width * ops.exp(-largest)
-    total = ops.sum(weights, axis=(1, 2), keepdims=True) + absent
-    return weights * (2 * np.pi * sigma**2 / total)
 
 
 def build_model(
@@ -1634,8 +1618,8 @@ def build_model(
 ) -> object:
     """Build an untrained U-Net.
 
-    It takes frames (B, size, size, 3) in [0, 255] to heatmaps (B, size / stride, size / stride,
-    keypoints).
+    Its input is frames (B, size, size, 3) in [0, 255], its output heatmaps (B, size / stride,
+    size / stride, keypoints).
 
     Args:
         backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18",
@@ -1643,14 +1627,14 @@ def build_model(
         keypoints: number of output channels, the 8 corners first; None for all of the target's.
         sigma: standard deviation of the heatmaps' Gaussians in pixels at this size.
         head: "softmax" for `spatial_softmax`, "linear" for maps trained with a squared error.
-        decoder_filters: of the five stages of the decoder.
+        decoder_filters: channels of the five stages of the decoder.
         size: width and height in pixels, a multiple of 32; the weights do not depend on it.
         stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive
             stage.
         target: whose keypoints the channels are.
 
     Returns:
-        a keras.Model; `settings` holds these arguments, `target` the target.
+        a keras.Model; its `settings` hold these arguments, its `target` the target.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -1697,9 +1681,27 @@ def build_model(
     return model
 
 
+def _segmentation_models():
+    """Import segmentation_models for the Keras backend in use."""
+    import keras
+
+    tensorflow = keras.backend.backend() == "tensorflow"
+    os.environ["SM_FRAMEWORK"] = "tf.keras" if tensorflow else "keras"
+    if not tensorflow:  # names that Keras 3 moved and the package still uses
+        keras.utils.generic_utils = keras.utils
+        keras.backend.sigmoid = keras.ops.sigmoid
+        keras.backend.int_shape = lambda x: tuple(x.shape)
+    with contextlib.redirect_stdout(None):  # it prints which framework it uses
+        import segmentation_models
+
+    return segmentation_models
+
+
 def _check_model_settings(settings, backbones):
     """Raise ValueError for arguments of `build_model` that do not fit."""
-    backbone, head, sigma = (settings[name] for name in ("backbone", "head", "sigma"))
+    backbone = settings["backbone"]
+    head = settings["head"]
+    sigma = settings["sigma"]
     if backbone not in backbones:
         raise ValueError(f"backbone: expected one of {', '.join(backbones)}, got {backbone!r}")
     if head not in ("softmax", "linear"):
@@ -1707,51 +1709,116 @@ def _check_model_settings(settings, backbones):
     if not (np.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma: expected a positive number of pixels, got {sigma}")
 
-    count, filters = settings["keypoints"], settings["decoder_filters"]
+    count = settings["keypoints"]
+    filters = settings["decoder_filters"]
     if not all(1 <= number <= 4096 for number in (count, *filters)):
         raise ValueError(f"expected 1 to 4096 keypoints and filters, got {count} and {filters}")
-    size, stride = settings["size"], settings["stride"]
+
+    size = settings["size"]
+    stride = settings["stride"]
     if size < 32 or size % 32 or stride not in (1, 2):
         expected = "expected a multiple of 32 as size and 1 or 2 as stride"
         raise ValueError(f"{expected}, got {size} and {stride}")
 
 
-def compile_model(
-    model: object, learning_rate: float = 1e-3, loss: HeatmapLoss | None = None
-) -> object:
-    """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`.
+def spatial_softmax(logits: object, sigma: float) -> object:
+    """Turn logits (B, H, W, K) into heatmaps.
 
-    XLA is not used on CPUs, where it is five times slower.
+    The softmax runs over a channel's pixels and one more class, "not in the frame", which has as
+    much weight as H W pixels of logit 0. It is scaled by 2 pi sigma^2, so that a softmax that
+    equals a Gaussian of that sigma has a peak of 1.
 
     Args:
-        model: from `build_model`.
-        learning_rate: of Adam.
-        loss: None takes the one that suits the model's head.
+        logits: (B, H, W, K) tensor.
+        sigma: standard deviation of the Gaussians, pixels of the maps.
 
     Returns:
-        the model.
+        (B, H, W, K) float32 tensor.
     """
-    import keras
+    from keras import ops
 
-    settings = model.settings
-    stride = settings["stride"]
-    if loss is None:
-        kind = "softmax" if settings["head"] == "softmax" else "mse"
-        loss = HeatmapLoss(settings["sigma"], kind, stride)
-    nmae = functools.partial(nmae_argmax, stride=stride)
-    nmae = functools.update_wrapper(nmae, nmae_argmax)
+    height, width = logits.shape[1:3]
+    logits = ops.cast(logits, "float32")
+    # The largest is subtracted from all logits, so that no exponential overflows.
+    largest = ops.maximum(ops.max(logits, axis=(1, 2), keepdims=True), 0.0)
+    largest = ops.stop_gradient(largest)
+    weights = ops.exp(logits - largest)
+    absent = height * width * ops.exp(-largest)
+    total = ops.sum(weights, axis=(1, 2), keepdims=True) + absent
+    return weights * (2 * np.pi * sigma**2 / total)
 
-    only_cpu = all("cpu" in device.lower() for device in keras.distribution.list_devices())
-    jit = False if only_cpu or keras.backend.backend() == "torch" else "auto"
-    optimizer = keras.optimizers.Adam(learning_rate, clipnorm=1.0)
-    model.compile(optimizer, loss, metrics=[nmae], jit_compile=jit)
-    return model
+
+class HeatmapLoss:
+    """A Keras loss that draws a batch's Gaussian heatmaps from its keypoints, on the device.
+
+    It is called with y_true (B, K, 3) keypoints (see `make_dataset`) and y_pred (B, H, W, K), and
+    returns (B,).
+
+    Args:
+        sigma: standard deviation in pixels of the frames.
+        kind: "softmax", the cross-entropy of the predicted map against the Gaussian, both as
+            distributions over the pixels and one more class for what lies outside the frame; "mse",
+            the mean squared error; "weighted", the same with the weight 1 + 50 h at a pixel of
+            value h, so that the few bright pixels count.
+        stride: frame pixels for one pixel of the network's maps.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Source: Sun et al., Integral Human Pose Regression, ECCV 2018 (softmax); DeTone et al.,
+        SuperPoint, CVPRW 2018, section 3.2 (a class for absent points).
+    """
+
+    def __init__(self, sigma: float = SIGMA, kind: str = "softmax", stride: int = 1) -> None:
+        if kind not in ("softmax", "mse", "weighted"):
+            raise ValueError(f"kind: expected 'softmax', 'mse' or 'weighted', got {kind!r}")
+        self.sigma = float(sigma)
+        self.kind = kind
+        self.stride = stride
+        self.__name__ = f"heatmap_{kind}"
+
+    def __call__(self, y_true, y_pred):
+        """Return the loss (B,) of keypoints (B, K, 3) and maps (B, H, W, K)."""
+        from keras import ops
+
+        y_true = ops.cast(y_true, "float32")
+        y_pred = ops.cast(y_pred, "float32")
+        gx = self._profile(y_true[..., 0], y_pred.shape[2])  # (B, W, K)
+        gy = self._profile(y_true[..., 1], y_pred.shape[1])  # (B, H, K)
+        if self.kind == "softmax":
+            return self._cross_entropy(gx, gy, y_pred)
+
+        heatmaps = gy[:, :, None] * gx[:, None]
+        weight = 1.0 + 50.0 * heatmaps if self.kind == "weighted" else 1.0
+        return ops.mean(weight * ops.square(heatmaps - y_pred), axis=(1, 2, 3))
+
+    def _profile(self, position, length):
+        """Return Gaussians (B, length, K) along one axis, of positions (B, K) in frame pixels."""
+        from keras import ops
+
+        centres = (ops.arange(length, dtype="float32") + 0.5) * self.stride
+        squared = ops.square(centres[None, :, None] - position[:, None])
+        return ops.exp(-squared / (2 * self.sigma**2))
+
+    def _cross_entropy(self, gx, gy, y_pred):
+        """Return (B,) the cross-entropy of maps (B, H, W, K); gx (B, W, K) times gy (B, H, K)."""
+        from keras import ops
+
+        mass = 2 * np.pi * (self.sigma / self.stride) ** 2  # of a whole Gaussian
+        log_p = ops.log(y_pred + 1e-30) - float(np.log(mass))
+        inside = ops.sum(gy * ops.sum(log_p * gx[:, None], axis=2), axis=1) / mass
+
+        true_inside = ops.minimum(ops.sum(gx, axis=1) * ops.sum(gy, axis=1) / mass, 1.0)
+        predicted_outside = 1.0 - ops.sum(y_pred, axis=(1, 2)) / mass
+        log_outside = ops.log(ops.maximum(predicted_outside, 0.0) + 1e-6)
+        outside = (1.0 - true_inside) * log_outside
+        return -ops.mean(inside + outside, axis=-1)
 
 
 def nmae_argmax(y_true: object, y_pred: object, stride: int = 1) -> object:
     """Return the original exercise's metric: the mean absolute error of the corners' argmax.
 
-    It is in units of the frame, over the corners that are in the frame.
+    It is a fraction of the frame's width and height, averaged over the corners in the frame.
 
     Args:
         y_true: maps (B, H, W, K), in which a peak above 0.5 is a corner in the frame, or keypoints
@@ -1778,12 +1845,44 @@ def nmae_argmax(y_true: object, y_pred: object, stride: int = 1) -> object:
 
 
 def _argmax(maps):
-    """(B, K, 2) float32 pixel indices (x, y); the Keras twin of `heatmap2argmax`."""
+    """Return (B, K, 2) float32 pixel indices (x, y): `heatmap2argmax` as Keras operations."""
     from keras import ops
 
     height, width, count = maps.shape[1:]
     flat = ops.argmax(ops.reshape(maps, (-1, height * width, count)), axis=1)
     return ops.cast(ops.stack([flat % width, flat // width], axis=-1), "float32")
+
+
+def compile_model(
+    model: object, learning_rate: float = 1e-3, loss: HeatmapLoss | None = None
+) -> object:
+    """Compile with Adam, a `HeatmapLoss` and `nmae_argmax`.
+
+    XLA is not used on CPUs, where it is five times slower.
+
+    Args:
+        model: from `build_model`.
+        learning_rate: of Adam.
+        loss: None takes "softmax" for a softmax head, "mse" for a linear one.
+
+    Returns:
+        the model.
+    """
+    import keras
+
+    settings = model.settings
+    stride = settings["stride"]
+    if loss is None:
+        kind = "softmax" if settings["head"] == "softmax" else "mse"
+        loss = HeatmapLoss(settings["sigma"], kind, stride)
+    nmae = functools.partial(nmae_argmax, stride=stride)
+    nmae = functools.update_wrapper(nmae, nmae_argmax)  # Keras shows its name
+
+    only_cpu = all("cpu" in device.lower() for device in keras.distribution.list_devices())
+    jit = False if only_cpu or keras.backend.backend() == "torch" else "auto"
+    optimizer = keras.optimizers.Adam(learning_rate, clipnorm=1.0)
+    model.compile(optimizer, loss, metrics=[nmae], jit_compile=jit)
+    return model
 
 
 def weights_files(path: str | Path) -> tuple[Path, Path]:
@@ -1799,7 +1898,7 @@ def weights_files(path: str | Path) -> tuple[Path, Path]:
 
 
 def weights_settings(path: str | Path) -> dict:
-    """Read what `NAME.json` says of `NAME.weights.h5`.
+    """Read `NAME.json`, which describes `NAME.weights.h5`.
 
     Returns:
         a dict; "model" holds the arguments of `build_model`, "target" what `target_from_record`
@@ -1824,7 +1923,7 @@ def weights_settings(path: str | Path) -> dict:
         text = f"not the weights of {settings_path.name}, or damaged"
         raise ValueError(f"{path}: {text}; {_RESTORE}")
 
-    points = model.pop("points", [])  # all that weights older than targets say of theirs
+    points = model.pop("points", [])  # older files hold these in place of a target
     if not isinstance(points, list) or points != KEYPOINTS[: len(points)].tolist():
         raise ValueError(f"{path}: trained on other model points than the X-wing's; train again")
     return info
@@ -1850,7 +1949,7 @@ def load_model(path: str | Path, size: int | None = None, target: Target | None 
     Args:
         path: of the weights.
         size: width and height in pixels of the frames to build for, a multiple of 32; None takes
-            those of the training.
+            the size of the training frames.
         target: what the weights must have been trained for; None takes any.
 
     Returns:
@@ -1862,19 +1961,19 @@ def load_model(path: str | Path, size: int | None = None, target: Target | None 
             target.
     """
     settings = weights_settings(path)["model"]
-    own = weights_target(path)
+    trained_target = weights_target(path)
     if target is not None:
-        check_same_target(own, target, f"{path}: these weights")
+        check_same_target(trained_target, target, f"{path}: these weights")
     if size and size % 32:
         raise ValueError(f"size: expected a multiple of 32, got {size}")
 
     try:
-        model = build_model(**{**settings, "size": size or settings["size"], "target": own})
+        arguments = {**settings, "size": size or settings["size"], "target": trained_target}
+        model = build_model(**arguments)
         _check_shapes(path, model)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # Keras names every layer that does not fit
+            # Keras warns of every layer that does not fit; the error below is enough.
+            warnings.simplefilter("ignore", UserWarning)
             model.load_weights(path)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
@@ -1893,13 +1992,14 @@ def _check_shapes(path, model):
 
     shapes = []
 
-    def note_shape(_, item):
+    def add_shape(_, item):
         if hasattr(item, "shape"):
             shapes.append(item.shape)
 
     with h5py.File(path) as file:
-        file.visititems(note_shape)
-    if sorted(shapes) != sorted(tuple(variable.shape) for variable in model.weights):
+        file.visititems(add_shape)
+    expected = [tuple(variable.shape) for variable in model.weights]
+    if sorted(shapes) != sorted(expected):
         raise ValueError(f"its {len(shapes)} tensors have other shapes than the network's")
 
 
@@ -1912,7 +2012,7 @@ def predict_heatmaps(
         model: from `load_model` or `build_model`.
         images: (N, H, W, 3) uint8 RGB, of the model's size.
         batch_size: frames that the network sees at a time.
-        channels: how many of its keypoints to return.
+        channels: how many of the network's keypoints to return, the 8 corners first.
 
     Returns:
         (N, H / stride, W / stride, channels) float32, up to 9 MB a frame.
@@ -1932,20 +2032,20 @@ def predict_heatmaps(
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.resize(part, (batch_size, size, size, 3))  # always the same shape: one graph
-        found = average_mirrored(model.predict_on_batch, batch, permutation)
-        maps[start : start + len(part)] = found[: len(part), ..., :channels]
+        predicted = average_mirrored(model.predict_on_batch, batch, permutation)
+        maps[start : start + len(part)] = predicted[: len(part), ..., :channels]
     return maps
 
 
 def heatmap_permutation(target: Target, keypoints: int) -> np.ndarray | None:
-    """Return (keypoints,) what each of a network's maps shows of a mirrored frame.
+    """Return the permutation that a network's maps undergo in a mirrored frame.
 
     Args:
         target: that the network was trained for.
-        keypoints: number of the network's maps, the first of the target's keypoints.
+        keypoints: number of the network's maps; they are the first of the target's keypoints.
 
     Returns:
-        None for a target without a mirror.
+        (keypoints,) the index of each keypoint's mirror image; None for a target without a mirror.
     """
     if target.mirror is None:
         return None
@@ -1960,13 +2060,16 @@ def average_mirrored(
     Args:
         network: images (N, H, W, 3) -> maps (N, h, w, K).
         images: (N, H, W, 3).
-        permutation: (K,), see `heatmap_permutation`; None: only the images themselves count.
+        permutation: (K,), see `heatmap_permutation`; None: only the images themselves are used.
+
+    Returns:
+        (N, h, w, K), not negative. A peak stays where both have it.
     """
-    seen = np.maximum(network(images), 0)
+    maps = np.maximum(network(images), 0)
     if permutation is None:
-        return seen
+        return maps
     mirrored = np.maximum(network(np.ascontiguousarray(images[:, :, ::-1])), 0)
-    return np.sqrt(seen * mirrored[:, :, ::-1][..., permutation])
+    return np.sqrt(maps * mirrored[:, :, ::-1][..., permutation])
 
 
 def read_keypoints(
@@ -1975,30 +2078,31 @@ def read_keypoints(
     """Read keypoints from a network's heatmaps.
 
     Args:
-        heatmaps: (N, h, w, C), from `predict_heatmaps`.
-        settings: of the model.
+        heatmaps: (N, h, w, K), from `predict_heatmaps`.
+        settings: those of the model.
 
     Returns:
-        keypoints (N, C, 2) in pixels of the frames, confidence (N, C) in [0, 1], and sigma (N, C)
-        in pixels, see `keypoint_sigma`.
+        keypoints (N, K, 2) in pixels of the frames, confidence (N, K) in [0, 1], and sigma (N, K)
+        in pixels of the frames, see `keypoint_sigma`.
     """
     stride = settings["stride"]
-    sigma = settings["sigma"] / stride
-    keypoints, confidence = decode_heatmaps(heatmaps, sigma)
-    spread = keypoint_sigma(heatmaps, keypoints, sigma, 20 / stride) * stride
-    return keypoints * stride, confidence, np.maximum(spread, MIN_SIGMA)
+    map_sigma = settings["sigma"] / stride
+    keypoints, confidence = decode_heatmaps(heatmaps, map_sigma)
+    sigma = keypoint_sigma(heatmaps, keypoints, map_sigma, 20 / stride) * stride
+    return keypoints * stride, confidence, np.maximum(sigma, MIN_SIGMA)
 
 
 def predict_keypoints(
     model: object, images: np.ndarray, batch_size: int = 16, channels: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the corners of the target's box in frames.
+    """Find the target's keypoints in frames, by default the corners of its box.
 
     Args:
         model: from `load_model` or `build_model`.
         images: (N, H, W, 3) uint8 RGB, of the model's size.
         batch_size: frames that the network sees at a time.
-        channels: how many of the network's keypoints to return; the X-wing has 36.
+        channels: how many of the network's keypoints to return, the 8 corners first; the X-wing
+            has 36.
 
     Returns:
         keypoints (N, channels, 2) in pixels and confidence (N, channels) in [0, 1].
@@ -2006,29 +2110,30 @@ def predict_keypoints(
     Raises:
         ValueError: images of another shape or type.
     """
-    keypoints, confidence = [], []
+    keypoints = []
+    confidence = []
     for start in range(0, max(len(images), 1), batch_size):
         part = images[start : start + batch_size]
         maps = predict_heatmaps(model, part, batch_size, channels)
-        found, sureness, _ = read_keypoints(maps, model.settings)
-        keypoints.append(found)
-        confidence.append(sureness)
+        part_keypoints, part_confidence, _ = read_keypoints(maps, model.settings)
+        keypoints.append(part_keypoints)
+        confidence.append(part_confidence)
     return np.concatenate(keypoints), np.concatenate(confidence)
 
 
 # ============================================================ pose
 
-MIN_CONFIDENCE = 0.2  # from which a keypoint is confident
-MIN_CONFIDENT_POINTS = 8  # where fewer are confident, those down to a quarter of that count too
-MIN_SIGMA = 0.7  # pixels of what the network is shown: floor on the keypoints' sigma
+MIN_CONFIDENCE = 0.2  # a keypoint from this confidence on is confident
+MIN_CONFIDENT_POINTS = 8  # with fewer, keypoints from MIN_CONFIDENCE / 4 on are used too
+MIN_SIGMA = 0.7  # pixels of the network's input: floor on the keypoints' sigma
 INLIER_SIGMAS = 3.0  # a point further than that from its projection is an outlier
 MIN_INLIER_RATIO = 0.7  # fraction of the points in use that must be inliers
 MAX_RMS_NORMALISED_ERROR = 1.25  # root of chi square per degree of freedom of the inliers
 CAUCHY = 1.5  # standard deviations, scale of the robust cost
 MIN_MARGIN = 0.15  # log-likelihood by which a runner-up must fit worse
-PRIOR_WEIGHT = 6.0  # log-likelihood that a turn against the expected pose costs at most
-MIN_SURFACE_POINTS = 6  # from which the corners are left out: they are found less precisely
-# PnP sees every target at this size, since solvers have absolute thresholds. It is the X-wing's.
+PRIOR_WEIGHT = 6.0  # greatest cost, as a log-likelihood, of a turn against the expected pose
+MIN_SURFACE_POINTS = 6  # with as many, the less precise corners are left out
+# PnP scales every target to this diameter, the X-wing's: solvers have absolute thresholds.
 WORKING_DIAMETER = 0.46981379290097475
 
 
@@ -2041,18 +2146,17 @@ class PoseEstimate:
     accepted: bool = False
     reason: str = ""  # why it was not accepted
     reprojection: float = np.nan  # pixels, root mean square over the inliers
-    rms_normalised_error: float = (
-        np.nan
-    )  # of the inliers, in sigmas: 1 where errors are as expected
+    rms_normalised_error: float = np.nan  # of the inliers, in sigmas; 1 is as expected
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     runner_up: np.ndarray | None = None  # (4, 4) the best pose turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    explained_contrast: float = np.nan  # fraction of the frame's contrast, once it is measured
-    probability: float = np.nan  # of being right, once a single frame is judged on its pixels
+    # The package `xwing` measures the last two on the frame's pixels.
+    explained_contrast: float = np.nan  # fraction of the frame's contrast
+    probability: float = np.nan  # of being right
 
     @property
     def rotation_sigma(self) -> float:
-        """Expected rotation error in degrees: the root of the covariance's rotational trace."""
+        """Expected rotation error in degrees: the root of the trace of the rotational block."""
         if self.covariance is None:
             return np.inf
         return float(np.degrees(np.sqrt(np.trace(self.covariance[:3, :3]))))
@@ -2072,9 +2176,9 @@ def solve_pose(
         keypoints: (K, 2) pixels.
         K: (3, 3) camera matrix, pixels.
         confidence: (K,) in [0, 1] or None.
-        points: (K, 3) model points or None.
+        points: (K, 3) model units or None.
         sigma: (K,) pixels or None.
-        target: that is seen.
+        target: what the frame shows.
 
     Raises:
         ValueError: as `estimate_pose`, which explains the arguments.
@@ -2095,26 +2199,26 @@ def estimate_pose(
     """Estimate a target's pose from its keypoints, and how far to trust it.
 
     RANSAC with SQPnP proposes a pose. It competes with the poses that it is ambiguous with, see
-    `ambiguous_poses`. All are refined by a robust cost in which each point has the weight of its
-    precision. Where MIN_SURFACE_POINTS of the surface are found, the corners of the box do not
-    count: they are found less precisely.
+    `ambiguous_poses`. All are refined by a robust cost that weights each point by its precision.
+    Where MIN_SURFACE_POINTS of the surface are found, the corners of the box are tried only if the
+    surface gives no accepted pose: they are found less precisely.
 
     Args:
         keypoints: (K, 2) pixels; NaN rows are not used.
         K: (3, 3) camera matrix, pixels.
-        confidence: (K,) in [0, 1] or None. Points below MIN_CONFIDENCE are used where few are above
-            it.
+        confidence: (K,) in [0, 1]; None: all are 1. Points below MIN_CONFIDENCE are used where few
+            are above it.
         sigma: (K,) pixels, each point's standard deviation along x and y. Points where it is not
             finite are not used. None takes what is typical of a corner of that confidence.
-        points: (K, 3) model points; None takes the first of the target's keypoints.
-        prior: (4, 4) or None, the pose expected from the frames before. It does not move poses, but
-            costs those that are turned by 30 degrees or more against it PRIOR_WEIGHT.
-        target: that is seen.
+        points: (K, 3) model units; None takes the first of the target's keypoints.
+        prior: (4, 4) or None, the pose expected from earlier frames. It does not move poses, but
+            adds a cost to those that are turned against it, up to PRIOR_WEIGHT from 30 degrees on.
+        target: what the frame shows.
 
     Returns:
-        a `PoseEstimate`. It is not accepted with fewer than 4 confident points (without sigmas: of
-        all that are used), with too few inliers, with errors above MAX_RMS_NORMALISED_ERROR or with
-        a runner-up within MIN_MARGIN.
+        a `PoseEstimate`. It is not accepted with fewer than 4 confident points (without sigmas,
+        every point in use is confident), with too few inliers, with an error above
+        MAX_RMS_NORMALISED_ERROR or with a runner-up within MIN_MARGIN.
 
     Raises:
         ValueError: a wrong shape, a sigma that is not positive, or a K that is no camera matrix.
@@ -2133,11 +2237,13 @@ def estimate_pose(
     confidence = check_array(confidence, (count,), "confidence")
 
     floor = MIN_CONFIDENCE / 4
-    least = floor if sigma is None else MIN_CONFIDENCE
-    sigma = _typical_sigma(confidence, K) if sigma is None else sigma
+    confident_from = MIN_CONFIDENCE
+    if sigma is None:
+        sigma = _typical_sigma(confidence, K)
+        confident_from = floor  # an uncertain point has a large sigma already
     sigma = check_array(sigma, (count,), "sigma")
     usable = np.isfinite(keypoints).all(1) & np.isfinite(sigma) & (confidence >= floor)
-    confident = usable & (confidence >= least)
+    confident = usable & (confidence >= confident_from)
     if confident.sum() >= MIN_CONFIDENT_POINTS:
         usable = confident
     if (sigma[usable] <= 0).any():
@@ -2146,26 +2252,27 @@ def estimate_pose(
     surface = usable & (np.arange(count) >= 8)
     choices = [surface, usable] if surface.sum() >= MIN_SURFACE_POINTS else [usable]
     for chosen in choices:
-        seen = _Correspondences.of(
+        correspondences = _Correspondences.of(
             points[chosen], keypoints[chosen], sigma[chosen], K, prior, target
         )
-        found = seen.estimate()
-        if found.accepted:
+        estimate = correspondences.estimate()
+        if estimate.accepted:
             break
 
     inliers = np.zeros(count, bool)
-    inliers[chosen] = False if found.inliers is None else found.inliers
-    found = dataclasses.replace(found, inliers=inliers)
+    inliers[chosen] = False if estimate.inliers is None else estimate.inliers
+    estimate = dataclasses.replace(estimate, inliers=inliers)
     if confident.sum() >= 4:
-        return found
-    reason = found.reason or f"only {confident.sum()} points are confident"
-    return dataclasses.replace(found, accepted=False, reason=reason, log_likelihood_margin=0.0)
+        return estimate
+    reason = estimate.reason or f"only {confident.sum()} points are confident"
+    return dataclasses.replace(estimate, accepted=False, reason=reason, log_likelihood_margin=0.0)
 
 
 def _typical_sigma(confidence, K):
-    """Standard deviations (K,) in pixels of corners, measured on frames of 256 pixels.
+    """Return typical standard deviations (K,) in pixels of corners with confidences (K,).
 
-    It is 1.8 pixels for a confident corner, and 18 more for one without confidence.
+    They were measured on frames of FRAME_SIZE: 1.8 pixels at a confidence of 1, 18 more at 0. The
+    principal point gives the size of other frames.
     """
     scale = 2 * max(K[0, 2], K[1, 2]) / FRAME_SIZE
     return (1.8 + 18 * (1 - confidence)) * scale
@@ -2173,7 +2280,7 @@ def _typical_sigma(confidence, K):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class _Candidate:
-    """A pose and what it costs: its negative log-likelihood, but for a constant."""
+    """A pose and its cost, the negative log-likelihood up to a constant."""
 
     cost: float
     pose: np.ndarray = dataclasses.field(compare=False)
@@ -2183,7 +2290,8 @@ class _Candidate:
 class _Correspondences:
     """The model points of one frame and where they were found.
 
-    Points and poses are in working units in here: the target has WORKING_DIAMETER.
+    Inside this class points and poses are in working units, in which the target's diameter is
+    WORKING_DIAMETER.
     """
 
     points: np.ndarray  # (K, 3) model, working units
@@ -2196,17 +2304,20 @@ class _Correspondences:
 
     @classmethod
     def of(cls, points, keypoints, sigma, K, prior, target):
-        """Take points and prior in model units."""
+        """Make correspondences from points and prior in model units."""
         scale = WORKING_DIAMETER / target.diameter
         if prior is not None:
             prior = scale_pose(prior, scale)
         return cls(scale * points, keypoints, sigma, K, prior, target, scale)
 
     def propose(self):
-        """Poses by RANSAC and SQPnP, and what they are ambiguous with; none behind the camera."""
+        """Return poses by RANSAC and SQPnP, those they are ambiguous with, and the prior.
+
+        A pose behind the camera is left out.
+        """
         poses = [] if self.prior is None else [self.prior]
         try:
-            found, turn, shift, _ = cv2.solvePnPRansac(
+            found, rotation, translation, _ = cv2.solvePnPRansac(
                 self.points,
                 self.keypoints,
                 self.K,
@@ -2218,67 +2329,73 @@ class _Correspondences:
             )
         except cv2.error:  # points that fix no pose
             return poses
-        if found and np.isfinite(turn).all() and shift[2] > 0:
-            pose = move_pose(np.eye(4), np.concatenate([turn, shift]).ravel())
+        if found and np.isfinite(rotation).all() and translation[2] > 0:
+            pose = move_pose(np.eye(4), np.concatenate([rotation, translation]).ravel())
             poses += ambiguous_poses(pose, self.target, self.scale)
         return poses
 
     def linearise(self, pose):
-        """Errors (K, 2) and the projection's slopes (2 K, 6) with a step, both in sigmas."""
-        turned = self.points @ pose[:3, :3].T
-        projected, slopes = cv2.projectPoints(turned, np.zeros(3), pose[:3, 3], self.K, None)
-        errors = (self.keypoints - projected[:, 0]) / self.sigma[:, None]
-        errors[turned[:, 2] + pose[2, 3] < 1e-6] = 1e6  # behind the camera
-        return errors, slopes[:, :6] / self.sigma.repeat(2)[:, None]
+        """Return residuals (K, 2) and the projection's Jacobian (2 K, 6), both in sigmas.
+
+        The Jacobian is with respect to a step, see `move_pose`.
+        """
+        rotated = self.points @ pose[:3, :3].T
+        projected, jacobian = cv2.projectPoints(rotated, np.zeros(3), pose[:3, 3], self.K, None)
+        residuals = (self.keypoints - projected[:, 0]) / self.sigma[:, None]
+        residuals[rotated[:, 2] + pose[2, 3] < 1e-6] = 1e6  # behind the camera
+        return residuals, jacobian[:, :6] / self.sigma.repeat(2)[:, None]
 
     def refine(self, pose):
-        """The best `_Candidate` of a pose and of two Gauss-Newton steps from it."""
-        visited = []
+        """Return the best `_Candidate` among a pose and two Gauss-Newton steps from it."""
+        candidates = []
         for remaining in (2, 1, 0):
-            errors, slopes = self.linearise(pose)
-            squared = np.einsum("ki,ki->k", errors, errors) / CAUCHY**2
-            visited.append(_Candidate(self._cost(squared, pose), pose))
+            residuals, jacobian = self.linearise(pose)
+            squared = np.einsum("ki,ki->k", residuals, residuals) / CAUCHY**2
+            candidates.append(_Candidate(self._cost(squared, pose), pose))
             if remaining:
-                weighted = slopes.T / (1 + squared).repeat(2)
-                right = weighted @ errors.reshape(-1, 1)
-                _, step = cv2.solve(weighted @ slopes, right, flags=cv2.DECOMP_SVD)
+                weighted = jacobian.T / (1 + squared).repeat(2)
+                right = weighted @ residuals.reshape(-1, 1)
+                _, step = cv2.solve(weighted @ jacobian, right, flags=cv2.DECOMP_SVD)
                 step *= min(1.0, 0.3 / max(cv2.norm(step[:3]), 1e-12))  # at most 0.3 radians
                 pose = move_pose(pose, step.ravel())
-        return min(visited)
+        return min(candidates)
 
     def _cost(self, squared, pose):
-        """Negative log-likelihood of squared errors (K,) and of the turn against the prior."""
-        turn = 0.0
+        """Return the robust cost of a pose: that of its residuals and of its turn from the prior.
+
+        `squared` (K,) are the squared residuals in units of CAUCHY sigmas.
+        """
+        turn = 0.0  # fraction of 30 degrees
         if self.prior is not None:
             turn = min(rotation_error(pose, self.prior) / 30, 1.0)
         return float(np.log1p(squared).sum() * CAUCHY**2 / 2 + PRIOR_WEIGHT * turn**2)
 
     def covariance(self, pose):
-        """(6, 6) of a pose from its inliers; None where they do not fix it."""
-        errors, slopes = self.linearise(pose)
-        inliers = (errors**2).sum(1) < INLIER_SIGMAS**2
-        slopes = slopes[inliers.repeat(2)]
-        information = slopes.T @ slopes
-        fixed = len(slopes) >= 8 and np.linalg.cond(information) < 1e12
+        """Return a pose's covariance (6, 6) from its inliers; None where they do not fix it."""
+        residuals, jacobian = self.linearise(pose)
+        inliers = (residuals**2).sum(1) < INLIER_SIGMAS**2
+        jacobian = jacobian[inliers.repeat(2)]
+        information = jacobian.T @ jacobian
+        fixed = len(jacobian) >= 8 and np.linalg.cond(information) < 1e12
         return np.linalg.inv(information) if fixed else None
 
     def estimate(self):
-        """The `PoseEstimate` from these points, in model units; its inliers are theirs."""
-        found = []
+        """Return the `PoseEstimate` from these points, in model units; inliers (K,) are of them."""
+        candidates = []
         if len(self.points) >= 4:
-            found = sorted(self.refine(pose) for pose in self.propose())
-        if not found:
+            candidates = sorted(self.refine(pose) for pose in self.propose())
+        if not candidates:
             return PoseEstimate(None, reason=f"{len(self.points)} points fix no pose; 4 are needed")
 
-        best = found[0]
-        turned = [other for other in found if rotation_error(other.pose, best.pose) > 30]
-        in_front = [other for other in turned if other.pose[2, 3] > 0]
+        best = candidates[0]
+        turned = [one for one in candidates if rotation_error(one.pose, best.pose) > 30]
+        in_front = [one for one in turned if one.pose[2, 3] > 0]
         runner_up = in_front[0] if in_front else _Candidate(np.inf, None)
-        margin = runner_up.cost - best.cost
+        margin = runner_up.cost - best.cost  # before the best one is refined further
         return self._judge(self.refine(best.pose).pose, runner_up.pose, margin)
 
     def _judge(self, pose, runner_up, margin):
-        """The `PoseEstimate` that accepts a pose, or says why not."""
+        """Return the `PoseEstimate` that accepts a pose, or says why not."""
         squared = (self.linearise(pose)[0] ** 2).sum(1)
         covariance = self.covariance(pose)
         inliers = squared < INLIER_SIGMAS**2
@@ -2301,17 +2418,19 @@ class _Correspondences:
         elif margin < MIN_MARGIN:
             reason = "a pose turned by more than 30 degrees fits nearly as well"
 
-        unit = 1 / self.scale
-        units = np.repeat([1.0, unit], 3)
+        model_unit = 1 / self.scale  # model units for one working unit
+        if covariance is not None:
+            units = np.repeat([1.0, model_unit], 3)
+            covariance = covariance * np.outer(units, units)
         return PoseEstimate(
-            scale_pose(pose, unit),
-            None if covariance is None else covariance * np.outer(units, units),
+            scale_pose(pose, model_unit),
+            covariance,
             accepted=not reason,
             reason=reason,
             reprojection=reprojection,
             rms_normalised_error=error,
             inliers=inliers,
-            runner_up=None if runner_up is None else scale_pose(runner_up, unit),
+            runner_up=None if runner_up is None else scale_pose(runner_up, model_unit),
             log_likelihood_margin=margin,
         )
 
@@ -2320,8 +2439,8 @@ def move_pose(pose: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Return the pose (4, 4) after a step.
 
     Args:
-        pose: (4, 4).
-        step: (6,) a turn in camera axes (rotation vector, radians), then a shift.
+        pose: (4, 4) model -> OpenCV camera.
+        step: (6,) a rotation vector in camera axes (radians), then a translation (model units).
     """
     moved = pose.copy()
     moved[:3, :3] = cv2.Rodrigues(step[:3])[0] @ pose[:3, :3]
@@ -2330,13 +2449,13 @@ def move_pose(pose: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def pose_step(pose: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Return the step (6,) that leads from `start` to `pose`: inverts `move_pose`."""
-    turn = cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0]
-    return np.concatenate([turn.ravel(), pose[:3, 3] - start[:3, 3]])
+    """Return the step (6,) that leads from `start` to `pose`, (4, 4) each: inverts `move_pose`."""
+    rotation = cv2.Rodrigues(pose[:3, :3] @ start[:3, :3].T)[0]
+    return np.concatenate([rotation.ravel(), pose[:3, 3] - start[:3, 3]])
 
 
 def scale_pose(pose: np.ndarray, factor: float) -> np.ndarray:
-    """Return the pose (4, 4) in other units: its translation is multiplied by a factor."""
+    """Return a pose (4, 4) in other units: its translation is multiplied by a factor."""
     scaled = pose.copy()
     scaled[:3, 3] *= factor
     return scaled
@@ -2347,8 +2466,8 @@ def ambiguous_poses(
 ) -> list[np.ndarray]:
     """Return the poses (4, 4) that a pose is ambiguous with, itself first.
 
-    From afar these are the target's lookalikes; a flat target is ambiguous with its mirror image in
-    depth too.
+    They are those of the target's lookalikes. Seen from afar, a flat target is also ambiguous with
+    its mirror image in depth.
 
     Args:
         pose: (4, 4) model -> OpenCV camera.
@@ -2360,24 +2479,25 @@ def ambiguous_poses(
         axis = target.flat_axis / np.linalg.norm(target.flat_axis)
         view = pose[:3, 3] / np.linalg.norm(pose[:3, 3])
         mirrored = pose.copy()
-        mirrored[:3, :3] -= 2 * np.outer(view, view) @ pose[:3, :3]
-        mirrored[:3, :3] @= np.eye(3) - 2 * np.outer(axis, axis)  # a rotation again
+        mirrored[:3, :3] -= 2 * np.outer(view, view) @ pose[:3, :3]  # along the line of sight
+        mirrored[:3, :3] @= np.eye(3) - 2 * np.outer(axis, axis)  # makes it a rotation again
         poses.append(mirrored)
 
     lookalikes = [scale_pose(motion, scale) for motion in target.lookalikes]
-    variants = []
+    ambiguous = []
     for one in poses:
-        variants += [one, *(one @ motion for motion in lookalikes)]
-    return variants
+        ambiguous.append(one)
+        ambiguous += [one @ motion for motion in lookalikes]
+    return ambiguous
 
 
 # ============================================================ drawing
 
-CV_SHIFT = 4  # fractional bits of the positions that OpenCV draws at
+CV_SHIFT = 4  # fractional bits of OpenCV's fixed-point positions
 
 
 def cv_point(point: np.ndarray) -> tuple[int, int]:
-    """Convert continuous (x, y) pixels to OpenCV's fixed-point indices, with CV_SHIFT bits."""
+    """Convert continuous pixels (2,) to OpenCV's fixed-point indices with CV_SHIFT bits."""
     indices = np.clip(point, -(2**20), 2**20) - 0.5
     return tuple(int(value) for value in np.round(indices * 2**CV_SHIFT))
 
@@ -2385,7 +2505,7 @@ def cv_point(point: np.ndarray) -> tuple[int, int]:
 def draw_box(
     image: np.ndarray, keypoints: np.ndarray, colour: tuple[int, int, int] = (90, 255, 90)
 ) -> np.ndarray:
-    """Return a copy of a frame with a bounding box; edges with a NaN end are left out.
+    """Return a copy of a frame with a bounding box drawn in; edges with a NaN end are left out.
 
     Args:
         image: (H, W, 3) uint8.
@@ -2395,7 +2515,7 @@ def draw_box(
     image = np.array(image, order="C")
     for a, b in BOX_EDGES:
         if np.isfinite(keypoints[[a, b]]).all():
-            ends = cv_point(keypoints[a]), cv_point(keypoints[b])
+            ends = (cv_point(keypoints[a]), cv_point(keypoints[b]))
             cv2.line(image, *ends, colour, 1, cv2.LINE_AA, CV_SHIFT)
     return image
 
@@ -2403,7 +2523,7 @@ def draw_box(
 def draw_axes(
     image: np.ndarray, pose: np.ndarray, K: np.ndarray, length: float = 0.31928 * DIAMETER
 ) -> np.ndarray:
-    """Return a copy of a frame with the model's axes: x red, y green, z blue.
+    """Return a copy of a frame with the model's axes drawn in: x red, y green, z blue.
 
     Args:
         image: (H, W, 3) uint8.
@@ -2414,9 +2534,9 @@ def draw_axes(
     image = np.array(image, order="C")
     tips = np.concatenate([np.zeros((1, 3)), np.eye(3) * length])
     origin, *ends = project_pose(tips, pose, K)
-    colours = (255, 70, 70), (80, 255, 80), (90, 140, 255)
+    colours = [(255, 70, 70), (80, 255, 80), (90, 140, 255)]
     for end, colour in zip(ends, colours):
         if np.isfinite([origin, end]).all():
-            line = cv_point(origin), cv_point(end)
+            line = (cv_point(origin), cv_point(end))
             cv2.arrowedLine(image, *line, colour, 1, cv2.LINE_AA, CV_SHIFT, 0.15)
     return image

@@ -1,12 +1,11 @@
-"""Scenes of the set `data/looks/`: a painted ship among other things, in a place, before a camera.
+"""Scenes of the set `data/looks/`: a painted ship in a place among other things.
 
-The other sets show a ship that is cut out and laid over a sky. Here one ray-traced scene holds
+In the other sets the ship is rendered alone and laid over a sky. Here one ray-traced scene holds
 everything. The ship has textured paint (camouflage, stripes, rust, checks, panels) on plastic,
 metal, primer or lacquer. Around it is a desert, a hangar, a cloudy sky, a studio or a field of
-rocks, with coloured spotlights, suns and lamps, things behind the ship and now and then one in
-front of it. The lens defocuses, the shutter stays open, and the picture has noise, a vignette and
-its own exposure. Only the mesh and the way in which poses are drawn are shared with the other
-sets.
+rocks, with coloured spotlights, suns and lamps. Things are behind the ship and now and then one is
+in front of it. The picture can be out of focus or blurred by motion, and it has noise, a vignette
+and its own exposure. The other sets share only the mesh and the distribution of the poses.
 
 A scene is a function of one random generator, so the order of the draws is part of the committed
 set: a draw that is moved, added or left out changes every frame.
@@ -14,6 +13,7 @@ set: a draw that is moved, added or left out changes every frame.
 
 import colorsys
 import functools
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -54,8 +54,13 @@ def noise(
     return (total - total.min()) / np.ptp(total)
 
 
-def colour(rng: np.random.Generator, saturation=(0.3, 0.95), value=(0.15, 0.85), hue=(0, 1)):
-    """Draw a linear RGB colour, (3,), with hue, saturation and value between the given limits."""
+def colour(
+    rng: np.random.Generator,
+    saturation: tuple = (0.3, 0.95),
+    value: tuple = (0.15, 0.85),
+    hue: tuple = (0, 1),
+) -> np.ndarray:
+    """Draw a linear RGB colour (3,) whose hue, saturation and value are between (low, high)."""
     hsv = [rng.uniform(*limits) for limits in (hue, saturation, value)]
     return np.array(colorsys.hsv_to_rgb(*hsv)) ** 2.2
 
@@ -127,6 +132,7 @@ def masks(rng: np.random.Generator, pattern: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _blotches(rng):
+    """The mask (TEXELS, TEXELS) of one colour of a camouflage."""
     stain = noise(rng, TEXELS, 5, 3)
     return np.clip((stain - rng.uniform(0.5, 0.6)) * 40, 0, 1)
 
@@ -163,7 +169,7 @@ def _inks(rng, pattern):
 
 
 def texture(mi, image: np.ndarray, scale: float = 1.0) -> dict:
-    """Return a Mitsuba texture of linear values (H, W, 3), `scale` times over a unit of uv."""
+    """Return a Mitsuba texture of linear values (H, W, 3), repeated `scale` times a unit of uv."""
     return {
         "type": "bitmap",
         "bitmap": mi.Bitmap(np.ascontiguousarray(image, np.float32)),
@@ -181,7 +187,7 @@ FINISHES = {  # name -> probability
 }
 
 
-def surface(rng: np.random.Generator):
+def surface(rng: np.random.Generator) -> Callable[[dict], dict]:
     """Draw one finish for a whole ship: a function from a texture to a Mitsuba material."""
     finish = rng.choice(list(FINISHES), p=list(FINISHES.values()))
     roughness = float(rng.uniform(0.05, 0.4))
@@ -252,7 +258,7 @@ def ship(mi, mesh, matrix: np.ndarray, textures: np.ndarray, finish, scale: floa
 
 
 def _texture_coordinates(triangles):
-    """(T, 3, 2) uv of triangles (T, 3, 3): projected along the model axis that they face most."""
+    """The uv (T, 3, 2) of triangles (T, 3, 3), each projected along the axis that it faces most."""
     first, second, third = triangles.transpose(1, 0, 2)
     normals = np.abs(np.cross(second - first, third - first))
     axes = np.array([[1, 2], [0, 2], [0, 1]])[normals.argmax(1)]
@@ -261,19 +267,19 @@ def _texture_coordinates(triangles):
 
 # ---------------------------------------------------------------- places
 
-PLACES = {
+PLACES = {  # name -> probability; `Place` has a method of each name
     "desert": 0.25,
     "hangar": 0.2,
     "clouds": 0.18,
     "studio": 0.17,
     "rocks": 0.2,
-}  # probability
+}
 
 
 class Place:
-    """What is around the ship, as `shapes` for Mitsuba.
+    """The surroundings of the ship, as `shapes` for Mitsuba.
 
-    The y axis of the place points up, and its origin is the ship.
+    The origin of the place is the ship, and its y axis points up.
     """
 
     def __init__(self, mi, rng: np.random.Generator, position: np.ndarray, kind: str | None = None):
@@ -290,22 +296,16 @@ class Place:
 
         degrees = [rng.uniform(0, 360), rng.uniform(-10, 45), rng.normal(0, 20)]
         to_world = Rotation.from_euler("yxz", degrees, degrees=True).as_matrix()
-        self.turn = to_world.T  # world axes -> the place's
-        self.eye = self.turn @ (CAMERA - position)
-        self.world = np.eye(4)  # place -> world
+        self.turn = to_world.T  # (3, 3) world axes -> the place's
+        self.eye = self.turn @ (CAMERA - position)  # (3,) the camera, in the place
+        self.world = np.eye(4)  # (4, 4) place -> world
         self.world[:3, :3] = to_world
         self.world[:3, 3] = position
 
         self.shapes = {}
         drawn = rng.choice(list(PLACES), p=list(PLACES.values()))  # also where a kind is given
-        build = {
-            "desert": self.desert,
-            "hangar": self.hangar,
-            "clouds": self.clouds,
-            "studio": self.studio,
-            "rocks": self.rocks,
-        }
-        build[kind or drawn]()
+        build = getattr(self, kind or drawn)  # the method of that name
+        build()
 
     # ------------------------------------------------------------ the five places
 
@@ -449,7 +449,13 @@ class Place:
         return {"type": "diffuse", "reflectance": texture(self.mi, image, scale)}
 
     def thing(self, centre: np.ndarray, size: float, kinds: list[str]):
-        """Add a ball, box or rod of about that radius, turned at random."""
+        """Add a ball, box or rod at a point (3,), rotated at random.
+
+        Args:
+            centre: (3,) in the place.
+            size: about its radius, model units.
+            kinds: Mitsuba's names of the primitives to choose from.
+        """
         rng = self.rng
         kind = rng.choice(kinds)
         scale = size if kind == "sphere" else size * rng.uniform(0.5, 1, 3)
@@ -507,7 +513,7 @@ class Place:
         }
 
     def surroundings(self, image: np.ndarray):
-        """Add light and a picture from all round: a map (H, 2 H, 3), its first row the zenith."""
+        """Add an environment map (H, 2 H, 3), linear; its first row is the zenith."""
         self.shapes["around"] = {
             "type": "envmap",
             "bitmap": self.mi.Bitmap(np.ascontiguousarray(image, np.float32)),
@@ -531,12 +537,13 @@ class Place:
                 ),
             }
 
-    def sky(self, coverage: float, rows: int = 256) -> np.ndarray:
-        """Draw a sky, (rows, 2 rows, 3) linear.
+    def sky(self, coverage: float) -> np.ndarray:
+        """Draw a sky, (256, 512, 3) linear.
 
         It is a gradient from horizon to zenith, with clouds over a fraction of about `coverage`.
         """
         rng = self.rng
+        rows = 256
         height = np.linspace(1, -1, rows)[:, None, None]
 
         zenith_hue = (0.5, 0.7) if rng.random() < 0.7 else (0, 1)
@@ -632,7 +639,7 @@ def exposures(
 
 
 def _lens(rng, distance):
-    """A pinhole, or one time in three a lens with a limited depth of field."""
+    """Mitsuba's pinhole or, in 35 % of the scenes, a lens with a limited depth of field."""
     if rng.random() >= 0.35:
         return {"type": "perspective"}
     return {
@@ -656,22 +663,23 @@ def _sensor(mi, lens, size, fov, samples):
     }
 
 
-def develop(linear: np.ndarray, spots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Expose a frame for some of its pixels, then do to it what a cheap camera does.
+def develop(linear: np.ndarray, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Expose a frame for some of its pixels, then add the faults of a cheap camera.
 
     Args:
         linear: (H, H, 3) linear light.
-        spots: (N, 2) row, column of the pixels to expose for; all pixels where there are none.
+        pixels: (N, 2) row, column of the pixels to expose for; none: all of them.
         rng: the scene's random generator.
 
     Returns:
         (H, H, 3) uint8 RGB.
     """
     size = len(linear)
-    light = linear[spots[:, 0], spots[:, 1]].mean(1) if len(spots) else linear.mean(2).ravel()
-    for_the_spots = rng.uniform(0.16, 0.36) / max(np.median(light), 1e-4)
+    brightness = linear.mean(2)
+    light = brightness[pixels[:, 0], pixels[:, 1]] if len(pixels) else brightness.ravel()
+    for_the_pixels = rng.uniform(0.16, 0.36) / max(np.median(light), 1e-4)
     for_the_frame = 0.5 / max(linear.mean(), 1e-4)
-    gain = min(for_the_spots, for_the_frame)
+    gain = min(for_the_pixels, for_the_frame)
     gain *= 2 ** rng.normal(0, 0.4)
 
     image = linear * gain * np.exp(rng.normal(0, 0.08, 3))  # white balance

@@ -1,9 +1,9 @@
 """Write `xwing.obj` and `xwing.mtl`: a procedural X-wing with its S-foils locked (wings closed).
 
 The model frame has x across the wings, -y towards the nose and +z up; lengths are in the model
-unit of the pose matrices. The mesh is a list of flat-shaded parts with one material each. Its
-bounding box is the box whose corners are the first eight keypoints. `python data/make_xwing.py`
-writes both files again.
+unit of the pose matrices. The mesh is a list of flat-shaded parts with one material each. The
+corners of its bounding box are the first eight keypoints. `python data/make_xwing.py` writes both
+files again.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, which
-# tells the way up. Left and right are mirror images, so a mirrored frame is also a valid frame.
+# Material name -> sRGB colour in [0, 1]. The underside is greyer and darker than the top, so that
+# the two can be told apart. Left and right are mirror images, so a mirrored frame is valid too.
 COLOURS = {
     "hull": (0.84, 0.81, 0.75),
     "belly": (0.50, 0.50, 0.51),

@@ -2,16 +2,18 @@
 
     python data/render.py FOLDER --count 512 --seed 1
 
-Every image is a pure function of (seed, index): it does not depend on the count, on the order or
-on the number of workers. Mitsuba 3 ray-traces the ship on the CPU, without a display. The sky
-behind it is 3-D noise and stars, evaluated along the viewing direction of each pixel, so it has no
-seams and no poles. A folder holds `camera_info.json`, the pairs `I.jpg` and `I_mat.json`, and
-`render_info.json`, which says how it was made. Files appear atomically and complete pairs are
-kept, so a run that was killed is resumed by starting it again.
+Every image is a function of (seed, index) alone. It does not depend on the count, on the order or
+on the number of workers. (One thing varies between runs: the ray tracer's noise in a hangar with
+several lamps, see `looks.exposures`.) Mitsuba 3 ray-traces the ship on the CPU, without a display.
+The sky behind it is 3-D noise and stars, evaluated along the viewing direction of each pixel, so it
+has no seams and no poles.
+
+A folder holds `camera_info.json`, the pairs `I.jpg` and `I_mat.json`, and `render_info.json`, which
+says how it was made. Files appear atomically and complete pairs are kept, so a run that was killed
+is resumed by starting it again.
 
 Random draws come from one generator for each image. Their order is part of every committed set: a
-draw that is moved, added or left out changes the pictures. One thing does vary between runs: the
-ray tracer's noise in a hangar with several lamps, see `looks.exposures`.
+draw that is moved, added or left out changes the pictures.
 """
 
 import argparse
@@ -450,7 +452,8 @@ class Look:
 def random_look(rng: np.random.Generator, materials: list) -> Look:
     """Draw a `Look`.
 
-    Three of four have soft light, nearly without shadows; the others stronger light from a side.
+    Three of four have soft light, nearly without shadows; the others have stronger light from one
+    side.
 
     Args:
         rng: the frame's random generator.
@@ -532,7 +535,7 @@ def linear_to_srgb(x: np.ndarray) -> np.ndarray:
 
 
 class Renderer:
-    """Renders one mesh. It is built once in a process and then called for each frame."""
+    """Renders one mesh, frame after frame; `renderer` keeps one in each process."""
 
     def __init__(self, mesh_path: str | Path = SHIP, surface: str = "principled"):
         """Load a mesh; surface: one of SURFACES."""
@@ -718,8 +721,12 @@ def renderer(mesh_path: str | Path = SHIP, surface: str = "principled") -> Rende
 # ---------------------------------------------------------------- frames
 
 
-def random_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
-    """Render image `index` of set `seed`: ((H, W, 3) uint8 RGB, (4, 4) matrix, JPEG quality)."""
+# What a maker of frames returns: image (H, W, 3) uint8 RGB, model matrix (4, 4), JPEG quality.
+Frame = tuple[np.ndarray, np.ndarray, int]
+
+
+def random_frame(seed: int, index: int, mesh_path: str | Path = SHIP) -> Frame:
+    """Render image `index` of set `seed`."""
     ship = renderer(mesh_path)
     rng = np.random.default_rng([seed, index])
     matrix = random_pose(rng)
@@ -727,7 +734,7 @@ def random_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
     return ship.frame(matrix, look), matrix, look.quality
 
 
-def shifted_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
+def shifted_frame(seed: int, index: int, mesh_path: str | Path = SHIP) -> Frame:
     """Render as `random_frame` does, in a look that no training frame has.
 
     The frame is rendered at twice the size and scaled down.
@@ -740,8 +747,8 @@ def shifted_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
     return cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA), matrix, look.quality
 
 
-def looks_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
-    """Render as `random_frame` does, but everything is one ray-traced scene, see looks.py."""
+def looks_frame(seed: int, index: int, mesh_path: str | Path = SHIP) -> Frame:
+    """Render as `random_frame` does, but with everything in one ray-traced scene, see looks.py."""
     ship = renderer(mesh_path)
     rng = np.random.default_rng([seed, index])
     matrix = random_pose(rng)
@@ -749,9 +756,12 @@ def looks_frame(seed: int, index: int, mesh_path: str | Path = SHIP):
     return image, matrix, quality
 
 
-def flight_frame(seed: int, index: int, mesh_path: str | Path = SHIP, flight: Flight = CALM):
+def flight_frame(
+    seed: int, index: int, mesh_path: str | Path = SHIP, flight: Flight = CALM
+) -> Frame:
     """Render frame `index` of a flight; the sky, from `seed`, turns slowly behind it."""
     ship = renderer(mesh_path)
+    # Only its roughness and its seed are used as they are drawn.
     look = random_look(np.random.default_rng([seed]), ship.materials)
     look = dataclasses.replace(
         look,
@@ -863,7 +873,7 @@ def _refuse_committed(folder, seed, kind):
         info = xu.read_json(path)
         if (info.get("seed"), info.get("kind")) == (seed, kind):
             raise ValueError(
-                f"seed {seed}: data/{name}/ has these frames, and who trains on "
+                f"seed {seed}: data/{name}/ has these frames, and a network that was trained on "
                 "them cannot be measured with them; expected another --seed"
             )
 
@@ -884,8 +894,7 @@ def _locked(folder):
 def _claim(folder, kind, seed, mesh_path, mesh):
     """Write `render_info.json` and the camera; ValueError if the folder holds other frames.
 
-    It also removes leftovers of killed runs. Sets that are older than the digest of a mesh are
-    taken to show the mesh of their name.
+    It also removes leftovers of killed runs.
     """
     frame = FLIGHTS.get(kind, CALM)  # for its size and samples
     info = {
@@ -899,6 +908,7 @@ def _claim(folder, kind, seed, mesh_path, mesh):
     path = folder / "render_info.json"
     if path.exists():
         known = xu.read_json(path)
+        # Older sets have no digest of the mesh: what they do not say is taken to agree.
         if not isinstance(known, dict) or {**info, **known} != info:
             raise ValueError(f"{folder}: made with {known}, asked for {info}; give another folder")
     elif any(file for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for file in folder.glob(end)):
@@ -954,13 +964,13 @@ def _run(jobs, workers, dask, bar):
 # ---------------------------------------------------------------- command line
 
 KINDS = (
-    "random: random poses; shifted: the same poses in another look; looks: in scenes; "
-    "flight: the clip; wild: a wilder flight; wide: the clip's flight in 1280x720"
+    "random: random poses; shifted: the same poses in another look; looks: the same poses in "
+    "scenes; flight: the clip; wild: a faster flight; wide: the clip's flight in 1280x720"
 )
 
 
 def main(arguments: list[str] | None = None):
-    """Render a set as the command line says."""
+    """Render the set that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=10000)

@@ -1,9 +1,9 @@
 """How fast the tracker is, stage by stage and end to end: `python tests/bench.py [--json FILE]`.
 
-Every run is a process of its own on two cores, so that its peak memory is its own. It is compared
-with a plain way, which does the same job with common tools: Keras `predict` frame by frame,
-whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures, and a GIF. The plain way neither
-filters poses nor hides bolts.
+Every run is a process of its own on two cores, so that its peak memory is its own. The tracker is
+compared with a plain program, which does the same job with common tools: Keras `predict` frame by
+frame, whole-pixel argmax in Python, cv2.solvePnP, matplotlib figures, and a GIF. The plain program
+neither filters poses nor hides bolts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SHIP = xu.ROOT / "data" / "xwing.obj"
 
 
 def lap():
-    """Paths and true poses of the clip, forwards and backwards, and its camera matrix."""
+    """Paths and true poses (4, 4) of the clip, forwards and backwards, and its K (3, 3)."""
     paths, matrices = xu.load_dataset(FRAMES)
     model_view, projection = xu.load_camera(FRAMES)
     poses = [xu.pose_in_camera(model_view, matrix) for matrix in matrices]
@@ -44,7 +44,7 @@ def lap():
 
 
 def timed_film(frames, K):
-    """The track of some frames, and the seconds that it took to track and film them."""
+    """Track and film some frames; return the track, and the seconds that it took."""
     mesh = load_mesh(SHIP)
     tracker = Tracker(K, 30.0, Detector(WEIGHTS), Aligner(mesh))
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,10 @@ def timed_film(frames, K):
 
 
 def live(count):
-    """Track and film the clip, over and over; errors count where four corners or more show."""
+    """Track and film `count` frames of the clip, which is repeated.
+
+    Errors count in the frames that show at least four corners of the box.
+    """
     paths, truth, K = lap()
     paths = [paths[i % len(paths)] for i in range(count)]
     truth = [truth[i % len(truth)] for i in range(count)]
@@ -68,18 +71,18 @@ def live(count):
             if shows and tracked.pose is not None
         ]
     )
-    median, most = np.quantile(errors, [0.5, 0.95])
+    median, high = np.quantile(errors, [0.5, 0.95])
     return {
         "fps": count / seconds,
         "rotation_deg_median": median,
-        "rotation_deg_95": most,
+        "rotation_deg_95": high,
         "flips": int((errors > 90).sum()),
         "lost": int(sum(shown)) - len(errors),
     }
 
 
 def large(count, width, height):
-    """Track and film the flight, drawn from the mesh as a large video; drawing is not timed."""
+    """Track and film a large video, drawn from the mesh; drawing is not timed."""
     _, poses, K = lap()
     poses = poses[60 : 60 + count]
     K = xu.crop_camera(K, scale=height / xu.FRAME_SIZE)
@@ -120,7 +123,8 @@ def draw(ship, pose, K, sky):
 
     light = 0.45 + 0.55 * (normals @ [0.3, -0.8, -0.5]).clip(0)
     colours = 255 * ship.colours[ship.face_materials] * light[:, None]
-    colours = np.vstack([colours, [[np.nan] * 3]]).astype(np.float32)  # the last where none shows
+    # The last row is for id -1, of the pixels where no triangle shows.
+    colours = np.vstack([colours, [[np.nan] * 3]]).astype(np.float32)
 
     double = xu.crop_camera(K, scale=2)
     ids, _ = rasterise(ship.triangles, pose, double, 2 * width, 2 * height)
@@ -133,7 +137,7 @@ def draw(ship, pose, K, sky):
 
 
 def plain(count):
-    """Track and draw the clip in the plain way; the time to load the network is not counted."""
+    """Find poses and draw the clip with common tools; loading the network is not timed."""
     import imageio.v2 as imageio
     import matplotlib
 
@@ -159,7 +163,7 @@ def plain(count):
 
 
 def plain_argmax(heatmaps, stride):
-    """The largest pixel (x, y, value) of each corner's heatmap (H, W, K), in Python."""
+    """The brightest pixel (x, y, value) of each corner's heatmap (H, W, K), by Python loops."""
     found = []
     for k in range(8):
         best = max(
@@ -172,7 +176,7 @@ def plain_argmax(heatmaps, stride):
 
 
 def plain_figure(plt, image, found, K, path):
-    """Write a matplotlib figure of a frame with its lines of fire, where six corners are found."""
+    """Write a matplotlib figure of a frame, with its lines of fire if six corners are found."""
     figure = plt.figure(figsize=(2.56, 2.56), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.imshow(image)
@@ -191,7 +195,7 @@ def plain_figure(plt, image, found, K, path):
 
 
 def stages(count):
-    """Milliseconds a frame of each stage on its own, one after another."""
+    """Milliseconds a frame that each stage takes on its own, one after another."""
     paths, _, K = lap()
     mesh = load_mesh(SHIP)
     detector = Detector(WEIGHTS)
@@ -222,8 +226,9 @@ def stages(count):
         if estimate.pose is not None and len(drawn) % 8 == 0:
             timed("verify", aligner.verify, image, estimate, K)
 
-        shown = image, shot.step(tracked.pose), lasers.Lasers(), mesh, tracked.pose, K
-        drawn.append(timed("draw", lasers.draw_shot, *shown))
+        bolts = shot.step(tracked.pose)
+        arguments = image, bolts, lasers.Lasers(), mesh, tracked.pose, K
+        drawn.append(timed("draw", lasers.draw_shot, *arguments))
 
     with tempfile.TemporaryDirectory() as folder:
         timed("write_mp4", film.write_clip, drawn, Path(folder) / "a.mp4", 30)
@@ -232,7 +237,7 @@ def stages(count):
 
 
 def run(work, *arguments):
-    """The result of a run in a process of its own, with its peak memory."""
+    """Run a function of RUNS in a process of its own; return its result and its peak memory."""
     command = [sys.executable, __file__, "--run", work.__name__, *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -257,7 +262,7 @@ def main():
 
     figures = print_stages(min(options.count, 150)) | print_runs(options.count)
     ratio = figures["live.fps"] / figures["plain.fps"]
-    print(f"\nlive is {ratio:.1f} times as fast as the plain way")
+    print(f"\nlive is {ratio:.1f} times as fast as the plain program")
     if options.json:
         xu.write_files({options.json: json.dumps(figures, indent=1) + "\n"})
 
@@ -274,7 +279,7 @@ def print_stages(count):
 
 
 def print_runs(count):
-    """Run the whole ways and print their table; return the figures of the JSON file."""
+    """Run tracker and plain program end to end and print their table; return the JSON figures."""
     figures = {}
     print("\n| end to end | frames | frames a second | peak memory, MB | |\n|---|---|---|---|---|")
     for name, work, *arguments in (

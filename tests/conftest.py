@@ -28,7 +28,7 @@ def root():
 
 @pytest.fixture(scope="session")
 def camera():
-    """model_view_matrix, projection_matrix of the committed sets."""
+    """The model-view and the projection matrix of the committed sets, (4, 4) each."""
     return xu.load_camera(ROOT / "data" / "sample")
 
 
@@ -39,13 +39,13 @@ def K(camera):
 
 @pytest.fixture(scope="session")
 def sample():
-    """paths, matrices of data/sample."""
+    """The 512 paths and model matrices (512, 4, 4) of data/sample."""
     return xu.load_dataset(ROOT / "data" / "sample")
 
 
 @pytest.fixture(scope="session")
 def matrices():
-    """(50, 4, 4) model matrices with random rotations, all of the ship in front of the camera."""
+    """(50, 4, 4) model matrices with random rotations, the whole ship in front of the camera."""
     rng = np.random.default_rng(0)
     result = np.tile(np.eye(4), (50, 1, 1))
     result[:, :3, :3] = Rotation.random(50, rng=rng).as_matrix()
@@ -55,30 +55,31 @@ def matrices():
 
 @pytest.fixture(scope="session")
 def poses(camera, matrices):
-    """(50, 4, 4) the same, model -> OpenCV camera."""
+    """(50, 4, 4) poses of `matrices`, model -> OpenCV camera."""
     return np.array([xu.pose_in_camera(camera[0], m) for m in matrices])
 
 
 class OracleModel:
-    """Stands in for a network.
+    """Replaces a network with one that knows the answer.
 
-    In the i-th of `oracle_frames` it finds keypoints[i] (K, 2). A frame whose right half is the
-    brighter one is mirrored; there it finds the mirrored keypoints.
+    In the i-th of `oracle_frames` it finds keypoints[i] (K, 2). The frames are brighter on the
+    left. A frame that is brighter on the right is a mirrored one; there it finds the mirrored
+    keypoints.
     """
 
     def __init__(self, keypoints, size=256, sigma=4.0, stride=2):
         count = keypoints.shape[1]
         self.keypoints = keypoints
-        self.maps = size // stride
-        self.scale = stride
+        self.map_size = size // stride
+        self.stride = stride
         self.target = xu.XWING
         self.settings = {"size": size, "sigma": sigma, "stride": stride, "keypoints": count}
-        self.output_shape = (None, self.maps, self.maps, count)
+        self.output_shape = (None, self.map_size, self.map_size, count)
 
     def predict_on_batch(self, images):
-        numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int)
+        numbers = np.round(images.mean((1, 2, 3)) / 20).astype(int)  # their brightness tells
         numbers = numbers.clip(max=len(self.keypoints) - 1)
-        sigma = self.settings["sigma"] / self.scale
+        sigma = self.settings["sigma"] / self.stride
         middle = images.shape[2] // 2
         permutation = xu.heatmap_permutation(self.target, self.settings["keypoints"])
         drawn = []
@@ -86,7 +87,7 @@ class OracleModel:
             points = self.keypoints[i]
             if image[:, middle:].mean() > image[:, :middle].mean():
                 points = xu.mirror_keypoints(points, self.settings["size"], permutation)
-            drawn.append(xu.gaussian_heatmaps(points / self.scale, self.maps, sigma))
+            drawn.append(xu.gaussian_heatmaps(points / self.stride, self.map_size, sigma))
         return np.stack(drawn)
 
 
@@ -98,18 +99,22 @@ def oracle():
 
 @pytest.fixture
 def oracle_frames():
-    """A function: N -> (N, 256, 256, 3) uint8 frames for an oracle."""
+    """A function: count, size -> frames (count, size, size, 3) uint8 for an oracle.
+
+    The i-th has a brightness of 20 i, and 8 more in its left half.
+    """
 
     def frames(count, size=256):
-        left = np.repeat(np.uint8([8, 0]), size // 2)[:, None]
-        return np.stack([np.full((size, size, 3), 20 * i, np.uint8) + left for i in range(count)])
+        left_half = np.repeat(np.uint8([8, 0]), size // 2)[:, None]
+        plain = [np.full((size, size, 3), 20 * i, np.uint8) for i in range(count)]
+        return np.stack([frame + left_half for frame in plain])
 
     return frames
 
 
 @pytest.fixture(scope="session")
 def run_python():
-    """A function: code, environment variables -> what it prints in a fresh Python."""
+    """A function: code, environment variables -> the output of the code in a fresh Python."""
 
     def run(code, **environment):
         chosen = ("KERAS_BACKEND", "SM_FRAMEWORK")

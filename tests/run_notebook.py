@@ -1,8 +1,8 @@
 """Execute notebooks without a browser: `python tests/run_notebook.py --inplace NOTEBOOK ...`.
 
-Every cell has a time limit. Where a cell takes longer or fails, or the kernel does not start, the
-last line names the notebook and the cell, and the exit status is 1. (`jupyter nbconvert` does not
-tell the cell's number.)
+Every cell has a time limit. If a cell takes longer or fails, or the kernel does not start, the last
+line names the notebook and the cell, and the exit status is 1. (`jupyter nbconvert` does not name
+the cell.)
 """
 
 import argparse
@@ -22,7 +22,7 @@ def run_notebook(path: Path, target: Path, limit: int) -> str:
 
     Args:
         path: of the notebook.
-        target: of the executed notebook; it is written only if all cells ran.
+        target: path of the executed notebook, which is written only if all cells ran.
         limit: seconds that one cell may take.
     Returns:
         "", or one line that says what went wrong.

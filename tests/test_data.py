@@ -12,9 +12,8 @@ from PIL import Image
 
 import xwing_utils as xu
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Got processor for keypoints"
-)  # pipelines of one transform
+# Albumentations warns about pipelines without a transform that moves keypoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Got processor for keypoints")
 KEYPOINT_PARAMS = A.KeypointParams(format="xy", remove_invisible=False)
 IDENTITY = np.eye(4).tolist()
 
@@ -22,10 +21,8 @@ IDENTITY = np.eye(4).tolist()
 @pytest.fixture
 def folder(root, tmp_path):
     """A copy of the first four frames of data/sample."""
-    for name in [
-        "camera_info.json",
-        *(f"{i}{end}" for i in range(4) for end in (".jpg", "_mat.json")),
-    ]:
+    frames = [f"{i}{end}" for i in range(4) for end in (".jpg", "_mat.json")]
+    for name in ("camera_info.json", *frames):
         shutil.copy(root / "data" / "sample" / name, tmp_path / name)
     return tmp_path
 
@@ -56,15 +53,13 @@ def test_poses_of_the_committed_sets_follow_the_documented_distribution(root, na
     z = matrices[:, 2, 3]
     assert 0.4 < (z == 0).mean() < 0.6 and z.min() >= -0.4 and z.max() <= 0.3
     inside = xu.in_frame(xu.keypoints_of(matrices, *camera)).sum(1)
-    assert (
-        0.4 < (inside == 8).mean() < 0.6 and 0.78 < (inside >= 6).mean() < 0.9
-    )  # data/README.md says so
+    assert 0.4 < (inside == 8).mean() < 0.6  # as data/README.md says
+    assert 0.78 < (inside >= 6).mean() < 0.9
 
 
 def test_committed_sets_share_no_frame(root):
-    sets = [
-        xu.load_dataset(root / "data" / name)[1] for name in ("sample", "test", "shifted", "looks")
-    ]
+    names = ("sample", "test", "shifted", "looks")
+    sets = [xu.load_dataset(root / "data" / name)[1] for name in names]
     for first, second in itertools.combinations(sets, 2):
         assert np.abs(first[:, None] - second[None]).max((2, 3)).min() > 1e-3
 
@@ -140,12 +135,9 @@ def test_the_camera_comes_from_its_file_or_folder(root, camera):
 )
 def test_a_bad_camera_is_named(folder, change, message):
     path = folder / "camera_info.json"
-    text = (
-        change
-        if isinstance(change, str)
-        else json.dumps({**json.loads(path.read_text()), **change})
-    )
-    path.write_text(text)
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
     with pytest.raises(ValueError, match=f"camera_info.json.*{message}"):
         xu.load_camera(folder)
     path.unlink()
@@ -208,7 +200,8 @@ def test_16_bits_are_scaled_and_not_cut(tmp_path):
     ],
 )
 def test_pictures_are_turned_as_their_exif_tag_says(tmp_path, name, orientation, stored_as):
-    upright, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
+    upright = np.zeros((16, 32, 3), np.uint8)
+    exif = Image.Exif()
     upright[:8, :16] = 250  # the top left is bright
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(stored_as(upright)))
@@ -221,10 +214,10 @@ def test_a_missing_picture_is_named(tmp_path):
         xu.read_image(tmp_path / "7.jpg")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.95])
-def test_a_cut_off_jpeg_is_named(folder, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.95])
+def test_a_cut_off_jpeg_is_named(folder, fraction):
     data = (folder / "0.jpg").read_bytes()
-    (folder / "0.jpg").write_bytes(data[: int(len(data) * share)])
+    (folder / "0.jpg").write_bytes(data[: int(len(data) * fraction)])
     with pytest.raises(ValueError, match="0.jpg.*picture"):
         xu.read_image(folder / "0.jpg")
 
@@ -255,14 +248,14 @@ def dataset_of(sample, camera, count=8, **arguments):
 
 
 def next_epoch(dataset):
-    """What Keras calls between two epochs."""
+    """Call what Keras calls between two epochs."""
     dataset.on_epoch_end()
     dataset.on_epoch_begin()
 
 
 @pytest.fixture
 def mirror_only(monkeypatch):
-    """Leaves the mirror as the only augmentation."""
+    """Leave the mirror as the only augmentation."""
     nothing = A.Compose([], keypoint_params=KEYPOINT_PARAMS)
     monkeypatch.setattr(xu, "augmentation", lambda seed, without: nothing)
 
@@ -301,8 +294,10 @@ def test_points_that_face_away_are_put_far_outside(sample, camera):
 
 
 def test_batches_depend_on_the_seed_and_not_on_the_order(sample, camera):
-    forwards, backwards = dataset_of(sample, camera, seed=5), dataset_of(sample, camera, seed=5)
-    first, second = forwards[0], forwards[1]
+    forwards = dataset_of(sample, camera, seed=5)
+    backwards = dataset_of(sample, camera, seed=5)
+    first = forwards[0]
+    second = forwards[1]
     for got, expected in ((backwards[1], second), (backwards[0], first)):
         np.testing.assert_array_equal(got[0], expected[0])
         np.testing.assert_array_equal(got[1], expected[1])
@@ -322,11 +317,10 @@ def test_batches_are_the_same_from_many_threads(sample, camera):
 def test_an_epoch_has_every_frame_once_in_an_order_of_its_own(sample, camera, mirror_only):
     dataset = dataset_of(sample, camera, count=10)
     frames = [xu.read_image(p) for p in sample[0][:10]]
-    number = {
-        f.tobytes(): i
-        for i, frame in enumerate(frames)
-        for f in (frame, np.ascontiguousarray(frame[:, ::-1]))
-    }
+    number = {}
+    for i, frame in enumerate(frames):
+        number[frame.tobytes()] = i
+        number[frame[:, ::-1].tobytes()] = i  # mirrored
     orders = []
     for _ in range(3):
         orders.append([number[image.tobytes()] for b in range(3) for image in dataset[b][0]])
@@ -360,8 +354,8 @@ def test_frames_and_keypoints_at_half_the_size(sample, camera):
     assert np.abs(images - whole.reshape(4, 128, 2, 128, 2, 3).mean((2, 4))).max() <= 1
 
 
-def test_squares_cut_round_the_ship(sample, camera):
-    """Each square is a piece of its frame and of the black around it; keypoints follow."""
+def test_squares_cut_around_the_ship(sample, camera):
+    """Each square is a part of its frame and of the black around it; keypoints move with it."""
     plain = {"count": 64, "batch_size": 64, "augmented": False}
     whole, positions = dataset_of(sample, camera, **plain)[0]
     squares, keypoints = dataset_of(sample, camera, **plain, size=96, crop=True)[0]
@@ -391,7 +385,7 @@ def test_squares_cut_round_the_ship(sample, camera):
         ({"count": 0}, "0 frames"),
     ],
 )
-def test_arguments_that_cannot_be_used(sample, camera, arguments, message):
+def test_bad_arguments_are_refused(sample, camera, arguments, message):
     with pytest.raises(ValueError, match=message):
         dataset_of(sample, camera, **arguments)
 
@@ -429,10 +423,10 @@ def test_half_the_frames_are_mirrored_with_identities_swapped(sample, camera, mi
         turned = (frames[:, :, ::-1] == image).all((1, 2, 3))
         assert upright.sum() + turned.sum() == 1
         matrix = sample[1][np.argmax(upright | turned)]
-        matrix = xu.mirror_transformation(matrix) if turned.any() else matrix
-        np.testing.assert_allclose(
-            keypoints[:8, :2], xu.keypoints_of([matrix], *camera)[0], atol=1e-3
-        )
+        if turned.any():
+            matrix = xu.mirror_transformation(matrix)
+        corners = xu.keypoints_of([matrix], *camera)[0]
+        np.testing.assert_allclose(keypoints[:8, :2], corners, atol=1e-3)
         shown = xu.front_facing([matrix], camera[0])[0]
         np.testing.assert_array_equal(keypoints[:, 0] == -1e4, ~shown)
         expected = xu.keypoints_of([matrix], *camera, points=xu.KEYPOINTS)[0]
@@ -442,7 +436,7 @@ def test_half_the_frames_are_mirrored_with_identities_swapped(sample, camera, mi
 
 
 def test_frames_are_randomised_as_they_are_on_disk(sample, camera, K):
-    """That is before mirror and augmentation, with their own pose and no other randomness."""
+    """That is before the augmentation, with their own poses and their own random numbers."""
     seen = []
 
     def randomise(image, pose, K, rng):
@@ -456,9 +450,8 @@ def test_frames_are_randomised_as_they_are_on_disk(sample, camera, K):
     frames = {xu.read_image(path).tobytes(): matrix for path, matrix in zip(*sample)}
     assert len(seen) == 8 and images.mean() < 40
     for image, pose, got, _ in seen:
-        np.testing.assert_allclose(
-            pose, xu.pose_in_camera(camera[0], frames[image.tobytes()]), atol=1e-12
-        )
+        expected = xu.pose_in_camera(camera[0], frames[image.tobytes()])
+        np.testing.assert_allclose(pose, expected, atol=1e-12)
         np.testing.assert_allclose(got, K)
     before = [random for *_, random in seen]
     dataset[0]
@@ -485,7 +478,7 @@ def centroid(image):
 
 
 def moved(transform, *points, image=None):
-    """`xu.augment` with one transform: the picture and the keypoints."""
+    """The picture and the keypoints after `xu.augment` with one transform."""
     pipeline = A.Compose([transform], keypoint_params=KEYPOINT_PARAMS, seed=0)
     return xu.augment(dot(100, 100) if image is None else image, points, pipeline)
 
@@ -513,9 +506,8 @@ def test_keypoints_move_with_the_picture(transform, position):
 def test_keypoints_move_with_the_picture_under_the_project_s_own_motion():
     moves = 0
     for seed in range(20):
-        transform = A.Compose(
-            xu.augmentation().transforms[:1], keypoint_params=KEYPOINT_PARAMS, seed=seed
-        )
+        motion = xu.augmentation().transforms[:1]
+        transform = A.Compose(motion, keypoint_params=KEYPOINT_PARAMS, seed=seed)
         image, keypoints = xu.augment(dot(120.3, 140.8), [(120.3, 140.8)], transform)
         assert np.abs(centroid(image) - keypoints[0]).max() < 0.15
         moves += np.abs(keypoints[0] - (120.3, 140.8)).max() > 1
@@ -542,7 +534,10 @@ def test_a_mirrored_dot_is_at_its_mirrored_keypoint():
     assert np.abs(centroid(dot(88.3, 171.9)[:, ::-1]) - keypoints[0]).max() < 0.01
 
 
-def test_two_writers_of_one_file_in_one_process_do_not_share_its_part(tmp_path):
+# ------------------------------------------------------------ writing files
+
+
+def test_two_writers_of_one_file_in_one_process_have_temporary_files_of_their_own(tmp_path):
     path = tmp_path / "a.txt"
     with xu.part_files(path) as (first,), xu.part_files(path) as (second,):
         first.write_text("first")
@@ -553,7 +548,7 @@ def test_two_writers_of_one_file_in_one_process_do_not_share_its_part(tmp_path):
 @pytest.mark.parametrize(
     "error", [OSError("the camera is gone"), FileNotFoundError(2, "No file", "7.jpg")]
 )
-def test_an_error_of_what_is_written_keeps_its_words(tmp_path, error):
+def test_an_error_of_the_block_is_not_changed(tmp_path, error):
     with pytest.raises(type(error)) as caught, xu.part_files(tmp_path / "a.mp4"):
         raise error
     assert caught.value is error and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Tables of figures, the folder that is evaluated frame by frame, and the command."""
+"""Tables of figures, the evaluation of a folder, the command, and rendered flights."""
 
 import dataclasses
 import json
@@ -27,6 +27,7 @@ def corners(poses, K):
 
 @pytest.fixture
 def figures(corners, poses, K):
+    """dict set -> the figures of a perfect prediction, the same for all sets of the README."""
     errors = metrics.frame_errors(corners, list(poses), corners, poses, K)
     return dict.fromkeys(evaluation.README_SETS, metrics.summarise(errors))
 
@@ -52,6 +53,7 @@ def test_what_was_not_measured_or_cannot_be_is_a_dash(figures):
 
 @pytest.fixture
 def project(tmp_path):
+    """A folder with what `write_results` needs of a project."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     return tmp_path
@@ -90,7 +92,7 @@ def test_results_need_the_readme_s_markers_and_write_nothing_without(figures, pr
 
 @pytest.fixture
 def folder(root, camera, matrices, oracle_frames, tmp_path):
-    """Six frames in the data format that an oracle knows."""
+    """A folder of six frames in the data format, whose keypoints the oracle knows."""
     folder = tmp_path / "set"
     folder.mkdir()
     shutil.copy(root / "data" / "sample" / "camera_info.json", folder)
@@ -102,7 +104,7 @@ def folder(root, camera, matrices, oracle_frames, tmp_path):
 
 @pytest.fixture
 def model(oracle, camera, matrices):
-    """A network that finds every point of those frames."""
+    """A stand-in for a network, which finds every keypoint of the frames in `folder`."""
     return oracle(xu.keypoints_of(matrices[:6], *camera, points=xu.KEYPOINTS))
 
 
@@ -124,8 +126,10 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
 
 
 def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
-    """Not all at once: a large set has to fit too."""
-    order, read, predict = [], xu.read_image, xu.predict_heatmaps
+    """A large set does not fit into memory at once."""
+    order = []  # "read" for each frame that is read, a number for each batch that is predicted
+    read = xu.read_image
+    predict = xu.predict_heatmaps
 
     def reading(*arguments):
         order.append("read")
@@ -180,6 +184,7 @@ def test_the_command_line_prints_the_panel_and_writes_it(
 
 
 def fails(capsys, *arguments):
+    """Run the command, which has to end with one line that says what is wrong; return it."""
     with pytest.raises(SystemExit) as stop:
         evaluation.main([*map(str, arguments), "--no-align"])
     message = str(stop.value.code)

@@ -32,16 +32,16 @@ UNIT = 1 / xu.DIAMETER  # diameters: the settings of `Lasers` for lengths in mod
 
 
 def pose_of(angles, position=(0, 0, 1.0)):
-    """Model axes turned by Euler angles in degrees, in the OpenCV camera's."""
+    """A pose (4, 4) from Euler angles in degrees and a position, model -> OpenCV camera."""
     pose = np.eye(4)
     pose[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     pose[:3, 3] = position
     return pose
 
 
-ACROSS = pose_of((0, 0, 90))  # the nose, and so the bolts, to the right
+ACROSS = pose_of((0, 0, 90))  # the nose points to the right, and bolts fly to the right
 HEAD_ON = pose_of((80, 0, 0), (0.05, 0.08, 0.9))  # the bolts fly past the camera
-SHOTS = {  # name -> pose; every bolt in sight in long, flat lines
+SHOTS = {  # name -> pose in which every bolt is in sight and at least 10 pixels long
     "up": pose_of((0, 0, 0)),
     "right": ACROSS,
     "left": pose_of((0, 0, -90)),
@@ -75,13 +75,13 @@ def moved_away(pose, factor):
 
 
 def flying(pose, step=STEP, target=xu.XWING, **settings):
-    """The bolts of a ship that stands still, after so many frames."""
+    """The bolts (B, 2, 3) of a ship that stands still, after `step` frames."""
     shot = Lasers(**settings).shot(30, target)
     return [shot.step(pose) for _ in range(step + 1)][-1]
 
 
 def one_bolt(pose, cannon, start, end):
-    """A bolt from `start` to `end` in front of the muzzle of `cannon`, (1, 2, 3)."""
+    """A bolt (1, 2, 3) that reaches from `start` to `end` units in front of a cannon's muzzle."""
     muzzle, aim = xu.LASERS[cannon]
     direction = (aim - muzzle) / np.linalg.norm(aim - muzzle)
     return ((muzzle + np.array([[start], [end]]) * direction) @ pose[:3, :3].T + pose[:3, 3])[None]
@@ -103,7 +103,7 @@ def distances(points, pose, K, cannon):
 
 
 def frames_of(count, size=32):
-    """Frames that all differ."""
+    """`count` frames (size, size, 3) that all differ; frame i has a mean of 5 i + 1."""
     noise = np.random.default_rng(0).integers(0, 3, (count, size, size, 3), dtype=np.uint8)
     return [np.full((size, size, 3), 5 * i, np.uint8) + noise[i] for i in range(count)]
 
@@ -261,7 +261,7 @@ def test_a_target_without_lasers_fires_none(K, clip, tmp_path):
 
 
 def test_a_target_in_other_units_gives_the_same_pictures(K, mesh):
-    """A power of two scales all numbers exactly; nothing in the room is in absolute units."""
+    """A power of two scales all numbers exactly, so that no length may be in absolute units."""
     factor = 1024.0
     large = scaled(xu.XWING, factor)
     large_mesh = dataclasses.replace(mesh, vertices=mesh.vertices * factor)
@@ -282,7 +282,7 @@ def test_a_target_in_other_units_gives_the_same_pictures(K, mesh):
 
         unit = np.repeat([1.0, factor], 3)
         covariance = np.diag(np.repeat([1e-4, 2e-4], 3))
-        speed = (pose[2, 3] - 0.04) / overlay.SECONDS_AHEAD  # the way ends before the near plane
+        speed = (pose[2, 3] - 0.04) / overlay.SECONDS_AHEAD  # the path crosses the near plane
         velocity = np.array([0, 0, 0, 0.01, 0.01, -speed])
         shown = draw_tracked(image, TrackedPose("tracked", 0, pose, covariance, velocity), K)
         tracked = TrackedPose(
@@ -367,7 +367,7 @@ def test_the_hull_hides_the_bolts_behind_it(K, mesh):
 
 
 def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
-    """About a ship that turns, the pictures are those that the whole depth map gives."""
+    """For a ship that turns, the pictures are the same as with the whole depth map."""
     lasers = Lasers()
     shot = lasers.shot(30)
     part = 0
@@ -388,7 +388,7 @@ def test_the_depth_about_the_bolts_is_all_that_they_need(K, mesh):
 
 
 def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
-    """A vertex behind the camera must not switch the hiding off."""
+    """A vertex behind the camera must not make all bolts visible."""
     pose = pose_of((90, 0, 0), (0.02, -0.03, 0.12))
     assert (mesh.vertices @ pose[2, :3] + pose[2, 3]).min() < 0
     bolts = np.array([[[-0.1, 0.0, 0.9], [0.1, 0.0, 0.9]]])  # behind the ship
@@ -400,7 +400,7 @@ def test_a_ship_that_passes_the_camera_still_hides_its_bolts(K, mesh):
 
 @pytest.mark.parametrize("scale", [2, 5, 15])
 def test_the_glow_of_a_large_frame_is_a_gaussian_too(scale):
-    """The glow is computed from fewer pixels, which must leave no step and no spot."""
+    """The glow is computed from fewer pixels, which must not be visible in it."""
     bolt = np.zeros((640, 900), np.uint8)
     cv2.line(bolt, (300, 200), (500, 400), 255, 2 * scale, cv2.LINE_AA)
     light = bolt.astype(np.float32) / 255
@@ -428,7 +428,7 @@ def test_colour_and_radius_of_the_bolts_are_settings(K):
 # ------------------------------------------------------------ overlays
 
 
-def test_ellipses_are_those_of_many_draws(K):
+def test_ellipses_are_those_of_poses_drawn_from_the_covariance(K):
     rng = np.random.default_rng(0)
     pose = pose_of((40, 10, 20))
     spread = rng.normal(size=(6, 6)) * 0.004
@@ -462,7 +462,7 @@ def test_the_overlay_shows_all_that_is_known(K):
 
 
 def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
-    """A wide clip is scaled into the square; box and spots lie where the corners do."""
+    """A wide clip is scaled into the square; the box and the heatmaps' spots lie on the corners."""
     corners = xu.project_pose(xu.BOUNDING_BOX, ACROSS, K)
     oracle = SimpleNamespace(
         target=xu.XWING,
@@ -554,7 +554,7 @@ def test_frames_shown_are_the_ones_of_their_time(clip, tmp_path):
 
 
 def test_a_varying_rate_is_shown_at_its_own_times(tmp_path, K):
-    """Ten frames come in half a second, then ten in two; the file shows each when it was taken."""
+    """Ten frames come in half a second, the next ten in two; each is shown when it was taken."""
     seconds = np.array([*np.arange(10) / 20, *0.5 + np.arange(10) / 5])
     indices = xfilm.frames_in_real_time(seconds, 10)
     ticks = np.arange(len(indices)) / 10
@@ -638,7 +638,7 @@ def test_odd_sizes_get_a_black_line(tmp_path):
 
 
 def test_progress_is_shown_where_it_takes_long_and_only_if_asked(clip, tmp_path, capsys):
-    """A GIF is quantised after its pictures are drawn, which takes as long again."""
+    """A GIF has two bars: quantising its pictures takes as long as drawing them."""
     animate(*clip, tmp_path / "a.gif", progress=True)
     shown = capsys.readouterr().err
     assert "a.gif: 100%" in shown and "GIF colours: 100%" in shown and "25/25" in shown

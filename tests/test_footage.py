@@ -43,6 +43,7 @@ def flight(root):
 
 
 def folder_of(path, frames, name="{}.jpg"):
+    """Write frames as the pictures of a folder; return its path."""
     path.mkdir(parents=True, exist_ok=True)
     for i, frame in enumerate(frames):
         Image.fromarray(frame).save(path / name.format(i), quality=95)
@@ -50,7 +51,7 @@ def folder_of(path, frames, name="{}.jpg"):
 
 
 def video_of(path, frames, fps=30, seconds=None, sound=0.0, rotation=None, aspect=None, **options):
-    """Write frames as a video.
+    """Write frames as a video; return its path.
 
     Args:
         path: its suffix says which kind of file.
@@ -92,11 +93,12 @@ def video_of(path, frames, fps=30, seconds=None, sound=0.0, rotation=None, aspec
 
 
 def same(image, truth, limit=4):
+    """Whether an image is there and its pixels differ by less than a limit of 255, on average."""
     return image is not None and np.abs(image.astype(int) - truth).mean() < limit
 
 
 def garbage(path, source, start, size, seed=0):
-    """A copy of a file with `size` random bytes from the fraction `start` of its length on."""
+    """Copy a file, with `size` random bytes that begin at the fraction `start` of its length."""
     data = bytearray(source.read_bytes())
     at = int(len(data) * start)
     data[at : at + size] = np.random.default_rng(seed).integers(0, 255, size, np.uint8).tobytes()
@@ -105,12 +107,13 @@ def garbage(path, source, start, size, seed=0):
 
 
 def cut(path, source, fraction):
-    """A copy of a file that ends after a fraction of its bytes."""
+    """Copy the first bytes of a file, a fraction of them; return the copy's path."""
     path.write_bytes(source.read_bytes()[: int(source.stat().st_size * fraction)])
     return path
 
 
 def faults(frames):
+    """Numbers of the frames that cannot be read."""
     return [i for i, frame in enumerate(frames) if frame.image is None]
 
 
@@ -259,7 +262,7 @@ def test_a_pause_in_a_whole_video_is_no_fault(flight, tmp_path):
 )
 @pytest.mark.parametrize("size", [200, 2000, 8000])
 def test_frames_about_damage_keep_their_numbers(flight, tmp_path, kind, muxer, size):
-    """After garbage in the middle lost frames are faults, and later frames keep their numbers."""
+    """Frames lost to garbage in the middle are faults, and later frames keep their numbers."""
     whole = video_of(tmp_path / f"whole.{kind}", flight, muxer=muxer, coder={"g": "10"})
     clip = Clip(garbage(tmp_path / f"hurt.{kind}", whole, 0.5, size))
     read = list(clip)
@@ -296,7 +299,7 @@ def test_a_video_with_a_longer_sound_is_whole(flight, tmp_path):
 
 
 def test_frames_that_an_edit_list_hides_do_not_count(flight, tmp_path):
-    """A clip trimmed on a telephone still contains the frames before its start, but hides them."""
+    """A clip that was trimmed on a telephone still holds the frames before its start, hidden."""
     seconds = [(i - 5) / 30 for i in range(20)]
     clip = Clip(video_of(tmp_path / "a.mp4", flight[:20], seconds=seconds))
     read = list(clip)
@@ -428,7 +431,7 @@ def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp
 )
 @given(data=st.data(), kind=st.sampled_from(["mp4", "mkv", "ts", "gif"]))
 def test_fuzzed_clips(flight, tmp_path, data, kind):
-    """A real file with changed bytes, cut off, gives a clear error or the frames it promises."""
+    """A damaged and truncated file gives a ValueError, or as many frames as it promises."""
     whole = tmp_path / f"whole.{kind}"
     if not whole.exists():
         small = [np.ascontiguousarray(frame[::4, ::4]) for frame in flight[:8]]
@@ -509,7 +512,7 @@ def test_a_letterbox_keeps_proportions_and_positions(width, height):
 
 
 def test_the_camera_matrix_of_a_letterbox(K):
-    """Its docstring's camera matrix projects to where the letterbox puts the frame's positions."""
+    """The K of the letterbox's docstring projects to where the letterbox puts the same position."""
     point = np.array([0.1, -0.2, 1.0])
     _, scale, offset = letterbox(np.zeros((180, 320, 3), np.uint8), 256)
     moved = xu.crop_camera(K, *(-offset / scale), scale)
@@ -580,7 +583,7 @@ BOXES = [  # left, top and width; each is half as high as it is wide
 def test_the_close_square_holds_the_box_and_shows_more(
     weights, crop_sizes, width, height, monkeypatch
 ):
-    """The square holds what the frame shows of a box and enlarges it, whatever the box's size."""
+    """The square holds the part of a box in the frame, and enlarges it, whatever the box's size."""
     squares = []
 
     def nothing_found(image, square, averaged=True):
@@ -629,9 +632,9 @@ def test_the_close_square_holds_the_box_and_shows_more(
 def test_a_close_square_that_cuts_the_ship_off_is_not_used(
     detector, flight, monkeypatch, close, whole, then
 ):
-    """The search finds 10 points; a close square with 7 is thrown away, one with 8 is used.
+    """The search finds 10 points: a close square with 7 is thrown away, one with 8 is used.
 
-    The search alone does without the mirrored square.
+    Only the search runs without the mirrored square.
     """
     counts = {96: close, 192: whole}
     examined = []
@@ -651,7 +654,8 @@ def test_a_close_square_that_cuts_the_ship_off_is_not_used(
     "width,height,side", [(1024, 1024, 1024), (3840, 2160, 2160), (360, 640, 360), (768, 600, 240)]
 )
 def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, height, side):
-    """A frame is scaled and set into a larger one; with the K of that one its pose is the same."""
+    """A frame is scaled and set into a larger one; with the K of the larger one its pose is the
+    same."""
 
     def pose_of(image, K):
         keypoints, confidence, sigma = detector(image)
@@ -673,7 +677,7 @@ def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, heigh
 
 @pytest.fixture
 def copied(weights, tmp_path, monkeypatch):
-    """Weights in a folder of their own, whose export takes no time; a list of the exports made."""
+    """Weights in a folder of their own, with an export that takes no time; the list of exports."""
     for name in ("xwing.weights.h5", "xwing.json"):
         shutil.copy(weights.parent / name, tmp_path)
     made = []

@@ -1,4 +1,4 @@
-"""Constants, projection, poses and the mirror, against OpenCV, the format's formula and by hand."""
+"""Constants, projection, poses and the mirror, against OpenCV, OpenGL's formula and by hand."""
 
 import cv2
 import numpy as np
@@ -12,8 +12,10 @@ SIZES = [(256, 256), (640, 360), (200, 333)]  # width, height
 
 
 def rigid(rng):
+    """A random rotation and translation (4, 4)."""
     matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = Rotation.random(rng=rng).as_matrix(), rng.normal(0, 0.2, 3)
+    matrix[:3, :3] = Rotation.random(rng=rng).as_matrix()
+    matrix[:3, 3] = rng.normal(0, 0.2, 3)
     return matrix
 
 
@@ -57,7 +59,7 @@ def test_lasers_are_the_four_documented_lines():
         ("nose-tail", [1, -1, 1]),
     ],
 )
-def test_permutations_turn_their_axes_round(name, flip):
+def test_permutations_reverse_their_axes(name, flip):
     permuted = xu.BOUNDING_BOX[xu.CORNER_PERMUTATIONS[name]]
     np.testing.assert_array_equal(np.sign(permuted), np.sign(xu.BOUNDING_BOX) * flip)
 
@@ -95,14 +97,17 @@ def test_projection_agrees_with_opencv(camera, matrices, width, height):
 
 
 def test_projection_agrees_with_opencv_for_a_turned_camera_and_an_off_centre_lens(camera, matrices):
-    projection, view = camera[1].copy(), np.eye(4)
-    projection[0, 2], projection[1, 2], projection[1, 1] = 0.13, -0.07, 2.5
+    projection = camera[1].copy()
+    view = np.eye(4)
+    projection[0, 2] = 0.13
+    projection[1, 2] = -0.07
+    projection[1, 1] = 2.5
     view[:3, :3] = Rotation.from_euler("xyz", (4, -6, 30), degrees=True).as_matrix()
     assert_like_opencv(camera[0] @ view, projection, matrices, 320, 240)
 
 
 @pytest.mark.parametrize("width,height", SIZES)
-def test_projection_follows_the_format_s_formula(camera, matrices, width, height):
+def test_projection_follows_the_formula_of_opengl(camera, matrices, width, height):
     view, projection = camera
     for matrix in matrices[:5]:
         got = xu.project_points(np.empty((height, width)), BOX, view, projection, matrix)
@@ -178,7 +183,7 @@ def test_lenses_worked_out_by_hand(camera):
         ("view", 180),
     ],
 )
-def test_a_lens_that_cannot_be_is_named(name, value):
+def test_the_bad_argument_of_a_lens_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
         xu.lens_camera(**{"width": 256, "height": 256, name: value})
 
@@ -209,7 +214,7 @@ def test_a_camera_matrix_comes_back_as_floats():
     assert K.dtype == np.float64 and K[1].tolist() == [0, 250, 99]
 
 
-def test_pose_in_camera_turns_y_and_z_round(camera):
+def test_pose_in_camera_reverses_y_and_z(camera):
     expected = [[1, 0, 0, 0.1], [0, -1, 0, -0.2], [0, 0, -1, 0.7], [0, 0, 0, 1]]
     matrix = np.eye(4)
     matrix[:3, 3] = 0.1, 0.2, 0.3
@@ -219,12 +224,13 @@ def test_pose_in_camera_turns_y_and_z_round(camera):
 def test_transformation_from_pose_is_the_inverse_of_pose_in_camera():
     rng = np.random.default_rng(3)
     for _ in range(20):
-        view, matrix = rigid(rng), rigid(rng)
+        view = rigid(rng)
+        matrix = rigid(rng)
         got = xu.transformation_from_pose(view, xu.pose_in_camera(view, matrix))
         np.testing.assert_allclose(got, matrix, atol=1e-12)
 
 
-def test_in_frame_holds_the_left_and_top_border_only():
+def test_the_frame_includes_its_left_and_top_border_only():
     positions = [[0, 0], [319.99, 239.99], [320, 10], [10, 240], [-0.01, 10], [np.nan, 10]]
     assert xu.in_frame(positions, 320, 240).tolist() == [True, True, False, False, False, False]
 
@@ -242,13 +248,14 @@ def test_rotation_error_agrees_with_scipy(degrees):
 
 def test_mirror_is_its_own_inverse_and_leaves_its_argument_alone(camera, matrices):
     keypoints = xu.keypoints_of(matrices, *camera)
-    before, mirrored = keypoints.copy(), xu.mirror_keypoints(keypoints, 256)
+    before = keypoints.copy()
+    mirrored = xu.mirror_keypoints(keypoints, 256)
     np.testing.assert_array_equal(keypoints, before)
     assert not np.allclose(mirrored, keypoints)
     assert np.abs(xu.mirror_keypoints(mirrored, 256) - keypoints).max() < 1e-6
 
 
-def test_further_columns_travel_with_a_mirrored_keypoint():
+def test_further_columns_stay_with_a_mirrored_keypoint():
     keypoints = np.column_stack([np.arange(8) * 10.0, np.zeros(8), np.arange(8)])
     mirrored = xu.mirror_keypoints(keypoints, 100)
     np.testing.assert_array_equal(mirrored[:, 2], xu.MIRROR)
@@ -267,18 +274,19 @@ def test_a_point_without_mirror_image_has_no_permutation():
         xu.mirror_permutation([[0.1, 0, 0], [-0.1, 0, 0], [0.2, 0, 0]])
 
 
-# ------------------------------------------------------------ front faces
+# ------------------------------------------------------------ facing the camera
 
 
-def test_front_faces_of_a_ship_seen_from_above_and_from_below(camera):
-    points, normals = np.zeros((3, 3)), [[0, 0, 1], [0, 0, -1], [0, 0, 0]]
+def test_normals_that_face_the_camera_from_above_and_from_below(camera):
+    points = np.zeros((3, 3))
+    normals = [[0, 0, 1], [0, 0, -1], [0, 0, 0]]
     got = xu.front_facing([np.eye(4), np.diag([-1.0, 1.0, -1.0, 1.0])], camera[0], points, normals)
     assert got.tolist() == [[True, False, True], [False, True, True]]
 
 
-def test_front_faces_turn_to_the_camera_and_not_only_to_its_axis(camera):
+def test_facing_depends_on_the_line_of_sight_and_not_on_the_camera_s_axis(camera):
     matrix = np.eye(4)
-    matrix[0, 3] = 0.4  # right of the camera: it sees the left side of the ship
+    matrix[0, 3] = 0.4  # right of the camera, which sees the ship's left side
     got = xu.front_facing([matrix], camera[0], np.zeros((2, 3)), [[-1, 0, 0], [1, 0, 0]])
     assert got.tolist() == [[True, False]]
 

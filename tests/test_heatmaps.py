@@ -1,4 +1,4 @@
-"""Heatmaps, the loss and the metric, against plain numpy and cases that were done by hand."""
+"""Heatmaps, the loss and the metric, against plain numpy and cases worked out by hand."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ import xwing_utils as xu
 KINDS = ("softmax", "mse", "weighted")
 
 
-def convert(x):
+def to_numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
@@ -17,9 +17,8 @@ def convert(x):
 
 
 def test_values_are_those_of_the_gaussian_at_the_pixel_centres():
-    keypoints = np.array(
-        [[10.5, 20.5], [10.2, 20.9], [-2.0, 16.5]]
-    )  # at a centre, anywhere, just outside
+    # At a pixel's centre, between centres, just outside.
+    keypoints = np.array([[10.5, 20.5], [10.2, 20.9], [-2.0, 16.5]])
     maps = xu.gaussian_heatmaps(keypoints, (40, 30), 3.0)
     assert maps.shape == (40, 30, 3) and maps.dtype == np.float32
     assert maps[20, 10, 0] == 1.0 == maps.max()
@@ -108,7 +107,7 @@ def test_decoding_keeps_leading_dimensions():
     np.testing.assert_allclose(found[1, 1], [[20.2, 3.3], [5.3, 8.1]], atol=0.02)
 
 
-def test_confidence_is_the_share_of_a_gaussian_s_mass():
+def test_confidence_is_the_fraction_of_a_gaussian_s_mass():
     maps = xu.gaussian_heatmaps([[20.3, 20.8]] * 3, 48, 3.0) * [1.0, 0.5, 0.1]
     np.testing.assert_allclose(xu.decode_heatmaps(maps, 3.0)[1], [1.0, 0.5, 0.1], atol=0.01)
 
@@ -126,17 +125,17 @@ def test_a_map_of_zeros_or_nan_has_no_keypoint_and_no_confidence():
     np.testing.assert_allclose(found[1], [12, 9], atol=0.02)
 
 
-def test_sigma_of_a_keypoint_is_the_width_that_its_map_has_beyond_the_target_s():
+def test_sigma_of_a_keypoint_is_what_its_map_is_wider_than_the_training_s_gaussian():
     keypoints = np.array([[30.3, 33.8], [40.0, 25.0]])
-    sure = xu.gaussian_heatmaps(keypoints, 64, 2.0)
-    assert xu.keypoint_sigma(sure, keypoints, 2.0).max() < 0.1
+    narrow = xu.gaussian_heatmaps(keypoints, 64, 2.0)
+    assert xu.keypoint_sigma(narrow, keypoints, 2.0).max() < 0.1
     x, y = np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5)
-    belief = np.array([[4.0, 1.5], [1.5, 2.0]])  # and the target's Gaussian on top
+    belief = np.array([[4.0, 1.5], [1.5, 2.0]])  # covariance, without the training's Gaussian
     offset = np.stack([x - 30.3, y - 33.8], -1)
     squared = np.einsum("hwi,ij,hwj->hw", offset, np.linalg.inv(belief + 4 * np.eye(2)), offset)
     wide = np.exp(-squared / 2)[..., None]
     assert xu.keypoint_sigma(wide, keypoints[:1], 2.0)[0] == pytest.approx(np.sqrt(3), abs=0.02)
-    both = xu.keypoint_sigma(np.stack([wide, sure[..., :1]]), np.stack([keypoints[:1]] * 2), 2.0)
+    both = xu.keypoint_sigma(np.stack([wide, narrow[..., :1]]), np.stack([keypoints[:1]] * 2), 2.0)
     assert both.shape == (2, 1) and both[0, 0] > 10 * both[1, 0]
 
 
@@ -156,24 +155,29 @@ def batch(stride, height=24, width=32):
 
 
 def drawn(y_true, height, width, sigma, stride):
-    size, scaled = (height, width), sigma / stride
-    return np.stack([xu.gaussian_heatmaps(k[:, :2] / stride, size, scaled) for k in y_true])
+    """The maps (B, height, width, K) of keypoints (B, K, 3) and a sigma in pixels of the frame."""
+    size = (height, width)
+    map_sigma = sigma / stride
+    return np.stack([xu.gaussian_heatmaps(k[:, :2] / stride, size, map_sigma) for k in y_true])
 
 
 def loss_in_numpy(kind, sigma, stride, y_true, y_pred):
     """The documented loss, image by image and channel by channel."""
-    target, result = drawn(y_true, *y_pred.shape[1:3], sigma, stride).astype(float), []
+    target = drawn(y_true, *y_pred.shape[1:3], sigma, stride).astype(float)
+    result = []
     for t, p in zip(target, y_pred.astype(float)):
         if kind == "mse":
             result.append(((t - p) ** 2).mean())
         elif kind == "weighted":
             result.append(((1 + 50 * t) * (t - p) ** 2).mean())
         else:
-            mass, channels = 2 * np.pi * (sigma / stride) ** 2, []
+            mass = 2 * np.pi * (sigma / stride) ** 2
+            channels = []
             for k in range(t.shape[-1]):
-                share, absent = t[..., k] / mass, max(1 - p[..., k].sum() / mass, 0)
-                outside = max(1 - share.sum(), 0) * np.log(absent + 1e-6)
-                channels.append((share * np.log(p[..., k] / mass + 1e-35)).sum() + outside)
+                expected = t[..., k] / mass
+                absent = max(1 - p[..., k].sum() / mass, 0)
+                outside = max(1 - expected.sum(), 0) * np.log(absent + 1e-6)
+                channels.append((expected * np.log(p[..., k] / mass + 1e-35)).sum() + outside)
             result.append(-np.mean(channels))
     return result
 
@@ -183,8 +187,8 @@ def loss_in_numpy(kind, sigma, stride, y_true, y_pred):
 def test_loss_agrees_with_numpy(kind, stride):
     y_true, height, width = batch(stride)
     logits = np.random.default_rng(1).normal(0, 2, (2, height, width, 5)).astype(np.float32)
-    y_pred = convert(xu.spatial_softmax(logits, 3.0))
-    got = convert(xu.HeatmapLoss(3.0 * stride, kind, stride)(y_true, y_pred))
+    y_pred = to_numpy(xu.spatial_softmax(logits, 3.0))
+    got = to_numpy(xu.HeatmapLoss(3.0 * stride, kind, stride)(y_true, y_pred))
     assert got.shape == (2,)
     np.testing.assert_allclose(
         got, loss_in_numpy(kind, 3.0 * stride, stride, y_true, y_pred), rtol=1e-4
@@ -196,26 +200,28 @@ def test_loss_agrees_with_numpy(kind, stride):
 def test_a_perfect_prediction_has_the_lowest_loss(kind, stride):
     y_true, height, width = batch(stride)
     loss = xu.HeatmapLoss(3.0 * stride, kind, stride)
-    perfect = convert(loss(y_true, drawn(y_true, height, width, 3.0 * stride, stride)))
+    perfect = to_numpy(loss(y_true, drawn(y_true, height, width, 3.0 * stride, stride)))
     for shift in ([0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0], [0, -0.5, 0]):
         shifted = drawn(y_true + np.float32(shift) * stride, height, width, 3.0 * stride, stride)
-        assert (convert(loss(y_true, shifted)) > perfect).all()
+        assert (to_numpy(loss(y_true, shifted)) > perfect).all()
     narrow = drawn(y_true, height, width, 2.5 * stride, stride) * (3 / 2.5) ** 2
-    assert (convert(loss(y_true, narrow)) > perfect).all()
+    assert (to_numpy(loss(y_true, narrow)) > perfect).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_absent_keypoint_asks_for_an_empty_map(kind):
-    absent, present = np.float32([[[-1e4, -1e4, 0]]]), np.float32([[[12, 12, 1]]])
-    spot, empty = drawn(present, 24, 24, 3.0, 1), np.zeros((1, 24, 24, 1), np.float32)
+    absent = np.float32([[[-1e4, -1e4, 0]]])
+    present = np.float32([[[12, 12, 1]]])
+    spot = drawn(present, 24, 24, 3.0, 1)
+    empty = np.zeros((1, 24, 24, 1), np.float32)
     loss = xu.HeatmapLoss(3.0, kind)
-    assert convert(loss(absent, empty)) < convert(loss(absent, spot))
-    assert convert(loss(present, spot)) < convert(loss(present, empty))
+    assert to_numpy(loss(absent, empty)) < to_numpy(loss(absent, spot))
+    assert to_numpy(loss(present, spot)) < to_numpy(loss(present, empty))
 
 
 def test_squared_error_of_an_all_zero_prediction():
     y_true = np.float32([[[128, 128, 1]]])
-    got = convert(xu.HeatmapLoss(10.0, "mse")(y_true, np.zeros((1, 256, 256, 1), np.float32)))
+    got = to_numpy(xu.HeatmapLoss(10.0, "mse")(y_true, np.zeros((1, 256, 256, 1), np.float32)))
     assert got[0] == pytest.approx(np.pi * 100 / 256**2, rel=1e-4)  # 0.0048
 
 
@@ -231,25 +237,26 @@ def test_spatial_softmax_agrees_with_numpy():
     logits = np.random.default_rng(0).normal(0, 3, (2, 6, 10, 4)).astype(np.float32)
     weights = np.exp(logits.astype(float))
     expected = 2 * np.pi * 2.0**2 * weights / (weights.sum((1, 2), keepdims=True) + 60)
-    np.testing.assert_allclose(convert(xu.spatial_softmax(logits, 2.0)), expected, rtol=1e-4)
+    np.testing.assert_allclose(to_numpy(xu.spatial_softmax(logits, 2.0)), expected, rtol=1e-4)
 
 
-def test_spatial_softmax_sums_to_a_gaussian_s_mass_less_the_absent_share():
+def test_spatial_softmax_sums_to_a_gaussian_s_mass_less_the_absent_fraction():
     logits = np.zeros((1, 8, 8, 3), np.float32)
-    logits[0, 3, 3, 1], logits[..., 2] = 50, -50
-    share = convert(xu.spatial_softmax(logits, 2.0)).sum((1, 2))[0] / (8 * np.pi)
-    np.testing.assert_allclose(share, [0.5, 1, 0], atol=1e-5)
+    logits[0, 3, 3, 1] = 50
+    logits[..., 2] = -50
+    fraction = to_numpy(xu.spatial_softmax(logits, 2.0)).sum((1, 2))[0] / (8 * np.pi)
+    np.testing.assert_allclose(fraction, [0.5, 1, 0], atol=1e-5)
 
 
 def test_spatial_softmax_is_finite_for_large_logits():
     logits = np.random.default_rng(0).choice([-1e4, 1e4], (1, 8, 8, 3)).astype(np.float32)
-    assert np.isfinite(convert(xu.spatial_softmax(logits, 2.0))).all()
+    assert np.isfinite(to_numpy(xu.spatial_softmax(logits, 2.0))).all()
 
 
 def test_a_softmax_that_equals_a_gaussian_has_a_peak_of_one():
     target = xu.gaussian_heatmaps([[16.5, 16.5]], 32, 2.0)
     logits = np.log(target + 1e-30)[None] + 20
-    np.testing.assert_allclose(convert(xu.spatial_softmax(logits, 2.0))[0], target, atol=1e-3)
+    np.testing.assert_allclose(to_numpy(xu.spatial_softmax(logits, 2.0))[0], target, atol=1e-3)
 
 
 # ------------------------------------------------------------ metric

@@ -14,7 +14,7 @@ from xwing.mesh import load_mesh
 
 
 def turned(degrees, axis=(1, 2, 3), shift=(0, 0, 0), start=None):
-    """A pose turned about an axis through its origin, and moved."""
+    """A pose (4, 4), the identity or `start`, turned about an axis through its origin and moved."""
     pose = np.eye(4) if start is None else start.copy()
     axis = np.array(axis) / np.linalg.norm(axis)
     pose[:3, :3] = Rotation.from_rotvec(np.radians(degrees) * axis).as_matrix() @ pose[:3, :3]
@@ -104,7 +104,7 @@ def test_a_symmetric_target_has_no_error_after_its_symmetries(K):
 
 
 def test_mssd_of_half_a_quarter_turn_is_a_chord():
-    """Every symmetry leaves at least 45 degrees, by which the corners move on their circle."""
+    """A turn of 45 degrees is equally far from two symmetries: the corners move by its chord."""
     chord = 2 * np.sqrt(2) * np.sin(np.radians(22.5))
     error = metrics.mssd_error(turned(45, (0, 0, 1)), np.eye(4), SQUARE, QUARTERS)
     assert error == pytest.approx(chord)
@@ -114,7 +114,7 @@ def test_mssd_of_half_a_quarter_turn_is_a_chord():
 
 
 def test_mssd_and_mspd_of_all_points_and_symmetries_one_by_one(poses, K):
-    """The definitions of BOP, with rotation matrices and translations, in loops."""
+    """BOP's definitions, written as loops over rotation matrices and translations."""
     points = np.random.default_rng(0).normal(0, 0.1, (20, 3))
     symmetries = np.array([np.eye(4), turned(120, shift=(0.01, 0.02, 0.03)), turned(77)])
 
@@ -122,11 +122,15 @@ def test_mssd_and_mspd_of_all_points_and_symmetries_one_by_one(poses, K):
         return (K @ point / point[2])[:2]
 
     for estimate, truth in zip(poses[:5], poses[5:]):
-        R, t = estimate[:3, :3], estimate[:3, 3]
-        R_true, t_true = truth[:3, :3], truth[:3, 3]
-        surface, projection = [], []
+        R = estimate[:3, :3]
+        t = estimate[:3, 3]
+        R_true = truth[:3, :3]
+        t_true = truth[:3, 3]
+        surface = []
+        projection = []
         for symmetry in symmetries:
-            turn, shift = symmetry[:3, :3], symmetry[:3, 3]
+            turn = symmetry[:3, :3]
+            shift = symmetry[:3, 3]
             pairs = [(R @ x + t, R_true @ (turn @ x + shift) + t_true) for x in points]
             surface.append(max(np.linalg.norm(a - b) for a, b in pairs))
             projection.append(max(np.linalg.norm(project(a) - project(b)) for a, b in pairs))
@@ -136,7 +140,7 @@ def test_mssd_and_mspd_of_all_points_and_symmetries_one_by_one(poses, K):
         assert found == pytest.approx(min(projection))
 
 
-def test_mspd_of_a_shift_is_the_nearest_point_s_and_infinite_behind_the_camera(K):
+def test_mspd_of_a_shift_is_that_of_the_nearest_point_and_infinite_behind_the_camera(K):
     points = np.array([[0, 0, 0], [0, 0, -0.5], [0.1, 0, 0.5]])
     truth = turned(0, shift=(0, 0, 2.0))
     identity = np.eye(4)[None]
@@ -167,12 +171,14 @@ def test_muzzles_behind_the_camera_are_infinitely_far_off(poses, K):
 
 
 def write_mesh(path, vertices, faces):
+    """Write an OBJ file of vertices (V, 3) and faces (F, 3), rows from 0."""
     lines = [f"v {' '.join(map(repr, vertex))}" for vertex in np.asarray(vertices, float).tolist()]
     lines += [f"f {' '.join(str(index + 1) for index in face)}" for face in faces]
     path.write_text("\n".join(lines) + "\n")
 
 
 def with_mesh(path, vertices, faces):
+    """The X-wing's target with another mesh, which is written to a file."""
     write_mesh(path, vertices, faces)
     return dataclasses.replace(xu.XWING, mesh=path)
 
@@ -181,16 +187,33 @@ def test_the_points_are_the_vertices_of_the_mesh_each_once(tmp_path):
     square = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 0, 0), (0, 1, 0)]
     target = with_mesh(tmp_path / "square.obj", square, [(0, 1, 3), (4, 2, 5)])
     points = metrics.surface_points(target)
-    assert sorted(points.tolist()) == sorted([list(map(float, p)) for p in square[:4]])
+    expected = [list(map(float, vertex)) for vertex in square[:4]]
+    assert sorted(points.tolist()) == sorted(expected)
     assert metrics.surface_diameter(target) == pytest.approx(np.sqrt(2))  # though it is flat
 
 
-def test_of_a_large_mesh_the_points_are_always_the_same_sample():
+def test_all_vertices_of_the_x_wing_count():
     vertices = {tuple(vertex) for vertex in load_mesh(xu.XWING.mesh).vertices.tolist()}
     points = metrics.surface_points(xu.XWING)
-    assert len(points) == len(np.unique(points, axis=0)) == 1000
+    assert len(points) == len(vertices) == 3714
+    assert {tuple(point) for point in points.tolist()} == vertices
+
+
+def test_of_a_large_mesh_the_points_are_always_the_same_sample(tmp_path):
+    grid = np.random.default_rng(0).random((101, 101, 3))
+    grid[..., :2] += np.moveaxis(np.indices((101, 101)), 0, -1)
+    numbers = np.arange(101 * 101).reshape(101, 101)
+    corners = numbers[:-1, :-1], numbers[1:, :-1], numbers[:-1, 1:], numbers[1:, 1:]
+    a, b, c, d = (corner.ravel() for corner in corners)
+    faces = np.vstack([np.stack([a, b, c], axis=1), np.stack([b, d, c], axis=1)])
+    target = with_mesh(tmp_path / "grid.obj", grid.reshape(-1, 3), faces)
+
+    vertices = {tuple(vertex) for vertex in load_mesh(target.mesh).vertices.tolist()}
+    points = metrics.surface_points(target)
+    assert len(vertices) == 10_201
+    assert len(points) == len(np.unique(points, axis=0)) == 10_000
     assert {tuple(point) for point in points.tolist()} <= vertices
-    again = metrics.surface_points(dataclasses.replace(xu.XWING))
+    again = metrics.surface_points(dataclasses.replace(target))
     np.testing.assert_array_equal(again, points)
 
 
@@ -202,7 +225,8 @@ def test_the_diameter_is_the_greatest_distance_of_any_two_vertices():
 
 def test_symmetries_of_a_target_of_revolution():
     """A cup's axis is off the origin; flipped by the discrete symmetry, it stays a cup."""
-    point, direction = np.array([0.3, 0.1, 0]), np.array([0, 0.6, 0.8])
+    point = np.array([0.3, 0.1, 0])
+    direction = np.array([0, 0.6, 0.8])
     flip = turned(180, (1, 0, 0))
     flip[:3, 3] = point - flip[:3, :3] @ point
     cup = dataclasses.replace(
@@ -266,10 +290,11 @@ def test_report_counts_a_missing_corner_as_far_off(grid):
 def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
     truth = np.random.default_rng(0).uniform(60, 196, (3, 8, 2))
     settings = dict(sigma=sigma, stride=stride, size=256)
-    truth[1, 4] = [-20, 100]
-    maps = np.stack(
-        [xu.gaussian_heatmaps(c / stride, 256 // stride, sigma / stride) for c in truth]
-    )
+    truth[1, 4] = [-20, 100]  # outside the frame
+    maps = [
+        xu.gaussian_heatmaps(corners / stride, 256 // stride, sigma / stride) for corners in truth
+    ]
+    maps = np.stack(maps)
     errors = metrics.heatmap_errors(maps, truth, settings)
     assert np.isnan(errors[1, 4]) and np.isnan(errors).sum() == 1 and np.nanmax(errors) < 1e-5
     nothing = metrics.heatmap_errors(np.zeros_like(maps), truth, settings)
@@ -391,8 +416,9 @@ def test_figures_of_the_surface_s_errors_by_hand(corners, poses, K):
 def test_mspd_is_that_of_a_frame_640_pixels_wide(corners, poses, K):
     found = [turned(0, shift=(0.01, 0, 0), start=pose) for pose in poses]
     errors = metrics.frame_errors(corners, found, corners, poses, K)
-    depth = [(metrics.surface_points(xu.XWING) @ p[:3, :3].T + p[:3, 3])[:, 2].min() for p in poses]
-    np.testing.assert_allclose(errors["mspd"], K[0, 0] * 0.01 / np.array(depth) * 640 / 256)
+    points = metrics.surface_points(xu.XWING)
+    nearest = np.array([(points @ pose[2, :3] + pose[2, 3]).min() for pose in poses])
+    np.testing.assert_allclose(errors["mspd"], K[0, 0] * 0.01 / nearest * 640 / 256)
 
 
 def test_a_set_without_any_pose(corners, poses, K):
@@ -450,7 +476,7 @@ def test_a_single_frame_has_no_interval(corners, poses, K):
 
 
 def test_intervals_of_smaller_frames_hold_their_figures(grid, poses, K):
-    """The bootstrap once took all frames to be 256 px wide; NMAE lay outside its own interval."""
+    """Once the bootstrap assumed frames of 256 px, and NMAE lay outside its own interval."""
     truth = np.floor(grid / 2)
     errors = metrics.frame_errors(truth + 1, [None] * 10, truth, poses[:10], K, size=128)
     assert metrics.summarise(errors)["nmae"] == pytest.approx(1 / 128)
@@ -481,7 +507,7 @@ def test_jitter_is_the_acceleration_error():
 
 
 def test_tracks_are_compared_over_the_frames_that_all_have(K):
-    """Two ways by hand: one is turned by 2 degrees, with a flip and a gap; one is moved by 0.01."""
+    """One track is turned by 2 degrees, with a flip and a gap; the other is moved by 0.01 units."""
     truth = flight(10)
     seen = np.arange(10) != 9
     off = [turned(2, (0, 0, 1), start=pose) for pose in truth]
@@ -537,7 +563,7 @@ def test_risk_is_that_of_the_most_confident_frames():
 
 
 def test_squared_errors_of_an_honest_covariance_are_chi_square():
-    """Poses are moved by steps that are drawn from the covariance that is claimed."""
+    """The poses are moved by steps that are drawn from the covariance claimed for them."""
     rng = np.random.default_rng(0)
     factor = rng.normal(0, 0.01, (6, 6))
     covariance = factor @ factor.T

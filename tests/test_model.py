@@ -1,4 +1,4 @@
-"""The network: building, a step of training, files, prediction; a tiny one, for speed."""
+"""The network: building, a step of training, files, prediction. It is a tiny one, for speed."""
 
 import hashlib
 import importlib.util
@@ -101,7 +101,7 @@ def test_a_setting_of_another_type_is_named(monkeypatch, text, default, message)
         ({"keypoints": 10**9}, "keypoints"),
     ],
 )
-def test_arguments_that_cannot_be_built(change, message):
+def test_bad_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         xu.build_model(**{**TINY, **change})
 
@@ -127,9 +127,8 @@ def test_a_network_with_maps_of_the_frame_s_size_and_a_linear_head(images):
 
 def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):
     maps = model.predict_on_batch(images)
-    assert (maps >= 0).all() and (
-        maps.sum((1, 2)) <= 2 * np.pi * (xu.SIGMA / 2) ** 2 * 1.0001
-    ).all()
+    mass = 2 * np.pi * (xu.SIGMA / 2) ** 2
+    assert (maps >= 0).all() and (maps.sum((1, 2)) <= mass * 1.0001).all()
 
 
 # ------------------------------------------------------------ training
@@ -192,7 +191,7 @@ def saved_once(model, tmp_path_factory):
 
 @pytest.fixture
 def saved(saved_once, tmp_path):
-    """Weights in a folder of their own, to be spoilt."""
+    """Weights in a folder of their own, which a test may damage."""
     shutil.copytree(saved_once, tmp_path / "saved")
     return tmp_path / "saved" / "a.weights.h5"
 
@@ -209,7 +208,7 @@ def test_saved_and_loaded_weights_predict_the_same(model, saved, images):
     )
 
 
-def test_two_files_tell_all(model, saved):
+def test_weights_are_two_files_that_describe_the_model_and_its_target(model, saved):
     assert sorted(contents(saved.parent)) == ["a.json", "a.weights.h5"]
     info = xu.weights_settings(saved)
     assert info["model"] == model.settings and info["epochs"] == 3
@@ -236,10 +235,8 @@ def test_kernels_are_stored_as_float16_the_rest_as_float32_the_optimizer_not(sav
 def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, model, tmp_path):
     """Defect 11: a model that was loaded for larger frames was saved as one for larger frames."""
     larger = xu.load_model(saved, size=96)
-    assert larger.input_shape == (None, 96, 96, 3) and larger.settings == {
-        **model.settings,
-        "size": 96,
-    }
+    assert larger.input_shape == (None, 96, 96, 3)
+    assert larger.settings == {**model.settings, "size": 96}
     training.save_model(larger, tmp_path / "b.weights.h5")
     assert xu.load_model(tmp_path / "b.weights.h5").settings == model.settings
     with pytest.raises(ValueError, match="^size: expected a multiple of 32, got 100"):
@@ -249,10 +246,8 @@ def test_a_model_can_be_loaded_for_another_size_and_is_saved_for_its_own(saved, 
 def test_the_weights_that_come_with_the_project_are_those_that_their_settings_describe(root):
     stored = json.loads((root / "weights" / "xwing.json").read_text())
     assert len(stored["sha256"]) == 64
-    assert (
-        xu.weights_settings(root / "weights" / "xwing.weights.h5")["training"]["samples_seen"]
-        > 600_000
-    )
+    info = xu.weights_settings(root / "weights" / "xwing.weights.h5")
+    assert info["training"]["samples_seen"] > 600_000
 
 
 def test_missing_weights_are_named(saved, tmp_path):
@@ -272,7 +267,7 @@ def test_a_file_with_another_suffix(model, tmp_path, name):
 
 
 def change_settings(path, digest=None, **changes):
-    """Write other settings beside the weights, with the old digest or that of `digest`."""
+    """Write other settings beside the weights, and the digest of the bytes `digest` if given."""
     settings = path.parent / "a.json"
     info = json.loads(settings.read_text())
     info["model"].update(changes)
@@ -282,7 +277,7 @@ def change_settings(path, digest=None, **changes):
 
 
 def damage(path, kind):
-    """Spoil the weights in one of several ways."""
+    """Damage the weights in one of several ways."""
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
     elif kind == "garbage":
@@ -309,11 +304,9 @@ def test_damaged_and_foreign_weights_are_refused(saved, kind, crafted):
     damage(saved, kind)
     if crafted:
         change_settings(saved, saved.read_bytes())
-    message = (
-        "not weights of this project's network"
-        if crafted
-        else "not the weights of a.json, or damaged"
-    )
+    message = "not the weights of a.json, or damaged"
+    if crafted:
+        message = "not weights of this project's network"
     with pytest.raises(ValueError, match=f"a.weights.h5: {message}.*git checkout weights"):
         xu.load_model(saved)
 
@@ -348,8 +341,8 @@ def test_settings_of_another_network_are_refused(saved):
     "text",
     ["", "{}", "[]", "3", '{"model": 3}', '{"model": []}', '{"model": {"colour": 3}}', "not json"],
 )
-def test_settings_that_are_none_are_refused(saved, text):
-    """Defect 21: an empty settings file, and others that are none."""
+def test_files_that_are_no_settings_are_refused(saved, text):
+    """Defect 21: an empty file, and other files that are no settings."""
     (saved.parent / "a.json").write_text(text)
     with pytest.raises(ValueError, match="a.json"):
         xu.load_model(saved)
@@ -375,7 +368,7 @@ def test_settings_that_are_none_are_refused(saved, text):
     ],
 )
 def test_settings_with_a_bad_value_are_refused(saved, name, value):
-    """Defect 21: NaN and a negative sigma were taken."""
+    """Defect 21: NaN and a negative sigma were accepted."""
     change_settings(saved, **{name: value})
     with pytest.raises(ValueError, match="a.(json|weights.h5)"):
         xu.load_model(saved)
@@ -390,8 +383,9 @@ def test_facts_that_cannot_be_stored_leave_both_files_alone(saved, model):
 
 @pytest.mark.parametrize("room", [0, 100_000])
 def test_a_full_disk_is_an_error_and_leaves_both_files_and_nothing_else(saved, model, room):
-    """Defect 14: HDF5 ended the process with SIGSEGV and left its parts."""
-    before, unlimited = contents(saved.parent), resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Defect 14: HDF5 ended the process with SIGSEGV and left temporary files."""
+    before = contents(saved.parent)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, unlimited[1]))
     try:
         with pytest.raises(OSError, match="a.weights.h5"):
@@ -443,26 +437,28 @@ def test_predictions_do_not_depend_on_the_batches(model, images):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_predictions_are_in_pixels_of_the_frame(oracle, oracle_frames, stride):
     truth = np.random.default_rng(0).uniform(10, 246, (3, 36, 2))
-    network, frames = oracle(truth, stride=stride), oracle_frames(3)
+    network = oracle(truth, stride=stride)
+    frames = oracle_frames(3)
     keypoints, confidence = xu.predict_keypoints(network, frames, 2, channels=36)
     maps = xu.predict_heatmaps(network, frames, 2, channels=36)
-    again, sure, sigma = xu.read_keypoints(maps, network.settings)
+    again, again_confidence, sigma = xu.read_keypoints(maps, network.settings)
     np.testing.assert_allclose(keypoints, truth, atol=0.05)
-    np.testing.assert_allclose(
-        np.dstack([again, sure]), np.dstack([keypoints, confidence]), atol=1e-5
-    )
+    np.testing.assert_allclose(again, keypoints, atol=1e-5)
+    np.testing.assert_allclose(again_confidence, confidence, atol=1e-5)
     assert confidence.min() > 0.95 and xu.MIN_SIGMA <= sigma.min() and sigma.max() < 2
 
 
-def test_an_identity_that_the_mirror_image_denies_is_not_believed():
-    """The network sees a corner in two places, but in one of them only in the mirrored frame."""
-    right, wrong = (xu.gaussian_heatmaps([place], 32, 2.0) for place in ((9.0, 12.0), (20.0, 20.0)))
+def test_a_peak_that_the_mirror_image_does_not_have_is_dropped():
+    """The network has two peaks in the frame, and only the weaker one in the mirrored frame."""
+    right = xu.gaussian_heatmaps([(9.0, 12.0)], 32, 2.0)
+    wrong = xu.gaussian_heatmaps([(20.0, 20.0)], 32, 2.0)
+    upright = np.full((1, 32, 32, 8), -0.1, np.float32)
+    upright[0, ..., 3] = np.maximum(0.9 * right, wrong)[..., 0]
     mirrored = np.zeros((1, 32, 32, 8), np.float32)
     mirrored[0, ..., xu.MIRROR[3]] = right[:, ::-1, 0]
-    looks = [np.full((1, 32, 32, 8), -0.1, np.float32), mirrored]
-    looks[0][0, ..., 3] = np.maximum(0.9 * right, wrong)[..., 0]
+    answers = [upright, mirrored]
     images = np.zeros((1, 32, 32, 3), np.uint8)
-    maps = xu.average_mirrored(lambda images: looks.pop(0), images, xu.MIRROR)
+    maps = xu.average_mirrored(lambda images: answers.pop(0), images, xu.MIRROR)
     assert np.abs(xu.heatmap2argmax(maps)[0, 3] - [8.5, 11.5]).max() < 1
     assert maps[0, 20, 20, 3] < 1e-3 and not maps[..., :3].any()
 

@@ -1,4 +1,4 @@
-"""Notebooks without a browser: nothing in them hangs, and their runner says where it stops."""
+"""Notebooks without a browser: none of them hangs, and their runner names the cell that failed."""
 
 import json
 import os

@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_clear_error(copy, monkeypatch, capsys):
 def test_frames_of_a_committed_set_are_not_rendered_elsewhere(
     root, tmp_path, name, capsys, monkeypatch
 ):
-    """Otherwise training could use frames of the test set, as it once did."""
+    """Otherwise training could use frames of the test set, which has happened."""
     monkeypatch.setattr(render, "render_set", lambda *arguments, **options: 0)
     info = xu.read_json(root / "data" / name / "render_info.json")
     chosen = "--count", "1", "--seed", str(info["seed"]), "--kind", info["kind"]
@@ -305,7 +305,7 @@ class Fog:
 
 
 def test_scenes_show_the_ship_at_its_pose(camera, K, matrices, monkeypatch):
-    """Where lens or shutter blur the ship, its outline is the middle of the blur."""
+    """Where the lens or motion blurs the ship, its outline is in the middle of the blur."""
     monkeypatch.setattr(looks, "Place", Fog)
     monkeypatch.setattr(looks, "SAMPLES", 6)
     ship = render.renderer()
@@ -326,7 +326,7 @@ def test_scenes_show_the_ship_at_its_pose(camera, K, matrices, monkeypatch):
 
 @pytest.mark.parametrize("place", looks.PLACES)
 def test_nothing_in_a_place_hides_the_ship(place):
-    """Along the ray from the camera to the ship's centre nothing comes before the ship."""
+    """Nothing is in front of the ship on the ray from the camera to its centre."""
     ship = render.renderer()
     for seed in range(10):
         rng = np.random.default_rng(seed)

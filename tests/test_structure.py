@@ -37,38 +37,40 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     },
     "xwing/training": {"xwing_utils", "xwing/metrics"},
     "data/looks": set(),
-    "data/render": {
-        "xwing_utils",
-        "xwing/mesh",
-        "data/looks",
-        "data/render",
-    },  # itself: its workers
+    # data/render imports itself in its worker processes.
+    "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
     "data/make_xwing": set(),
 }
-OUTSIDERS = {
+OUTSIDERS = {  # module that is imported without its package -> file or folder
     "render": "data/render",
     "looks": "data/looks",
     "make_xwing": "data/make_xwing",
     "conftest": "tests",
     "bench": "tests",
 }
-PACKAGES = "xwing", "data"
+PACKAGES = ("xwing", "data")
+
+
+def from_imports(node):
+    """The modules that `from ... import ...` reads; a relative import is one within xwing."""
+    module = "." * node.level + (node.module or "")
+    if module == ".":
+        module = "xwing"
+    module = re.sub(r"^\.", "xwing.", module)
+    if module in PACKAGES:
+        return {f"{module}.{alias.name}" for alias in node.names}
+    return {module}
 
 
 def imported(source):
-    """The project's own modules that a Python text imports, also inside functions."""
+    """The project's own files that a Python text imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            module = {".": "xwing"}.get(module, re.sub(r"^\.", "xwing.", module))
-            names |= (
-                {f"{module}.{alias.name}" for alias in node.names}
-                if module in PACKAGES
-                else {module}
-            )
+            names |= from_imports(node)
+
     own = set()
     for name in names:
         first, *rest = name.split(".")
@@ -120,9 +122,8 @@ def test_the_readme_shows_the_measured_figures(root):
     measured = json.loads((root / "weights" / "xwing_eval.json").read_text())
     readme = (root / "README.md").read_text()
     table = re.search("<!-- results -->\n(.*)<!-- /results -->", readme, re.DOTALL)[1]
-    head, _, *rows = [
-        [cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()
-    ]
+    cells = [row.strip("|").split("|") for row in table.splitlines()]
+    head, _, *rows = [[cell.strip() for cell in row] for row in cells]
     assert head[1:] == list(evaluation.README_SETS) and len(rows) == 6
     for key, (_, *cells) in zip(evaluation.HEADLINES, rows, strict=True):
         for name, cell in zip(head[1:], cells, strict=True):

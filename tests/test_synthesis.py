@@ -1,4 +1,4 @@
-"""Frames that are drawn or changed while batches are made: what they show, and what decides it."""
+"""Frames that are drawn or repainted while batches are made: what they show, and their seeds."""
 
 import dataclasses
 import time
@@ -53,7 +53,7 @@ def fixed(monkeypatch):
 
 
 def samples(ship, pose, K, width=256, height=256):
-    """(H, W, 4) the triangles that show in the four quarters of each pixel, -1 where none does."""
+    """The triangles seen in the four quarters of each pixel (H, W, 4), -1 where there is none."""
     large = xu.crop_camera(K, scale=2)
     ids, _ = meshes.rasterise(ship.triangles, pose, large, 2 * width, 2 * height)
     return ids.reshape(height, 2, width, 2).swapaxes(1, 2).reshape(height, width, 4)
@@ -253,7 +253,7 @@ def test_a_mesh_in_other_units_is_repainted_alike(ship, randomiser, frames, K):
 
 @pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
 def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame):
-    """A white ship in the dark fills what the mesh covers at the square's pose, and no more."""
+    """A white ship in the dark covers exactly the pixels that the mesh covers at its pose."""
     monkeypatch.setattr(synthesis, "TAME_FRACTION", 1.0)
     monkeypatch.setattr(synthesis, "random_light", lambda rng, tame: PLAIN)
     monkeypatch.setattr(
@@ -353,7 +353,7 @@ def test_meshes_that_cannot_be_drawn(ship, monkeypatch):
 
 
 def mixed(sample, camera, shares, count=64, **arguments):
-    """A dataset in which all pixels of randomised frames are 1 and all of drawn squares are 2."""
+    """A dataset in which every pixel of a randomised frame is 1 and of a drawn square 2."""
     pose = xu.pose_in_camera(camera[0], sample[1][0])
 
     def randomise(image, pose, K, rng):

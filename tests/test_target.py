@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 from scipy.spatial.distance import cdist
 
 import xwing_utils as xu
@@ -62,7 +63,8 @@ def test_the_mirror_swaps_right_and_left():
 def test_a_target_is_the_same_after_its_record_was_read_again():
     again = xu.target_from_record(xu.target_record(xu.XWING), "a test", xu.ROOT)
     for field in dataclasses.fields(xu.Target):
-        value, expected = getattr(again, field.name), getattr(xu.XWING, field.name)
+        value = getattr(again, field.name)
+        expected = getattr(xu.XWING, field.name)
         np.testing.assert_array_equal(value, expected, err_msg=field.name)
 
 
@@ -77,15 +79,16 @@ def test_box_and_diameter_of_a_mesh(block):
     np.testing.assert_array_equal(target.symmetries, [np.eye(4)])
 
 
-def test_keypoints_lie_on_the_visible_surface_far_apart_and_look_outward(block):
+def test_keypoints_lie_on_the_visible_surface_far_apart_with_outward_normals(block):
     target = xu.load_target(block)
     assert target.keypoints.shape == (8 + xu.SURFACE_POINTS, 3)
-    points, normals = target.keypoints[8:], target.normals[8:]
+    points = target.keypoints[8:]
+    normals = target.normals[8:]
     local = (points - [10, 0, -4]) / [0.5, 1, 1.5]
     np.testing.assert_allclose(np.abs(local).max(1), 1, atol=1e-6)  # none on the block inside
     faces = np.abs(local).argmax(1)
     expected = np.eye(3)[faces] * np.sign(local[np.arange(len(local)), faces])[:, None]
-    edge = (np.abs(local) > 0.99).sum(1) > 1  # there either normal is right
+    edge = (np.abs(local) > 0.99).sum(1) > 1  # where either normal is right
     np.testing.assert_allclose(normals[~edge], expected[~edge], atol=1e-6)
 
     apart = cdist(points, points) + 10 * np.eye(len(points))
@@ -106,23 +109,22 @@ def test_a_skew_solid_has_no_mirror(tmp_path):
     assert xu.load_target(tmp_path / "rock.stl").mirror is None
 
 
-def test_a_printed_mesh_has_no_mirror(tmp_path):
-    """A mirrored print is not the same print."""
+def test_a_textured_mesh_has_no_mirror(tmp_path):
+    """A texture is rarely its own mirror image."""
     box = trimesh.creation.box((1, 2, 3))
     picture = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
-    from PIL import Image
-
     coordinates = np.random.default_rng(1).random((len(box.vertices), 2))
     box.visual = trimesh.visual.TextureVisuals(coordinates, image=Image.fromarray(picture))
-    box.export(tmp_path / "printed.glb")
-    assert xu.load_target(tmp_path / "printed.glb").mirror is None
+    box.export(tmp_path / "textured.glb")
+    assert xu.load_target(tmp_path / "textured.glb").mirror is None
 
 
 def test_a_mesh_in_millimetres_gives_the_same_keypoints(block, tmp_path):
     mesh = trimesh.load_mesh(block)
     mesh.apply_scale(1000)
     mesh.export(tmp_path / "large.ply")
-    small, large = xu.load_target(block), xu.load_target(tmp_path / "large.ply")
+    small = xu.load_target(block)
+    large = xu.load_target(tmp_path / "large.ply")
     assert large.diameter == pytest.approx(1000 * small.diameter)
     np.testing.assert_allclose(large.keypoints, 1000 * small.keypoints, atol=1e-3)
 
@@ -139,7 +141,7 @@ def test_a_json_file_may_leave_box_and_keypoints_to_the_mesh(block):
     np.testing.assert_array_equal(target.keypoints, xu.load_target(block).keypoints)
 
 
-# ------------------------------------------------------------ what cannot be
+# ------------------------------------------------------------ bad files
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,11 @@ def test_a_json_file_may_leave_box_and_keypoints_to_the_mesh(block):
         ({"symmetries": [np.diag([2, 1, 1, 1]).tolist()]}, "symmetries 0: not a rigid motion"),
         ({"lookalikes": [np.diag([-1, 1, 1, 1]).tolist()]}, "lookalikes 0: the matrix mirrors"),
         ({"axes": [[[0, 0, 0], [0, 0, 2]]]}, "axes: expected unit directions"),
+        ({"symmetries": 3}, "symmetries: expected a list, got 3"),
+        ({"axes": 0.5}, "axes: expected a list, got 0.5"),
+        ({"lookalikes": "all"}, "lookalikes: expected a list, got all"),
+        ({"flat_axis": [0, 0, 0]}, "flat_axis: expected a direction, got zeros"),
+        ({"up": [0, 0, 0]}, "up: expected a direction, got zeros"),
         ({"lasers": [[[0, 0, 0]]]}, "lasers: expected shape"),
         ({"lasers": [[[0, 0, float("nan")], [0, 0, 1]]]}, "lasers: expected finite numbers"),
     ],

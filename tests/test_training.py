@@ -1,4 +1,7 @@
-"""Training runs: what they write, and that they survive being stopped. The network is one layer."""
+"""Training runs: what they write, and that they resume after being stopped or killed.
+
+The network is one convolution.
+"""
 
 import csv
 import dataclasses
@@ -56,7 +59,11 @@ def make_batches(count=8, **arguments):
 
 
 def start(folder, epochs, seed=0, epoch_size=None, network=None, **arguments):
-    """Train up to an epoch with a fresh network, as a new process would; network and run."""
+    """Train up to an epoch with a fresh network, as a new process would.
+
+    Returns:
+        the network and the run.
+    """
     keras.utils.clear_session()
     model = build(seed, **(network or {}))
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0], **arguments)
@@ -203,7 +210,7 @@ def test_a_finished_run_is_left_alone(folder, capsys):
 
 
 class Stop(keras.callbacks.Callback):
-    """Presses Ctrl-C at the end of a batch."""
+    """Interrupts the training, as Ctrl-C does, at the end of batch `step`."""
 
     def __init__(self, step):
         super().__init__()
@@ -217,7 +224,7 @@ class Stop(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("step,done", [(1, 0), (2, 0), (3, 1)])
 def test_an_interruption_says_one_line_and_the_run_goes_on(folder, monkeypatch, capsys, step, done):
-    """Defect 13: after an interruption in the first epoch the run could not be started again."""
+    """Once a run could not be started again after an interruption in its first epoch."""
     model, data = build(), make_batches()
     run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
     monkeypatch.setattr(training, "TqdmCallback", lambda: Stop(step))
@@ -245,7 +252,7 @@ def test_a_second_training_in_the_same_folder_is_refused(folder):
 
 @pytest.mark.parametrize("rest", ["1,0.001,8", "9,0.001,8,1,1.0,1.0,0.0000000001"])
 def test_a_half_written_row_of_the_log_changes_nothing(folder, rest):
-    """Defect 4: it broke resuming, or its truncated number became the least error for ever."""
+    """Once it broke resuming, or its truncated number became the least error for ever."""
     start(folder, 1)
     whole = (folder / "log.csv").read_text()
     (folder / "log.csv").write_text(whole + rest)
@@ -341,7 +348,7 @@ def train_and_die(folder, moment, count):
     start(folder, 3)
 
 
-# When a process kills itself, after how many such moments, and how many whole epochs must be left.
+# (when a process kills itself, at which of these moments, how many whole epochs must be left)
 MOMENTS = [
     ("batch", 1, 0),  # in the first epoch
     ("write", 1, 0),  # in the middle of the first backup
@@ -362,7 +369,7 @@ def epochs_in(backup):
 
 
 def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
-    """Defect 13: after a kill the run could not go on, or its log and facts disagreed."""
+    """Once a killed run could not go on, or its log and facts disagreed."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["xwing.training"])
     for moment, count, epochs in MOMENTS:
@@ -384,7 +391,7 @@ def test_killing_a_run_at_any_moment_loses_at_most_one_epoch(folder):
 
 
 def test_publishing_a_run_again_changes_nothing(folder, tmp_path):
-    """Defect 2: a run published over its own first weights gained a stage and samples each time."""
+    """Once a run published over its own first weights gained a stage and samples each time."""
     weights = tmp_path / "weights"
     start(folder, 1, facts={"seed": 1})
     training.publish_weights(folder, weights)
@@ -417,7 +424,7 @@ def test_a_run_counts_the_samples_that_its_first_weights_have_seen(folder, tmp_p
 
 @pytest.mark.parametrize("crop,size", [(0, 64), (1, 256)])
 def test_weights_trained_on_squares_are_published_for_whole_frames(folder, tmp_path, crop, size):
-    """Defect 11 (with `load_model` and `save_model` in test_model.py)."""
+    """`load_model` and `save_model` are tested in test_model.py."""
     start(folder, 1, facts={"crop": crop})
     training.publish_weights(folder, tmp_path / "weights")
     assert xu.weights_settings(tmp_path / "weights" / "xwing.weights.h5")["model"]["size"] == size
@@ -430,7 +437,7 @@ def test_an_unfinished_run_cannot_be_published(tmp_path):
 
 
 def test_a_run_that_names_its_own_weights_as_its_start_is_refused(folder):
-    """Defect 3: it recursed for ever."""
+    """Once it recursed for ever."""
     start(folder, 1)
     with pytest.raises(ValueError, match="init: .*best.weights.h5 are weights of this run itself"):
         start(folder, 2, facts={"init": str(folder / "best.weights.h5")})

@@ -2,14 +2,14 @@
 
     python tools/calibrate_probability.py FOLDER
 
-Random flights are rendered into the folder (those that are there are kept): in the clip's look, in
-the looks of the training frames, and repainted. The tracker follows each of them at frame steps 1
-to 4: live, smoothed, without the network after the first pose, without the pixels, with frames
-missing or black, and from starts that are wrong on purpose, because the model needs wrong poses to
-learn from.
+Random flights are rendered into the folder; frames that are there already are kept. They have the
+look of the clip, the looks of the training frames, or other paint and light (`Randomiser`). The
+tracker follows each flight at frame steps 1 to 4 in several ways: live, smoothed, without the
+network after the first pose, without the pixels, with frames that are missing or black, and from
+starts that are wrong on purpose, because the model needs wrong poses to learn from.
 
-For each kind of frame a logistic model is fitted to whether the pose is right. It is judged on
-flights left out in turn, and the log losses are printed. No frame of the repository takes part.
+For each kind of frame a logistic model is fitted to whether the pose is right. It is judged by its
+log loss on flights that are left out in turn. No frame of the repository is used.
 """
 
 import argparse
@@ -49,9 +49,9 @@ RIDGE = 0.5  # penalty on the coefficients, so that none grows without bound
 
 MISSING_PROBABILITY = 0.06  # that a gap begins in a frame
 GAP_FRAMES = 6
-WRONG_DEGREES = (3, 25)  # range of the deviation of a start that is wrong by a bit
-WRONG_DISTANCE = 0.042570  # its standard deviation in diameters
-WRONG_START_FRAMES = 8  # that are played from a wrong start
+WRONG_DEGREES = (3, 25)  # range of the standard deviation of a start that is slightly wrong
+WRONG_DISTANCE = 0.042570  # diameters, standard deviation of its position
+WRONG_START_FRAMES = 8  # tracked from each wrong start
 WRONG_START_STEP = 24  # frames between two wrong starts
 
 
@@ -135,7 +135,7 @@ def load_flight(folder, number, workers):
 
 
 def wrong_pose(pose, rng):
-    """A pose that is ambiguous with the true one, or wrong by a bit."""
+    """A pose that is ambiguous with the true one, or slightly wrong."""
     if rng.random() < 0.5:
         return xu.ambiguous_poses(pose)[rng.integers(1, 4)]
     unit_step = rng.normal(0, 1, 6)
@@ -144,8 +144,8 @@ def wrong_pose(pose, rng):
     return xu.move_pose(pose, unit_step * np.repeat(deviations, 3))
 
 
-def plays(images, truth, K, detector, aligner, rng):
-    """Yield what the tracker says of a flight: how it was played, tracked poses and true ones."""
+def all_tracks(images, truth, K, detector, aligner, rng):
+    """Track a flight in all ways: yield the name of the way, the tracked poses, the true ones."""
     for step in (1, 2, 3, 4):
         shown = images[::step]
         true = truth[::step]
@@ -155,8 +155,8 @@ def plays(images, truth, K, detector, aligner, rng):
         for name in ("live", "network off", "gaps", "no pixels"):
             pixels = None if name == "no pixels" else aligner
             tracker = tracking.Tracker(K, FPS / step, detector, pixels, keep=True)
-            played = with_gaps(shown, missing, step) if name == "gaps" else shown
-            yield f"{name}, {step}", play(tracker, played, name == "network off"), true
+            frames = with_gaps(shown, missing, step) if name == "gaps" else shown
+            yield f"{name}, {step}", track_frames(tracker, frames, name == "network off"), true
             if name in ("live", "no pixels"):
                 yield f"{name}, smoothed, {step}", tracker.smoothed(), true
 
@@ -168,7 +168,7 @@ def plays(images, truth, K, detector, aligner, rng):
             tracker.update_pose(estimate)
 
             after = slice(start + 1, start + WRONG_START_FRAMES)
-            yield f"wrong start, {step}", play(tracker, shown[after]), true[after]
+            yield f"wrong start, {step}", track_frames(tracker, shown[after]), true[after]
 
 
 def with_gaps(images, missing, step):
@@ -179,8 +179,8 @@ def with_gaps(images, missing, step):
     return images
 
 
-def play(tracker, images, network_off=False):
-    """What the tracker says of some frames; the network may be taken away after the first pose."""
+def track_frames(tracker, images, network_off=False):
+    """The `TrackedPose` of each image; the network can be switched off after the first pose."""
     track = []
     for image in images:
         tracked = tracker.update(image)
@@ -191,26 +191,26 @@ def play(tracker, images, network_off=False):
 
 
 def measure(folder, workers):
-    """A DataFrame with what was said of every frame that shows four corners and has a pose."""
+    """A DataFrame with a row for every tracked pose of a frame that shows four corners."""
     rows = []
     detector = Detector(xu.ROOT / "weights" / "xwing.weights.h5")
     aligner = Aligner(xu.XWING)
     for number in tqdm(range(FLIGHTS), unit="flight"):
         images, truth, K = load_flight(folder, number, workers)
         rng = np.random.default_rng([SEED, number, 3])
-        for name, track, true in plays(images, truth, K, detector, aligner, rng):
+        for name, track, true in all_tracks(images, truth, K, detector, aligner, rng):
             right = metrics.recalled([tracked.pose for tracked in track], true)
             for tracked, pose, is_right in zip(track, true, right):
                 corners = xu.project_pose(xu.XWING.box, pose, K)
                 if tracked.pose is not None and xu.in_frame(corners).sum() >= 4:
-                    rows.append({"flight": number, "play": name, **measured(tracked, pose)})
-                    rows[-1]["right"] = is_right
+                    row = {"flight": number, "way": name, **measured(tracked, pose)}
+                    rows.append({**row, "right": is_right})
         pd.DataFrame(rows).to_csv(folder / "rows.csv")
     return pd.DataFrame(rows)
 
 
 def measured(tracked, pose):
-    """The kind of a tracked pose, its squared error in deviations, and its features."""
+    """The kind of a tracked pose, its squared Mahalanobis distance to the truth, its features."""
     contrast = tracked.explained_contrast
     step = xu.pose_step(pose, tracked.pose)
     features = tracking.trust_features(tracked.covariance, contrast, xu.XWING.diameter)
@@ -257,8 +257,8 @@ def left_out_loss(rows, features):
 
 
 def report(rows):
-    """Print the loss of each choice of features on flights left out, and all coefficients."""
-    print(rows.groupby("play")["right"].agg(frames="size", right="mean").round(3).to_string())
+    """Print, for each choice of features, the loss on flights left out and the coefficients."""
+    print(rows.groupby("way")["right"].agg(frames="size", right="mean").round(3).to_string())
     for kind, group in rows.groupby("kind"):
         print(f"\n{kind}: {len(group)} frames, {(~group['right']).sum()} wrong")
         names = [name for name in FEATURES[1:] if group[name].any()]

@@ -1,10 +1,11 @@
 """Measure what a training step costs and what encoders, losses and augmentations do for the result.
 
-Prints the tables of weights/EXPERIMENTS.md. Training is on frames of data/train/ (else
-data/sample/), on squares of 128 pixels. It starts from scratch, with Adam at 1e-3; only the table
-of the augmentations goes on from the shipped weights. Errors are medians over 128 frames that are
-not trained on, in pixels. They are measured with batch statistics: the moving averages of the batch
-normalisation lag for the first few hundred steps.
+It prints the tables of weights/EXPERIMENTS.md. Networks are trained from scratch with Adam at 1e-3,
+on squares of 128 pixels that are cut from the frames of data/train/ (or of data/sample/, where that
+folder is missing). Errors are medians in pixels over 128 frames that are not trained on. They are
+measured with batch statistics, because the moving averages of the batch normalisation lag for the
+first few hundred steps. The table of the augmentations differs: it continues from the shipped
+weights and measures data/shifted/.
 """
 
 import argparse
@@ -119,7 +120,7 @@ class Timing:
 
 
 def train(model, frames, seconds=np.inf, steps=np.inf):
-    """Train until the seconds or the steps are over; returns the `Timing`."""
+    """Train for a number of seconds or of steps, whichever ends first; return the `Timing`."""
     timing = Timing()
     for (images, keypoints), made in frames:
         start = time.perf_counter()
@@ -133,7 +134,7 @@ def train(model, frames, seconds=np.inf, steps=np.inf):
 
 
 def judge(model, frames):
-    """The corner report of the kept frames, and mean squared errors of the maps and of zeros."""
+    """The corner report of the kept frames, and the MSE of the heatmaps and of empty ones."""
     stride = model.settings["stride"]
     size = SIZE // stride
     sigma = SIGMA / stride
@@ -213,7 +214,7 @@ def losses(frames, steps):
 def augmentations(frames, steps):
     """Print the errors on data/shifted after more training of the shipped weights.
 
-    Each row leaves one augmentation out of that training.
+    For each row one augmentation is left out of that training.
     """
     shifted = xu.ROOT / "data" / "shifted"
     paths, matrices = xu.load_dataset(shifted)
@@ -223,7 +224,7 @@ def augmentations(frames, steps):
     shipped = whole.get_weights()
 
     print_head(
-        f"left out for {steps} steps", "seed", "corner error", "within 5 px", "wrong way round"
+        f"left out for {steps} steps", "seed", "corner error", "within 5 px", "corners exchanged"
     )
     print_row("(before)", "0", *_shifted_errors(whole, images, truth))
     rows = [("nothing", 0), ("nothing", 1), *((name, 0) for name in AUGMENTATIONS)]
@@ -248,7 +249,7 @@ def _train_on(weights, sigma, frames, steps, without, seed):
 
 
 def _shifted_errors(model, images, truth):
-    """Cells of a row: median corner error, corners within 5 px, frames with permuted corners."""
+    """Cells of a row: median corner error, corners within 5 px, frames with exchanged corners."""
     found, _ = xu.predict_keypoints(model, images)
     report = corner_report(found, truth)
     permutations = report["permutations"]
@@ -257,10 +258,13 @@ def _shifted_errors(model, images, truth):
 
 
 def recipes():
-    """Write what the runs `classic` and `shipped` of train.ipynb reach on data/test/.
+    """Measure the runs `classic` and `shipped` of train.ipynb on data/test/.
 
-    Poses are those of the keypoints alone. The table is weights/recipes.csv; the row of a run that
-    is not in runs/ stays as it is. Raises FileNotFoundError if there is neither a run nor a row.
+    Poses are those of the keypoints alone. The result goes to weights/recipes.csv; the row of a run
+    that is not in runs/ stays as it is.
+
+    Raises:
+        FileNotFoundError: there is neither a run nor a row.
     """
     table = xu.ROOT / "weights" / "recipes.csv"
     rows = pd.read_csv(table, index_col="recipe").T.to_dict() if table.exists() else {}

@@ -1,12 +1,12 @@
 """Fit the weights of the evidence in `Aligner.verify`: `python tools/fit_evidence.py [FOLDER ...]`.
 
-Single frames are judged twice: by what the network finds in them, and together with what it finds
-in the rotated frames. The frames are squares drawn with the ship, drawn scenes without it, and
+Each frame is judged twice: by the frame as it is, and by four views of it (the frame and three
+rotated ones). The frames are drawn squares that show the ship, drawn scenes without it, and
 data/shifted. A logistic model is fitted to whether the best pose is right (within RIGHT degrees),
 given the evidence for it (`verification.evidence`). For each limit on the probability the tool
 prints how many right and wrong poses `verify_frames` would accept, and in brackets how many are
-flipped. Other folders in the data format are only measured. No frame of data/test or data/looks
-takes part.
+flipped. Other folders in the data format are only measured. No frame of data/test or data/looks is
+used.
 """
 
 import sys
@@ -40,8 +40,9 @@ RIDGE = 0.1  # penalty on the coefficients of standardised evidence
 class EmptySynthesiser(Synthesiser):
     """Draws everything except the ship."""
 
-    def shown(self, pose, scale):
-        return super().shown(pose, scale)[:0]
+    def __init__(self, mesh):
+        super().__init__(mesh)
+        self.exterior.visible_sides = lambda pose, scale: np.zeros(0, int)
 
 
 def drawn_frames(synthesiser, seed, count, ship=True):
@@ -51,7 +52,6 @@ def drawn_frames(synthesiser, seed, count, ship=True):
     while len(found) < count:
         image, pose, K = synthesiser(xu.FRAME_SIZE, rng)
         if xu.in_frame(xu.project_pose(xu.BOUNDING_BOX, pose, K)).sum() >= 4:
-            image = image.clip(0, 255).astype(np.uint8)
             found.append((image, pose if ship else None, K))
     return found
 
@@ -76,16 +76,17 @@ def all_views(model, images, cameras):
     return [[one, *others] for one, others in zip(first, rotated)]
 
 
-def judged(aligner, image, truth, K, views):
-    """Judge a frame by the first view and by all: the evidence and the error of both best poses.
+def judge_frame(aligner, image, truth, K, views):
+    """Judge a frame twice, by the first view and by all views.
 
-    None stands for a judgement that found no pose.
+    Returns:
+        for each judgement (evidence, error of the best pose in degrees), or None without a pose.
     """
-    cv2.setNumThreads(1)  # the frames are what is divided among the cores
+    cv2.setNumThreads(1)  # each core has frames of its own
     rows = []
     for chosen in (views[:1], views):
         estimates = [view for view in chosen if view.pose is not None]
-        # The verifier works in units in which the X-wing is as large as in its own.
+        # The verifier's working unit is the model unit of the X-wing, so no pose is scaled.
         judgement = aligner.verifier.judge(image, estimates, K)
         if judgement is None:
             rows.append(None)
@@ -98,7 +99,7 @@ def judged(aligner, image, truth, K, views):
 
 
 def judge_frames(aligner, model, frames):
-    """Judge all frames on all cores: a list of what `judged` returns."""
+    """Judge all frames on all cores: a list of what `judge_frame` returns."""
     images, truth, cameras = zip(*frames)
     views = []
     for i in range(0, len(images), 32):
@@ -106,7 +107,7 @@ def judge_frames(aligner, model, frames):
         views += all_views(model, np.array(images[batch]), np.array(cameras[batch]))
 
     tasks = (
-        joblib.delayed(judged)(aligner, *frame) for frame in zip(images, truth, cameras, views)
+        joblib.delayed(judge_frame)(aligner, *frame) for frame in zip(images, truth, cameras, views)
     )
     return joblib.Parallel(n_jobs=-1, max_nbytes=None)(tasks)
 
@@ -131,7 +132,7 @@ def fit(evidence, right):
 
 
 def fit_rows(rows):
-    """Fit the weights of the evidence to the rows of some sets of frames; see `judged`."""
+    """Fit the weights of the evidence to the rows of some sets of frames; see `judge_frame`."""
     fitted = [one for pairs in rows for pair in pairs for one in pair if one]
     evidence = np.array([features for features, _ in fitted])
     right = np.array([error < RIGHT for _, error in fitted], float)
@@ -153,7 +154,7 @@ def accepted(rows, weights, limit):
 
 
 def print_quality(name, pairs, weights):
-    """Print how often the best pose is right, and how well the evidence tells."""
+    """Print how often the best pose is right, and how well the evidence separates right ones."""
     for k, kind in enumerate(("first view", "all views")):
         found = [pair[k] for pair in pairs if pair[k]]
         right = np.array([error < RIGHT for _, error in found])

@@ -19,9 +19,10 @@ GIF = xu.ROOT / "images" / "hero.gif"
 
 
 def main():
+    """Write both films, and print how well the flight was tracked."""
     video, truth, K = evaluation.load_flight(xu.ROOT / "data" / "flight_hd.json")
     clip = Clip(video)
-    mesh = load_mesh(xu.ROOT / "data" / "xwing.obj")
+    mesh = load_mesh(xu.XWING.mesh)
     detector = Detector(xu.ROOT / "weights" / "xwing.weights.h5")
 
     track = tracking.track_clip(clip, K, detector, Aligner(mesh))

@@ -28,7 +28,7 @@ import xwing_utils as xu
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
-CLOSE_MARGIN = 1.1  # side of the close square over that of the keypoints' bounding box
+CLOSE_MARGIN = 1.1  # side of the close square over the longer side of the keypoints' bounding box
 
 
 class _Square(NamedTuple):
@@ -184,7 +184,7 @@ class Detector:
         Args:
             weights: `NAME.weights.h5`, with `NAME.json` beside it.
             crop_sizes: sizes in pixels, multiples of 32, to which the close square may be scaled.
-                Where there are none, keypoints are read from the whole frame.
+                Without any, keypoints are always read from the whole frame.
             search_size: size in pixels, a multiple of 32, to which the whole frame is scaled.
             precision: "f32", or "bf16", which is faster and moves keypoints by some hundredths of a
                 pixel.
@@ -205,10 +205,11 @@ class Detector:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # else two processes would be pinned to the same core
         }
-        self._requests = {size: self._compile(size) for size in {search_size, *self.crop_sizes}}
+        sizes = {search_size, *self.crop_sizes}
+        self._requests = {size: self._compile(size) for size in sizes}
 
     def _compile(self, size):
-        """Build the network for squares of one size; OpenVINO is fastest where it knows it."""
+        """Build the network for squares of one size: OpenVINO is fastest for a fixed size."""
         self._model.reshape([1, size, size, 3])
         return self._core.compile_model(self._model, "CPU", self._options).create_infer_request()
 
@@ -218,7 +219,7 @@ class Detector:
         Args:
             squares: (N, S, S, 3) uint8 RGB; S is a multiple of 32.
             averaged: whether to average them with the heatmaps of the mirrored squares, if the
-                target has a mirror plane. Without it they take half the time and are less accurate.
+                target has a mirror plane. Averaging takes twice the time and is more accurate.
 
         Returns:
             (N, h, w, K) float32, one for each of the K keypoints.
@@ -248,9 +249,9 @@ class Detector:
                 square around it is examined, if that shows more detail than the whole frame does.
 
         Returns:
-            keypoints (K, 2), NaN where there is none; confidence (K,) in [0, 1]; and sigma (K,),
-            the standard deviations to expect of the keypoints. Both lengths are in pixels of the
-            frame.
+            keypoints (K, 2) in pixels of the frame, NaN where none is found; confidence (K,) in
+            [0, 1]; and sigma (K,), the expected standard deviation of each keypoint, in pixels of
+            the frame.
         """
         square = None if box is None else self._close_square(image, box)
         if square is None:
@@ -258,7 +259,11 @@ class Detector:
         return self._read(image, square)
 
     def _search(self, image):
-        """Find the target in the whole frame, then read its keypoints where they show best."""
+        """Find the target in the whole frame, then read its keypoints from a close square.
+
+        The whole frame is read again, and with more care, if a close square shows no more detail or
+        cuts keypoints off.
+        """
         whole = _whole_frame(image, self.search_size)
         keypoints, confidence, sigma = self._read(image, whole, averaged=False)
         found = keypoints[confidence >= xu.MIN_CONFIDENCE]

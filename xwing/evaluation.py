@@ -1,9 +1,9 @@
-"""Measure the tracker on a folder of frames: find every pose, and show the figures as a table.
+"""Measure pose estimation on a folder of frames whose poses are known, and print the figures.
 
 Each frame of a folder is taken on its own, as if no other had been seen. The network finds the
-keypoints, PnP makes a pose of them, and the pixels refine it and accept or reject it. What was
-found and what is true is kept in an `Evaluation`; `xwing.metrics` turns it into figures, and this
-file into tables: for the screen, for the README, and as JSON for scripts.
+keypoints, PnP makes a pose of them, and the pixels refine it and accept or reject it. An
+`Evaluation` keeps what was found and what is true. `xwing.metrics` computes figures from it, and
+this file puts them into tables: for the screen, for the README, and as JSON for scripts.
 
     python -m xwing.evaluation data/test --json panel.json
 """
@@ -54,7 +54,7 @@ _PANEL = {
 }
 HEADLINES = tuple(_PANEL)[:6]
 README_SETS = ("test", "shifted", "looks", "clip, tracked")
-JSON_KEYS = (
+JSON_KEYS = (  # the figures that scripts of others read
     "frames",
     "poses_found",
     "flips",
@@ -116,7 +116,7 @@ def write_results(
     """Write `weights/xwing_eval.json`, and the rows between the markers of a README.
 
     Args:
-        folder: the project's, or another one with a folder `weights`.
+        folder: of the project, or another one that holds a folder `weights`.
         figures: dict set -> `summarise`.
         intervals: dict set -> `bootstrap`.
         readme: file with the markers, or None.
@@ -130,12 +130,12 @@ def write_results(
     }
     files = {Path(folder) / "weights" / "xwing_eval.json": json.dumps(content, indent=1) + "\n"}
     if readme is not None:
-        files[readme] = _with_rows(readme, readme_rows(figures, intervals))
+        files[readme] = _updated_readme(readme, readme_rows(figures, intervals))
     xu.write_files(files)
 
 
-def _with_rows(readme, rows):
-    """The text of a README with these rows between its markers."""
+def _updated_readme(readme, rows):
+    """The text of a README with other rows between its markers."""
     marked = f"<!-- results -->\n{rows}\n<!-- /results -->"
     pattern = re.compile("<!-- results -->.*<!-- /results -->", re.DOTALL)
     text, count = pattern.subn(lambda _: marked, Path(readme).read_text())
@@ -147,7 +147,7 @@ def _with_rows(readme, rows):
 
 
 def _for_json(figures):
-    """The figures that others script against, None where there is no number."""
+    """The figures that JSON_KEYS names, with None in place of NaN, which JSON cannot hold."""
     chosen = {}
     for key in JSON_KEYS:
         if key in figures:
@@ -175,7 +175,7 @@ class Evaluation:
     heatmap_mse: np.ndarray  # (N, 8), see `heatmap_errors`
     true_keypoints: np.ndarray  # (N, C, 2) pixels
     true_poses: np.ndarray  # (N, 4, 4)
-    seconds_per_frame: float  # reading, network, its error, pose, pixels
+    seconds_per_frame: float  # of reading, network, heatmap error, PnP and alignment
 
     @property
     def poses(self) -> list:
@@ -218,7 +218,7 @@ def evaluate_folder(
         aligner: refines and verifies the poses; None takes those from the keypoints alone.
         limit: largest number of frames, or None.
         step: every `step`-th frame is taken.
-        batch_size: frames that are held in memory and shown to the network at a time.
+        batch_size: number of frames that are in memory, and go through the network, at a time.
         progress: whether to show a progress bar.
         target: that the frames show.
 
@@ -230,10 +230,14 @@ def evaluate_folder(
     if aligner is not None:
         xu.check_same_target(aligner.target, target, "the aligner's settings")
 
-    paths, matrices = (part[::step][:limit] for part in xu.load_dataset(folder))
+    paths, matrices = xu.load_dataset(folder)
+    paths = paths[::step][:limit]
+    matrices = matrices[::step][:limit]
+
     view, projection = xu.load_camera(folder)
     size = model.settings["size"]
     K = xu.camera_matrix(projection, size, size)
+
     points = target.keypoints[: model.settings["keypoints"]]
     true_keypoints = xu.keypoints_of(matrices, view, projection, size, size, points)
     true_poses = np.array([xu.pose_in_camera(view, matrix) for matrix in matrices])
@@ -286,6 +290,9 @@ def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
     }
 
 
+# ------------------------------------------------------------ a rendered flight
+
+
 def load_flight(path: Path) -> tuple[Path, list, np.ndarray]:
     """Read what is known about a rendered flight.
 
@@ -306,10 +313,10 @@ def load_flight(path: Path) -> tuple[Path, list, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; ends with one line on the error stream where something is wrong.
+    """Run the command line; an error ends it with one line on the error stream.
 
     Args:
-        arguments: words of the command, or None for those of the shell.
+        arguments: words after the command, or None for those of the shell.
     """
     options = _parse(arguments)
     try:
@@ -326,7 +333,7 @@ def _parse(arguments):
     weights = xu.ROOT / "weights" / "xwing.weights.h5"
     parser.add_argument("folder", type=Path, help="camera_info.json, 0.jpg, 0_mat.json, ...")
     parser.add_argument(
-        "--weights", type=Path, default=weights, metavar="FILE", help="of another network"
+        "--weights", type=Path, default=weights, metavar="FILE", help="weights of another network"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
     parser.add_argument("--no-align", action="store_true", help="poses from the keypoints alone")
@@ -335,7 +342,7 @@ def _parse(arguments):
 
 
 def _measure(options):
-    """The figures that the command line asks for; its JSON file is written if it names one."""
+    """The figures that the command line asks for; they are also written to its --json file."""
     _check_options(options)
     model = xu.load_model(options.weights)
     target = model.target

@@ -1,10 +1,10 @@
 """The shot: frames with their laser bolts, written as GIF or MP4.
 
-All that a bolt needs of a frame is the target's pose. `animate` takes the poses of a finished
-track, draws the bolts and writes a file in real time, whatever its rate. `film` tracks, draws and
-writes in one pass: frames are read, tracked, drawn and encoded at the same time, each by a thread
-that works a frame or two ahead of the next one, so that memory stays constant however long the clip
-is. A file is replaced only when it is whole.
+Bolts need nothing but the target's pose in each frame. `animate` takes the poses of a finished
+track, draws the bolts and writes a file that plays in real time, whatever its frame rate. `film`
+tracks, draws and writes in one pass: reading, tracking, drawing and encoding run at the same time,
+each in a thread of its own. A thread works a frame or two ahead of the next one, so that memory
+stays constant however long the clip is. A file is replaced only when it is whole.
 """
 
 import collections
@@ -31,7 +31,7 @@ ENCODING = {"preset": "veryfast", "crf": "17"}  # of x264
 CLOCK = Fraction(1, 90_000)  # seconds, the unit in which an MP4 file counts time
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-PALETTE_PICTURES = 24  # of a GIF, from which its palette is made
+PALETTE_PICTURES = 24  # so many pictures of a GIF, about, are sampled for its palette
 
 
 # ------------------------------------------------------------ a finished track
@@ -67,8 +67,8 @@ def animate(
         progress: show a progress bar.
         target: whose cannons fire; a target without lasers fires none.
     Raises:
-        ValueError: a number or the suffix is not one of those above, the rate of a GIF is above
-            100, the numbers of frames and poses differ, or no frame can be read.
+        ValueError: a rate is not positive, that of a GIF is above 100, the suffix is another, the
+            numbers of frames and poses differ, or no frame can be read.
         OSError: the path is a folder, its folder is missing, or there is no room.
     """
     path, fps = _check_output(path, fps)
@@ -94,7 +94,7 @@ def animate(
 
 
 def _check_poses(poses, count):
-    """A list of poses (4, 4) or None, or the error if they do not fit the frames."""
+    """A list of poses (4, 4) or None; raise ValueError if they do not fit the frames."""
     if count != len(poses) or not count:
         raise ValueError(
             f"expected a pose or None for each frame, got {count} frames and {len(poses)} poses"
@@ -112,24 +112,24 @@ def frames_in_real_time(seconds: Sequence[float], fps: float) -> np.ndarray:
         seconds: (N,) when each frame was taken, rising.
         fps: frames a second of the file.
     Returns:
-        (T,) numbers of the frames; the last frame is shown for the median time between two frames.
+        (T,) numbers of the frames. The last frame is shown for the median time between two frames.
     """
     step = np.median(np.diff(seconds)) if len(seconds) > 1 else 1 / fps
     ticks = np.arange(0, seconds[-1] + step - 1e-9, 1 / fps)
 
-    # Some files tell the time in milliseconds, so a frame counts as taken if it is due within one.
+    # Some files round their time stamps to milliseconds, which may make a frame 0.5 ms late.
     tolerance = min(6e-4, step / 4)
     return np.searchsorted(seconds, ticks + tolerance, side="right") - 1
 
 
 def _shown_frames(frames, poses, seconds, indices, shot):
     """Yield image, bolts and pose of each chosen frame; the shot steps through all frames."""
-    done = 0
+    due = 0  # number of the frame to which the shot has to step next
     bolts = None
     for i, image in zip(indices, frames_at(frames, indices)):
-        while done <= i:
-            bolts = shot.step(poses[done], seconds[done])
-            done += 1
+        while due <= i:
+            bolts = shot.step(poses[due], seconds[due])
+            due += 1
         yield image, bolts, poses[i]
 
 
@@ -148,12 +148,12 @@ def write_clip(
     Args:
         pictures: (H, W, 3) uint8 of one size.
         path: `.gif` or `.mp4`; replaced only when the whole clip is made.
-        fps: frames a second of the file; a GIF counts hundredths of a second.
+        fps: frames a second of the file. In a GIF a frame lasts whole hundredths of a second.
         progress: show a progress bar.
-        count: of the pictures, for the bar, where they have no length.
+        count: number of pictures, for the bar; None: their length, if they have one.
     Raises:
-        ValueError: the suffix or the rate is not possible, there is no picture, or their sizes
-            differ.
+        ValueError: the suffix or the rate is not possible, there is no picture, or the sizes of
+            pictures differ.
         OSError: the path is a folder, its folder is missing, or there is no room.
     """
     path, fps = _check_output(path, fps)
@@ -166,7 +166,10 @@ def write_clip(
 
 
 def _check_output(path, fps, suffixes=(".gif", ".mp4")):
-    """The path of a clip to write and its true rate, or the error that would come in the end."""
+    """The path of a clip to write and the rate that its file can have.
+
+    It raises, before any work, the errors that writing would end with.
+    """
     path = Path(path)
     if path.suffix not in suffixes:
         raise ValueError(f"{path}: expected a {' or '.join(suffixes)} file")
@@ -182,7 +185,9 @@ def _check_output(path, fps, suffixes=(".gif", ".mp4")):
         raise ValueError(
             f"fps: expected a positive rate, in a GIF at most 100 frames a second, got {fps}"
         )
-    return path, 100 / round(100 / fps) if gif else fps  # a GIF counts hundredths
+    if gif:
+        fps = 100 / round(100 / fps)  # a frame lasts whole hundredths of a second
+    return path, fps
 
 
 def _write_gif(pictures, path, fps, progress):
@@ -212,11 +217,11 @@ def _write_gif(pictures, path, fps, progress):
 
 
 def _clip_palette(pixels):
-    """A PIL image with 256 colours for pixels (N, 3) uint8.
+    """A PIL image with a palette of 256 colours for pixels (N, 3) uint8.
 
-    The ship and its bolts fill few pixels of most frames, and a common palette would leave few
-    colours to them. Bright or reddish pixels therefore get one half of the colours, all others the
-    other half.
+    The target and its bolts fill few pixels of most frames, and a common palette would leave few
+    colours to them. So one half of the colours is for bright or reddish pixels, the other for all
+    others.
     """
     warm = (pixels.max(1) > 130) | (pixels[:, 0] > pixels[:, 2].astype(int) + 8)
 
@@ -232,8 +237,9 @@ def _clip_palette(pixels):
 
 
 def _write_mp4(pictures, path, fps):
-    """Write an H.264 file of pairs: a picture, and the second from which it is seen or None."""
-    try:  # FFmpeg gets an open file, so that it takes no name for a protocol.
+    """Write an H.264 file of pairs, see `_encode`."""
+    try:
+        # FFmpeg gets an open file, so that it cannot read the name as a protocol.
         with path.open("w+b") as file, av.open(file, "w", format="mp4") as container:
             _encode(pictures, container, fps)
     except av.FFmpegError as error:
@@ -241,7 +247,11 @@ def _write_mp4(pictures, path, fps):
 
 
 def _encode(pictures, container, fps):
-    """Encode pairs, see `_write_mp4`, into an open file; None is one frame's time later."""
+    """Encode pairs into an open file: a picture, and the second from which it is shown.
+
+    In place of a second, None means one frame later than the last picture. The first picture is
+    shown from the beginning, whatever its second.
+    """
     stream = container.add_stream("libx264", Fraction(fps).limit_denominator(10_000), ENCODING)
     stream.codec_context.time_base = CLOCK
     stream.codec_context.thread_count = 2
@@ -259,7 +269,7 @@ def _encode(pictures, container, fps):
         elif seconds is None:
             now += 1 / fps
         else:
-            now = max(seconds, now + 1e-4)  # a clock that runs backwards must not
+            now = max(seconds, now + 1e-4)  # H.264 needs rising times, also where a clock runs back
 
         frame.pts = round(now / CLOCK)
         frame.time_base = CLOCK
@@ -271,7 +281,7 @@ def _encode(pictures, container, fps):
 
 
 def _even_frame(picture):
-    """A picture (H, W, 3) for PyAV; a black line makes odd sizes even, as H.264 needs them."""
+    """A picture (H, W, 3) as a frame of PyAV; a black line makes odd sizes even, for H.264."""
     height, width = picture.shape[:2]
     padded = np.pad(picture, [(0, height % 2), (0, width % 2), (0, 0)])
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(padded))
@@ -291,16 +301,16 @@ def film(
     """Track a clip and write it with its bolts while it is read: one pass, constant memory.
 
     Args:
-        clip: `Clip`, or an iterable of `Frame`. Where reading it fails, the film ends, and the
-            track says why.
+        clip: `Clip`, or an iterable of `Frame`. If reading it fails, the film ends there, and the
+            last pose of the track gives the reason.
         tracker: has `K`, `fps`, `target` and `update(image, seconds)`, see `Tracker`.
-        path: `.mp4`, replaced only when whole. Frames show at their own times.
+        path: `.mp4`; replaced only when it is whole. Each frame is shown at its own time.
         lasers: settings of the bolts, or None for the usual ones.
         mesh: the hull that hides bolts, or None.
         progress: show a progress bar.
     Returns:
-        list of `TrackedPose`, without covariance and velocity. Where there is no room for the film,
-        it is not written, a warning says so, and the track is whole.
+        list of `TrackedPose`, without covariance and velocity. If there is no room for the film, a
+        warning says so, and the track is complete nevertheless.
     Raises:
         ValueError: the suffix is another, or no frame can be read.
         OSError: the path is a folder, or its folder is missing.
@@ -313,7 +323,8 @@ def film(
     count = getattr(clip, "count", None)
     pictures = iter(tqdm(pictures, "tracking", count, unit="frame", disable=not progress))
 
-    with threadpool_limits(1, "blas"):  # the steps of the pass have threads of their own
+    # The stages of the pass run in threads of their own, with which those of BLAS would compete.
+    with threadpool_limits(1, "blas"):
         try:
             with xu.part_files(path) as (part,):
                 _write_mp4(pictures, part, fps)
@@ -321,16 +332,16 @@ def film(
             if error.errno not in NO_ROOM:
                 raise
             warnings.warn(f"not written: {error}", stacklevel=2)
-            collections.deque(pictures, 0)  # the track is worth having without the film
+            collections.deque(pictures, 0)  # runs to the end, for the track
     return track
 
 
 def _film_pictures(clip, tracker, fps, lasers, mesh, track):
-    """Yield each picture and its seconds, and append each `TrackedPose` to `track`."""
+    """Yield each picture and its second, and append each `TrackedPose` to `track`."""
     shot = lasers.shot(fps, tracker.target)
     tracked_frames = _tracked_frames(_prefetch(_until_error(clip)), tracker, fps)
 
-    waiting = []  # seconds of frames before the first that can be read; they show that one
+    waiting = []  # seconds at which the next picture is due; several before the first image
     for image, seconds, tracked in _prefetch(tracked_frames):
         track.append(tracked)
         bolts = shot.step(tracked.pose, seconds)
@@ -345,9 +356,10 @@ def _film_pictures(clip, tracker, fps, lasers, mesh, track):
 
 
 def _tracked_frames(frames, tracker, fps):
-    """Yield the image of each frame, its seconds and its `TrackedPose`.
+    """Yield the image of each frame, its second and its `TrackedPose`.
 
-    A frame that cannot be read, or that has another size, shows the last image before it.
+    In place of a frame that cannot be read, or has another size, comes the last image before it;
+    None before the first.
     """
     image = None
     for number, frame in enumerate(frames):
@@ -367,7 +379,7 @@ def _tracked_frames(frames, tracker, fps):
 
 
 def _prefetch(items, ahead=2):
-    """Yield what an iterable gives, made by a thread of its own while the item before is used."""
+    """Yield the items of an iterable, which a thread of its own makes ahead of their use."""
     items = iter(items)
     end = object()
     with ThreadPoolExecutor(1) as thread:

@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image
 
 import xwing_utils as xu
-from xwing.detector import Detector, letterbox  # noqa: F401  passed on
+from xwing.detector import Detector, letterbox  # noqa: F401  scripts import them from here
 
 EXPECTED = "expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF"
 DISTORTION_COEFFICIENTS = (4, 5, 8, 12, 14)  # how many numbers OpenCV's models of distortion have
-READ_ERRORS = (av.FFmpegError, OSError)
-PILLOW_ERRORS = (
+READ_ERRORS = (av.FFmpegError, OSError)  # what reading a damaged video raises
+PILLOW_ERRORS = (  # what reading a damaged GIF raises
     OSError,
     SyntaxError,
     ValueError,
@@ -39,11 +39,11 @@ PILLOW_ERRORS = (
 )
 
 DEFAULT_FPS = 25.0  # frames a second of a video that states no rate
-MAX_MISSING = 100_000  # missing frames that we believe; a damaged header may promise any number
+MAX_MISSING = 100_000  # missing frames; a damaged header may promise any number
 MIN_INTERVAL = 1e-3  # seconds between frames: two time stamps may be equal
-STEADY_TOLERANCE = 0.1  # of the frame interval, by which a steady video's intervals may be off
+STEADY_TOLERANCE = 0.1  # by which a regular interval may be off, as a fraction of 1 / rate
 STEADY_FRACTION = 0.8  # of the intervals; a video in which fewer are regular has a varying rate
-SAME_TIME = 1e-6  # seconds; rounding of time stamps
+SAME_TIME = 1e-6  # seconds; time stamps that differ by less, through rounding, are equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Clip:
             show(frame.image, frame.seconds)
 
     Frames come upright and with square pixels. A frame that is missing, damaged or of another size
-    than the first has a fault and no image. Sources are local files, whatever their names look
-    like.
+    than the first has a fault and no image. A source is a local file even if its name looks like a
+    URL.
 
     Attributes:
         source: path of the folder or file.
@@ -152,8 +152,8 @@ class Clip:
             ValueError: other coefficients, or no camera matrix.
         """
         numbers = np.asarray(coefficients, float)
-        right_count = numbers.ndim == 1 and len(numbers) in DISTORTION_COEFFICIENTS
-        if not right_count or not np.isfinite(numbers).all():
+        known_model = numbers.ndim == 1 and len(numbers) in DISTORTION_COEFFICIENTS
+        if not known_model or not np.isfinite(numbers).all():
             raise ValueError(
                 f"coefficients: expected OpenCV's k1 k2 p1 p2 [k3 ...], got {numbers.tolist()}"
             )
@@ -174,7 +174,7 @@ def _open_reader(source):
     """
     if source.is_dir():
         return _Folder(source)
-    if not source.is_file():  # a pipe is neither: reading it could take for ever
+    if not source.is_file():  # also a pipe, from which reading could take for ever
         raise FileNotFoundError(f"{source}: no such folder or file; {EXPECTED}")
     if source.suffix.lower() == ".gif":
         return _Gif(source)
@@ -185,7 +185,7 @@ def _open_reader(source):
 
 
 class _Folder:
-    """A folder of numbered pictures. Nothing says when they were taken."""
+    """A folder of numbered pictures. Nothing tells when they were taken."""
 
     def __init__(self, folder):
         self.paths = _numbered_pictures(folder)
@@ -263,7 +263,8 @@ def _as_frame(item):
 class _Gif:
     """A GIF, read by Pillow.
 
-    FFmpeg would take a GIF without durations for one frame, and half a frame for a whole one.
+    FFmpeg would read a GIF without durations as a single frame, and would not report a frame that
+    breaks off half-way.
     """
 
     def __init__(self, path):
@@ -280,7 +281,7 @@ class _Gif:
     def frames(self):
         number = 0
         seconds = 0.0
-        fault = "it breaks off"
+        fault = "it breaks off"  # if it ends without an error of Pillow and without a trailer
         try:
             with Image.open(self._path) as gif:
                 while True:
@@ -340,12 +341,11 @@ class _Video:
         yield from map(self._missing_frame, range(due, len(self.seconds)))
 
     def _place(self, decoded, stream, due):
-        """Where on the timeline a decoded frame belongs; None where it belongs nowhere.
+        """Where on the timeline a decoded frame belongs; None for a frame that is left out.
 
-        Without time stamps that can be trusted, each frame is taken for the one that is due, even
-        if it could not be decoded. With them, a frame that has none is left out, and its place
-        stays empty. A frame that comes a second time is left out too, and so is one whose time is
-        after that of the last packet.
+        If time stamps cannot be trusted, each frame takes the place that is due, even if it could
+        not be decoded. Otherwise its time stamp decides. Frames without one are left out, and so
+        are frames that come a second time or after the last packet's time.
         """
         timeline = self._timeline
         place = due
@@ -370,6 +370,7 @@ class _Video:
         return Frame(None, fault=why)
 
     def _cut_off(self):
+        """The fault of frames after the end of a file that breaks off."""
         readable = self._timeline.readable
         promised = len(self.seconds)
         return f"{self._path}: breaks off, only {readable} of {promised} frames are there"
@@ -379,8 +380,8 @@ class _Video:
 def _open_video(path):
     """Open a video and give its container and its video stream.
 
-    FFmpeg gets an open file and may use no protocol, so that no name and no playlist leads it to a
-    URL.
+    FFmpeg gets an open file and may use no protocol. So neither a file's name nor a playlist in it
+    can make it open a URL.
     """
     try:
         with (
@@ -404,9 +405,9 @@ def _not_a_video(path, why):
 class _Packets:
     """What the packets of a video tell before any is decoded."""
 
-    times: list  # seconds at which each packet's frame is shown; None where the file does not say
+    times: list  # when the frame of each packet is shown, seconds; None where the file does not say
     stamped: bool  # whether the times can be trusted
-    hidden: int  # packets whose frames are not shown, because an edit list cuts them away
+    hidden: int  # number of packets whose frames an edit list hides; `times` lacks them
     end: float  # seconds at which the last frame ends
     damaged: bool
 
@@ -432,20 +433,20 @@ def _read_packets(container, stream):
             corrupt = corrupt or packet.is_corrupt
 
     # AVI keeps no time stamps: those that FFmpeg gives follow the order of decoding, not that of
-    # display. Where the times of decoding go back, files have been joined, each with its own times.
+    # display. Where decoding times go backwards, files have been joined, each with its own times.
     in_order = decoding_times == sorted(decoding_times)
     stamped = container.format.name != "avi" and None not in times and in_order
     return _Packets(times, stamped, hidden, end, damaged=corrupt or bool(complaints))
 
 
 def _seconds(ticks, stream):
-    """A time or a duration in seconds; None where the file does not say."""
+    """A time or a duration in seconds; None for ticks that are None."""
     return None if ticks is None else float(ticks * stream.time_base)
 
 
 @contextlib.contextmanager
 def _ffmpeg_errors():
-    """Collect the errors that FFmpeg logs: damage that it skips is reported only there."""
+    """Collect the errors that FFmpeg logs, the only report of damage that it skips."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
@@ -459,8 +460,8 @@ def _ffmpeg_errors():
 class _Timeline:
     """Which frames a video should have, and when each is shown."""
 
-    seconds: np.ndarray  # (N,) since the first frame, of all frames, also of those that are missing
-    readable: int  # how many there are before the file breaks off
+    seconds: np.ndarray  # (N,) of all frames, missing ones included, since the first
+    readable: int  # number of frames before the file breaks off
     fps: float
     start: float  # time stamp of the first frame, seconds
     stamped: bool  # whether a decoded frame's time stamp tells its place
@@ -478,8 +479,8 @@ def _lay_out(container, stream, packets):
     steady = _is_steady(seconds, rate)
     interval = 1 / rate if steady else max(np.median(np.diff(seconds)), MIN_INTERVAL)
 
-    # Damage can swallow packets, which leaves gaps. If the rate varies, a gap may as well be a
-    # pause. If the container has a table of its frames, packets are found by it and leave no gaps.
+    # Damage can swallow packets, which leaves gaps. In a video of varying rate a gap may as well be
+    # a pause. A container with a table of its frames knows all packets and leaves no gaps.
     if packets.damaged and steady and not stream.frames:
         seconds = _fill_gaps(seconds, interval)
 
@@ -503,16 +504,16 @@ def _is_steady(seconds, rate):
 def _fill_gaps(seconds, interval):
     """Add the times of frames that are missing between others."""
     counts = np.clip(np.round(np.diff(seconds) / interval), 1, MAX_MISSING)
-    runs = [start + interval * np.arange(count) for start, count in zip(seconds, counts)]
-    return np.concatenate([*runs, seconds[-1:]])
+    filled = [start + interval * np.arange(count) for start, count in zip(seconds, counts)]
+    return np.concatenate([*filled, seconds[-1:]])
 
 
 def _missing_at_the_end(container, stream, packets, interval):
     """How many frames the file promises after its last packet.
 
     The container's table of frames gives the exact number. A file without one (Matroska, MPEG-TS)
-    may state the duration of the video stream, or else that of the whole file. The latter counts
-    only in a file with nothing but the video, because the sound may last longer.
+    may state the duration of the video stream, or else that of the whole file. The latter is used
+    only if the file has no other stream, because the sound may last longer.
     """
     if stream.frames:
         missing = stream.frames - packets.hidden - len(packets.times)
@@ -536,7 +537,7 @@ def _stated_duration(stream):
 
 
 def _decode(container, stream):
-    """Yield the decoded frames in the order of their times, and None for each packet that fails."""
+    """Yield decoded frames in the order of display, and None for each packet that fails."""
     with contextlib.suppress(*READ_ERRORS):
         for packet in container.demux(stream):
             try:
@@ -546,7 +547,7 @@ def _decode(container, stream):
 
 
 def _picture(decoded, stream):
-    """A decoded frame as (H, W, 3) uint8 RGB, its pixels square, turned as its file says."""
+    """A decoded frame as (H, W, 3) uint8 RGB, upright and with square pixels."""
     aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel over its height
     width = round(decoded.width * max(aspect, 1))
     height = round(decoded.height / min(aspect, 1))
@@ -567,7 +568,7 @@ def frames_at(
 
     Args:
         clip: a `Clip`, or an iterable of `Frame`s, images or paths of images.
-        indices: numbers of frames from 0, in ascending order; a number may be repeated.
+        indices: numbers of frames from 0, in ascending order; numbers may be repeated.
 
     Raises:
         ValueError: there is no image that could replace a frame.
@@ -594,7 +595,7 @@ def frames_at(
 
 
 def _wrong_shape(image, example):
-    """Why an image does not have the shape of an example; empty where it has."""
+    """The fault of an image whose shape is not that of an example; empty where it is."""
     if image.shape == example.shape:
         return ""
     return f"its shape is {image.shape}, not {example.shape}"

@@ -1,10 +1,10 @@
 """Laser bolts: where they fly, what hides them, how they glow.
 
-The cannons fire volleys at a steady rate, and every bolt keeps the course on which it was fired,
-whatever the ship does next. The camera stands still, so a bolt is a segment that moves along a
-straight line in the camera's frame. Each is drawn as a tapered polygon in perspective, is hidden
-where the depth map of the hull lies before it, and is then blurred into a glow. All lengths of the
-settings are in diameters of the target, so that the same settings suit a target of any size.
+The cannons fire volleys at a steady rate. A bolt keeps the course on which it was fired, whatever
+the ship does next. The camera stands still, so a bolt is a segment that moves along a straight line
+in the camera's frame. It is drawn as a tapered polygon in perspective, hidden where the depth map
+of the hull is nearer to the camera, and blurred into a glow. All lengths of the settings are in
+diameters of the target, so that the same settings suit a target of any size.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ from xwing.mesh import Mesh, rasterise
 NEAR = 0.10643  # diameters: bolts are cut this close to the camera's plane
 DEPTH_TOLERANCE = 0.0085140  # diameters by which a bolt may lie behind the hull and still show
 JUST_FIRED = 1e-9  # diameters: a bolt that has flown no further does not show yet
+SAME_TIME = 1e-9  # seconds; a volley that is due so soon, through rounding, is due now
 
 WHITE_HOT = (255, 215, 190)  # RGB of a bolt's core
 TAIL_WIDTH = 0.35  # of a bolt, as a fraction of its width at the head
 MIN_RADIUS = 0.33  # pixels: a bolt far away is drawn no thinner
 GLOW_REACH = 20  # pixels of a frame of the usual size, to which the glow reaches
-HULL_EDGE = 4  # pixels about a bolt in which the depth of the hull is needed too
+HULL_EDGE = 4  # pixels about a bolt's line in which the depth of the hull is needed
 
 
 @dataclasses.dataclass(frozen=True)
 class Lasers:
-    """Settings of a target's cannons, of which one half and then the other fires.
+    """Settings of a target's cannons. One half of them fires in a volley, the other in the next.
 
     Raises:
         ValueError: a setting is out of range.
@@ -79,15 +80,14 @@ class Shot:
         self._now = -self._interval
         self._due = 0.0  # second of the next volley
         self._volley = 0  # number of the next volley
-        self._fired = np.zeros((0, 7))  # second, muzzle and direction of each bolt in flight
+        self._fired = np.zeros((0, 7))  # of each bolt in flight: second (1), muzzle (3), aim (3)
 
     def step(self, pose: np.ndarray | None, seconds: float | None = None) -> np.ndarray:
         """Go on by one frame.
 
         Args:
-            pose: (4, 4) model -> OpenCV camera. None: nothing is fired, and what was fired flies
-                on.
-            seconds: of this frame. None: one frame's time after the frame before.
+            pose: (4, 4) model -> OpenCV camera. None: nothing is fired, and earlier bolts fly on.
+            seconds: time of this frame. None: one frame later than the last one.
         Returns:
             (B, 2, 3) tail and head of each bolt in the camera's frame, model units.
         """
@@ -100,11 +100,11 @@ class Shot:
         """Fire all volleys that are due by now."""
         lasers = self._lasers
 
-        # A long gap in the time stamps must not fire volleys whose bolts are out of reach by now.
+        # After a long gap in the time stamps, volleys whose bolts are out of reach are not fired.
         flight_time = (lasers.reach + lasers.length) / lasers.speed
         self._due = max(self._due, self._now - flight_time)
 
-        while self._due <= self._now + 1e-9:
+        while self._due <= self._now + SAME_TIME:
             if pose is not None and self._target.lasers is not None:
                 self._fire(pose)
             self._volley += 1
@@ -142,7 +142,7 @@ class Shot:
 
 
 def _cannons_of_volley(count, volley):
-    """Numbers of the cannons that fire: of four 1 and 2, in the next volley 0 and 3."""
+    """Numbers of the cannons that fire: of four, 1 and 2 in the first volley, then 0 and 3."""
     if count == 1:
         return np.array([0])
 
@@ -174,8 +174,8 @@ def draw_shot(
         image: (H, W, 3) uint8.
         bolts: (B, 2, 3) from `Shot.step`, model units.
         lasers: the settings with which they were fired.
-        mesh: the hull that hides bolts, or None.
-        pose: (4, 4) of the hull in this frame, or None where it is not known: nothing is hidden.
+        mesh: the hull that hides bolts; None: nothing is hidden.
+        pose: (4, 4) of the hull in this frame; None: nothing is hidden.
         K: (3, 3) camera matrix.
         target: whose diameter is the unit of the settings.
     Returns:
@@ -204,7 +204,7 @@ def draw_bolts(
         image: (H, W, 3) uint8.
         bolts: (B, 2, 3) tails and heads in the camera's frame, model units, see `Shot.step`.
         K: (3, 3) camera matrix.
-        depth: (H, W) model units, of what may hide bolts, see `mesh.rasterise`; or None.
+        depth: (H, W) of what may hide bolts, model units, see `mesh.rasterise`; or None.
         radius: of a bolt at its head, model units; it tapers towards the tail and narrows with the
             distance. None: that of the usual `Lasers` on the target.
         colour: of the glow, RGB.
@@ -234,12 +234,12 @@ def draw_bolts(
 
 
 def glow(core: np.ndarray, colour: tuple, scale: float) -> np.ndarray:
-    """Light of the bolts and about them.
+    """Compute the light of bolts and of the glow about them.
 
     Args:
         core: (h, w) uint8, the bolts' coverage of the pixels.
         colour: of the glow, RGB.
-        scale: size of the frame over the usual one; the glow is as much wider.
+        scale: size of the frame over the usual one, by which the glow is wider.
     Returns:
         (h, w, 3) float32, to be added to a picture.
     """
@@ -247,9 +247,9 @@ def glow(core: np.ndarray, colour: tuple, scale: float) -> np.ndarray:
     size = [max(side // shrink, 1) for side in core.shape[::-1]]
     small = cv2.resize(core, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
-    near = cv2.GaussianBlur(small, (0, 0), 2.2 * scale / shrink)
-    far = cv2.GaussianBlur(small, (0, 0), 5.0 * scale / shrink)
-    halo = (1.1 * near + 0.7 * far)[..., None] * np.float32(colour)
+    narrow = cv2.GaussianBlur(small, (0, 0), 2.2 * scale / shrink)
+    wide = cv2.GaussianBlur(small, (0, 0), 5.0 * scale / shrink)
+    halo = (1.1 * narrow + 0.7 * wide)[..., None] * np.float32(colour)
     light = cv2.resize(halo, core.shape[::-1])
 
     lit = np.nonzero(core)
@@ -258,13 +258,13 @@ def glow(core: np.ndarray, colour: tuple, scale: float) -> np.ndarray:
 
 
 def cut_at_near(bolts: np.ndarray, near: float) -> np.ndarray:
-    """Cut bolts at a plane before the camera.
+    """Cut bolts at a plane in front of the camera.
 
     Args:
         bolts: (B, 2, 3) tails and heads in the camera's frame.
         near: distance of the plane from the camera, in the units of the bolts.
     Returns:
-        (C, 2, 3) what lies beyond the plane; bolts that lie wholly before it are left out.
+        (C, 2, 3) what lies beyond the plane; bolts without such a part are left out.
     """
     segments = np.array(bolts, float).reshape(-1, 2, 3)
     segments = segments[(segments[..., 2] > near).any(1)]
@@ -281,21 +281,26 @@ def _fill_bolts(canvas, segments, radius, K, depth, tolerance):
     """Draw bolts (B, 2, 3) into a canvas (H, W) uint8, where nothing hides them."""
     ends = (segments / segments[..., 2:]) @ K[:2].T
     outlines = _bolt_outlines(segments, ends, radius, K)
-    fixed = np.round((outlines.clip(-(2**20), 2**20) - 0.5) * 2**xu.CV_SHIFT).astype(np.int32)
+
+    # OpenCV's fixed-point indices, as in `xu.cv_point`.
+    indices = outlines.clip(-(2**20), 2**20) - 0.5
+    polygons = np.round(indices * 2**xu.CV_SHIFT).astype(np.int32)
 
     boxes = np.stack([np.floor(outlines.min(1)) - 2, np.ceil(outlines.max(1)) + 2], axis=1)
     boxes = boxes.clip(0, canvas.shape[::-1]).astype(int)
 
-    for segment, line, outline, (low, high) in zip(segments, ends, fixed, boxes):
+    for segment, line, polygon, (low, high) in zip(segments, ends, polygons, boxes):
         box = np.s_[low[1] : high[1], low[0] : high[0]]
-        if depth is None or not np.isfinite(depth[box]).any():
-            cv2.fillConvexPoly(canvas, outline, 255, cv2.LINE_AA, xu.CV_SHIFT)
+        if depth is None or not np.isfinite(depth[box]).any():  # nothing can hide this bolt
+            cv2.fillConvexPoly(canvas, polygon, 255, cv2.LINE_AA, xu.CV_SHIFT)
             continue
 
         bolt = np.zeros(depth[box].shape, np.uint8)
-        moved = outline - np.int32(low << xu.CV_SHIFT)
+        moved = polygon - np.int32(low << xu.CV_SHIFT)
         cv2.fillConvexPoly(bolt, moved, 255, cv2.LINE_AA, xu.CV_SHIFT)
-        bolt[_depth_along(segment, line, low, high) >= depth[box] + tolerance] = 0
+
+        hidden = _depth_along(segment, line, low, high) >= depth[box] + tolerance
+        bolt[hidden] = 0
         np.maximum(canvas[box], bolt, out=canvas[box])
 
 
@@ -340,7 +345,7 @@ def hull_depth(
     shape: tuple,
     target: xu.Target = xu.XWING,
 ) -> np.ndarray | None:
-    """Depth of the hull where bolts cross it in the picture; only these parts are drawn.
+    """Compute the depth of the hull, only where bolts may cross it in the picture.
 
     Args:
         mesh: of the hull.
@@ -350,7 +355,7 @@ def hull_depth(
         shape: (H, W, ...) of the picture.
         target: whose diameter scales the near plane of the bolts.
     Returns:
-        (H, W) float32 model units, inf where nothing was drawn; None where no bolt crosses the
+        (H, W) float32 model units, inf where nothing was drawn; None where no bolt can cross the
         hull.
     """
     corners = xu.project_pose(mesh.vertices, pose, K)
@@ -363,9 +368,9 @@ def hull_depth(
     if left >= right or top >= bottom:
         return depth
 
-    # A triangle whose corners all lie beyond one side of the box cannot show in it. (This is the
-    # outcode of Cohen and Sutherland. A corner behind the camera is NaN, lies beyond no side, and
-    # keeps its triangle.)
+    # A triangle whose corners all lie beyond one side of the box cannot show in it (the outcodes of
+    # Cohen and Sutherland). A corner behind the camera is NaN and lies beyond no side, so that its
+    # triangle is kept.
     codes = (corners < [left, top]) @ [1, 2] + (corners > [right, bottom]) @ [4, 8]
     inside = np.bitwise_and.reduce(codes[mesh.faces], axis=1) == 0
     triangles = mesh.vertices[mesh.faces[inside]]
@@ -379,14 +384,14 @@ def hull_depth(
 def _crossed_box(corners, segments, K, shape):
     """The pixels (left, top, right, bottom) where bolts may cross the hull; None where none does.
 
-    A bolt and the hull, whose vertices show at `corners` (V, 2), cross at most where their boxes
-    do. Where a vertex lies behind the camera (NaN) the hull's box is not known, and the bolt's box
-    alone counts.
+    A bolt and the hull, whose vertices project to `corners` (V, 2), can cross only where their
+    bounding boxes overlap. If a vertex is behind the camera (NaN), the hull's box is unknown, and
+    the bolt's box is taken.
     """
     ends = (segments / segments[..., 2:]) @ K[:2].T
-    columns = np.ascontiguousarray(corners.T)  # a minimum along contiguous rows is faster
-    low = np.fmax(ends.min(1) - HULL_EDGE, columns.min(1))
-    high = np.fmin(ends.max(1) + HULL_EDGE, columns.max(1))
+    axes = np.ascontiguousarray(corners.T)  # (2, V): a minimum along contiguous rows is faster
+    low = np.fmax(ends.min(1) - HULL_EDGE, axes.min(1))
+    high = np.fmin(ends.max(1) + HULL_EDGE, axes.max(1))
 
     crossing = (low < high).all(1)
     if not crossing.any():

@@ -13,16 +13,16 @@ from xwing.footage import Clip, frames_at
 
 BAR_FRAMES = 12  # frames to examine; a scene may be dark in one of them, but hardly in all
 BAR_BRIGHTNESS = 16  # of 255; compression leaves bars not quite black
-BAR_ASYMMETRY = 2  # pixels by which the bars of two opposite sides may differ
+BAR_ASYMMETRY = 2  # pixels by which the widths of opposite bars may differ
 FOCAL_FACTORS = np.geomspace(0.5, 2, 13)  # to try, on the focal length of K; the middle one is 1
 
 
 def picture_area(clip: Clip) -> tuple[int, int, int, int]:
     """Find where the picture lies between black bars.
 
-    Bars are dark in every frame examined, and equally wide on both sides. Where bars take a part of
-    the longer side, the focal length for `lens_camera` is that of the lens times the fraction that
-    remains.
+    Bars are dark in every frame examined, and equally wide on both sides. `xu.lens_camera` takes
+    the longer side of the frame, bars included, for that of the sensor. If bars cover a part of it,
+    multiply the focal length by the fraction that remains.
 
     Args:
         clip: see `xwing.footage.Clip`.
@@ -66,9 +66,8 @@ def compare_focal_lengths(
         aligner: the target's `xwing.alignment.Aligner`.
 
     Returns:
-        The factor by which to multiply fx and fy of K; the factors (F,) that were tried; for each
-        of them the fraction (F,) of the frames' contrast that the target explains, the mean over
-        all frames.
+        The best factor on fx and fy of K; the factors (F,) that were tried; and the fraction of a
+        frame's contrast that the target explains with each of them (F,), the mean over all frames.
     """
     middle = len(FOCAL_FACTORS) // 2
     upwards = range(middle, len(FOCAL_FACTORS))
@@ -82,18 +81,18 @@ def compare_focal_lengths(
 def _explained_contrasts(images, poses, K, aligner, factors):
     """The mean explained contrast with each factor on the focal length.
 
-    The poses found with one factor are where the alignment with the next one starts.
+    Alignment with one factor starts from the poses that were found with the factor before.
     """
     poses = np.array(poses)
     explained = []
-    last = 1.0
+    last_factor = 1.0
     for factor in factors:
         scaled_K = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]]
-        poses[:, 2, 3] *= factor / last  # so that the target stays as large in the picture
+        poses[:, 2, 3] *= factor / last_factor  # so that the target stays as large in the picture
         estimates = [aligner.track(image, pose, scaled_K) for image, pose in zip(images, poses)]
         explained.append(np.nan_to_num([each.explained_contrast for each in estimates]).mean())
         poses = np.array([estimate.pose for estimate in estimates])
-        last = factor
+        last_factor = factor
     return explained
 
 
@@ -104,6 +103,7 @@ def _peak(factors, explained):
     """
     best = int(np.clip(explained.argmax(), 1, len(factors) - 2))
     near = slice(best - 1, best + 2)
-    a, b, _ = np.polyfit(np.log(factors[near]), explained[near], 2)
-    peak = -b / (2 * min(a, -1e-9))  # at the end of the range where the parabola opens upwards
+    curvature, slope, _ = np.polyfit(np.log(factors[near]), explained[near], 2)
+    curvature = min(curvature, -1e-9)  # a parabola without a peak leads to an end of the range
+    peak = -slope / (2 * curvature)
     return float(np.exp(np.clip(peak, *np.log(factors[[0, -1]]))))

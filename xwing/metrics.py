@@ -54,7 +54,7 @@ def adds_error(estimate: np.ndarray, truth: np.ndarray, points: np.ndarray) -> f
         points: (P, 3) model units.
 
     Returns:
-        Model units. It needs no symmetries, but is small for many wrong poses, too.
+        Model units. It needs no symmetries, but it is small for many wrong poses, too.
 
     Source: Hinterstoisser et al., ACCV 2012; e_ADI of Hodan et al., ECCV Workshops 2016.
     """
@@ -191,7 +191,7 @@ def recalled(
 
 # ------------------------------------------------------------ the shape that errors are taken over
 
-MAX_POINTS = 1000  # of the surface
+MAX_POINTS = 10_000  # vertices; of a mesh with more, a sample of this size is used
 SYMMETRY_STEP = 0.01  # diameters that the surface may move between two rotations about an axis
 
 
@@ -199,10 +199,10 @@ SYMMETRY_STEP = 0.01  # diameters that the surface may move between two rotation
 def surface_points(target: xu.Target) -> np.ndarray:
     """The points over which ADD, ADD-S, MSSD and MSPD are taken (P, 3), in model units.
 
-    They are the vertices of the target's mesh, each position once. Of more than MAX_POINTS a sample
-    is taken, always the same one. For the X-wing's 3,714 vertices the sample changes a frame's ADD
-    by 3 % at most and MSSD and MSPD by 2 %. ADD-S becomes 12 % larger, because the nearest point is
-    farther away among fewer points.
+    They are the vertices of the target's mesh, each position once: 3,714 for the X-wing. A mesh of
+    more than MAX_POINTS vertices is represented by a random sample of them, always the same one. A
+    sample hardly changes ADD, MSSD and MSPD, but it makes ADD-S too large, because the nearest of
+    fewer points is farther away.
     """
     vertices = _vertices(target)
     if len(vertices) <= MAX_POINTS:
@@ -221,14 +221,15 @@ def surface_diameter(target: xu.Target) -> float:
     """
     vertices = _vertices(target)
     try:
-        vertices = vertices[ConvexHull(vertices).vertices]  # the two are corners of the hull
+        # The two vertices farthest apart are corners of the convex hull.
+        vertices = vertices[ConvexHull(vertices).vertices]
     except QhullError:
-        pass  # a flat mesh has no hull in space
+        pass  # the mesh is flat and has no hull in space
     return float(max(np.linalg.norm(vertices - vertex, axis=1).max() for vertex in vertices))
 
 
 def _vertices(target):
-    """(V, 3) the different positions of the corners of the mesh's triangles."""
+    """(V, 3) the vertices that triangles of the target's mesh use, each position once."""
     triangles = load_mesh(target.mesh).triangles
     return np.unique(triangles.reshape(-1, 3), axis=0)
 
@@ -258,11 +259,13 @@ def symmetry_transforms(target: xu.Target) -> np.ndarray:
 
 # ------------------------------------------------------------ corners and heatmaps
 
+MAX_CORNER_ERROR = 60  # pixels that count at most, so that no single corner decides a permutation
+
 
 def corner_report(
     keypoints: np.ndarray, truth: np.ndarray, size: int = xu.FRAME_SIZE, scale: float = 1.0
 ) -> dict:
-    """Errors of the corners in the frame, split into finding a corner and telling which one it is.
+    """Measure how well corners are found, and how well they are told from each other.
 
     Args:
         keypoints: (N, 8, 2) pixels; a corner that is NaN counts as far off.
@@ -271,9 +274,11 @@ def corner_report(
         scale: factor on the distances.
 
     Returns:
-        dict: the medians corner_px and best_permutation_px (under each frame's best permutation of
-            corners), the recalls within_2px and within_5px, and permutations: dict name -> number
-            of frames in which it fits best.
+        dict of figures that count the corners in the frame only:
+            corner_px: median distance.
+            best_permutation_px: the same under each frame's best permutation of its corners.
+            within_2px, within_5px: recalls.
+            permutations: dict name -> number of frames in which this permutation fits best.
 
     Source: the recalls as PCK of Andriluka et al., 2D Human Pose Estimation, CVPR 2014, with limits
         in pixels; the split as the inversions of Ronchi and Perona, Benchmarking and Error
@@ -284,7 +289,7 @@ def corner_report(
     permuted = [_distances(keypoints[:, order], truth) * scale for order in permutations.values()]
     permuted = np.stack(permuted)  # (permutations, N, 8); the first is the identity
 
-    limited = np.minimum(permuted, 60)  # 60 px: a single wild corner must not decide
+    limited = np.minimum(permuted, MAX_CORNER_ERROR)
     best = (limited * inside).sum(-1).argmin(0)
     counts = np.bincount(best[inside.any(1)], minlength=len(permutations))
 
@@ -309,8 +314,9 @@ def heatmap_errors(
 ) -> np.ndarray:
     """Mean squared error of each corner's heatmap, measured at another sigma than the network's.
 
-    A Gaussian blur widens the maps to that sigma, so that networks of different sigma compare. An
-    empty map has pi sigma^2 / size^2: 0.0048 for sigma 10 in frames of 256 px.
+    A Gaussian blur widens the maps to that sigma, so that networks of different sigma can be
+    compared. The error of an empty map is pi sigma^2 / size^2: 0.0048 for sigma 10 in frames of 256
+    px.
 
     Args:
         heatmaps: (N, H/stride, W/stride, 8 or more) of a network with these settings.
@@ -334,18 +340,20 @@ def heatmap_errors(
         raise ValueError(f"sigma: expected at least the network's own {own} pixels, got {sigma}")
 
     blur = np.sqrt(sigma**2 - own**2) + 1e-3  # OpenCV wants a positive sigma
-    height = (sigma / own) ** 2  # the blur lowers a peak by this factor
+    gain = (sigma / own) ** 2  # undoes the factor by which the blur lowers a peak
 
     errors = np.full((len(heatmaps), 8), np.nan)
     for i, maps in enumerate(heatmaps):
         wide = cv2.resize(maps[..., :8], None, fx=stride, fy=stride, interpolation=cv2.INTER_CUBIC)
         wide = cv2.GaussianBlur(wide, (0, 0), blur, borderType=cv2.BORDER_CONSTANT)
-        squares = (wide * height - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
+        squares = (wide * gain - xu.gaussian_heatmaps(truth[i], size, sigma)) ** 2
         errors[i] = np.where(xu.in_frame(truth[i], size, size), squares.mean((0, 1)), np.nan)
     return errors
 
 
 # ------------------------------------------------------------ a set of frames
+
+BOP_WIDTH = 640  # pixels: BOP's limits on MSPD are for frames of this width
 
 
 def frame_errors(
@@ -369,14 +377,27 @@ def frame_errors(
         target: that the frames show.
 
     Returns:
-        dict of arrays. For each corner (N, 8), NaN outside the frame: corner and box, distance in
-        pixels of the keypoint and of the solved box's corner (without a pose, of the keypoint);
-        nmae, mean |dx|, |dy| between whole pixels as a fraction of the frame's width. For each
-        frame (N,), NaN without a pose: rotation (degrees), translation (model units), add, adds and
-        mssd (fractions of `surface_diameter`), mspd (pixels of a frame 640 px wide), speed, muzzle
-        (pixels; of a target with lasers). For each frame (N,): solved; corners in sight; distance
-        (model units) and elevation (degrees, 90 in the target's direction `up`) of the camera as
-        seen from the target in truth.
+        dict of arrays.
+
+        For each corner (N, 8), NaN outside the frame:
+            corner: distance of the keypoint, pixels.
+            box: distance of the projected corner of the estimated box, pixels; of the keypoint in
+                a frame without a pose.
+            nmae: mean of |dx| and |dy| between whole pixels, as a fraction of the frame's width.
+
+        For each frame (N,), NaN without a pose:
+            rotation: degrees.
+            translation: model units.
+            add, adds, mssd: fractions of `surface_diameter`.
+            mspd: pixels of a frame BOP_WIDTH wide.
+            speed: see `speed_score`.
+            muzzle: pixels; only for a target with lasers.
+
+        For each frame (N,):
+            solved: bool, whether there is a pose.
+            corners: number of true corners in the frame.
+            distance: true distance from the camera to the target, model units.
+            elevation: true angle of the camera above the target, degrees; 90 in its direction `up`.
     """
     keypoints = np.asarray(keypoints)
     true_keypoints = np.asarray(true_keypoints)
@@ -387,7 +408,7 @@ def frame_errors(
         corners if pose is None else xu.project_pose(target.box, pose, K)
         for corners, pose in zip(keypoints, poses)
     ]
-    cells = np.abs(np.floor(np.nan_to_num(keypoints)) - np.floor(true_keypoints)).mean(-1)
+    whole_pixels = np.abs(np.floor(np.nan_to_num(keypoints)) - np.floor(true_keypoints))
 
     distance = np.linalg.norm(true_poses[:, :3, 3], axis=1)
     up = true_poses[:, :3, :3] @ (target.up / np.linalg.norm(target.up))  # in camera axes
@@ -396,7 +417,7 @@ def frame_errors(
     return {
         "corner": np.where(inside, _distances(keypoints, true_keypoints), np.nan),
         "box": np.where(inside, _distances(np.array(box), true_keypoints), np.nan),
-        "nmae": np.where(inside, cells / size, np.nan),
+        "nmae": np.where(inside, whole_pixels.mean(-1) / size, np.nan),
         **_pose_errors(poses, true_poses, K, target),
         **_surface_errors(poses, true_poses, K, size, target),
         "solved": np.array([pose is not None for pose in poses]),
@@ -419,7 +440,7 @@ def _pose_errors(poses, truth, K, target):
 
 
 def _surface_errors(poses, truth, K, size, target):
-    """The errors that are taken over the points of the surface, as `_pose_errors`."""
+    """The errors that are taken over `surface_points`, in the form of `_pose_errors`."""
     points = surface_points(target)
     diameter = surface_diameter(target)
     symmetries = symmetry_transforms(target)
@@ -434,7 +455,10 @@ def _surface_errors(poses, truth, K, size, target):
 
 
 def _measured(measures, poses, truth):
-    """dict name -> (N,) of the functions `measures` of a pose and the true one."""
+    """Apply functions of an estimated and a true pose, dict name -> function, to N frames.
+
+    Returns a dict name -> (N,), NaN without a pose.
+    """
     errors = {}
     for name, measure in measures.items():
         values = [
@@ -448,8 +472,6 @@ def _measured(measures, poses, truth):
 
 FLIP = 90  # degrees: a larger rotation error is a flip
 MIN_CORNERS = 4  # frames that show fewer corners of the box do not count in recalls
-
-BOP_WIDTH = 640  # pixels: BOP's limits on MSPD are for frames of this width
 
 # figure -> the error and the largest value of it that counts as a hit
 _RECALLS = {
@@ -465,7 +487,7 @@ _AVERAGE_RECALLS = {
     "average_recall_mssd": ("mssd", np.linspace(0.05, 0.5, 10)),
     "average_recall_mspd": ("mspd", np.linspace(5, 50, 10)),
 }
-# figure -> the error whose mean it is, or whose percentile if the figure is in _PERCENTILES
+# figure -> the error of which it is the mean, or the percentile if it is in _PERCENTILES too
 _AVERAGES = {
     "rotation_deg_median": "rotation",
     "rotation_deg_95": "rotation",
@@ -489,9 +511,9 @@ def summarise(errors: Mapping) -> dict:
     """Compute the figures of merit of a set from the errors of its frames.
 
     Figures of corners count the corners in the frame. Rotation, translation and SPEED count the
-    frames with a pose. Poses, flips, ADD, ADD-S and muzzles are fractions of the frames with at
-    least four corners in sight, where a missing pose is a miss but no flip. Of the same frames
-    BOP's average recalls of MSSD and MSPD are taken.
+    frames with a pose. All others count the frames with at least MIN_CORNERS corners in sight:
+    poses found, flips, the recalls of ADD, ADD-S and muzzles, and BOP's average recalls of MSSD and
+    MSPD. A missing pose is a miss in every recall, but no flip.
 
     Args:
         errors: from `frame_errors`, or from `Evaluation.errors` of `xwing.evaluation`.
@@ -519,8 +541,8 @@ def bootstrap(
         seed: of the draws, which are the same for every figure.
 
     Returns:
-        dict figure -> (low, high), without the figures that no drawn set has. It is empty for fewer
-        than two frames.
+        dict figure -> (low, high), without the figures that are NaN in every drawn set. It is empty
+        for fewer than two frames.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile
         interval).
@@ -538,10 +560,14 @@ def bootstrap(
 
 
 def _resampled_figures(name, values, repeats, seed):
-    """A figure (R,) of each drawn set of frames that has it; `values` has the frames first."""
-    frames = np.arange(len(values))  # these are drawn, so that a frame keeps its corners together
+    """A figure of drawn sets of frames (R,), without the sets where it is NaN.
+
+    `scipy.stats.bootstrap` would give no interval because of those, so that only its draws are
+    used. It draws the numbers of the frames, which keeps the corners of a frame together.
+    """
+    frames = np.arange(len(values))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a set may have no figure
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of NaN in a drawn set
         resampled = stats.bootstrap(
             (frames,),
             lambda drawn: _figure(name, values[drawn]),
@@ -555,7 +581,7 @@ def _resampled_figures(name, values, repeats, seed):
 
 
 def _figure_values(errors):
-    """dict figure -> its values, frames first; NaN where a frame or a corner does not count."""
+    """dict figure -> its values (N,) or (N, 8), NaN where a frame or a corner does not count."""
     enough = errors["corners"] >= MIN_CORNERS
     values = {
         "poses_found": np.where(enough, errors["solved"], np.nan),
@@ -592,16 +618,21 @@ def _percentile(values, percent):
     return float(np.percentile(values, percent)) if len(values) else np.nan
 
 
-def recall_interval(hits, count, level: float = 0.95) -> tuple:
-    """Interval of a recall, from the number of hits among so many independent frames.
+def recall_interval(
+    hits: float | np.ndarray | pd.DataFrame,
+    count: float | np.ndarray | pd.DataFrame,
+    level: float = 0.95,
+) -> tuple:
+    """Confidence interval of a recall that was measured on independent frames.
 
     Args:
-        hits: number, array or DataFrame.
-        count: the same, number of frames.
+        hits: number of frames in which the error stays within the limit.
+        count: number of all frames.
         level: probability that the interval holds the recall.
 
     Returns:
-        low, high: of the same kind as `hits`; for few hits or misses they may leave 0 to 1.
+        low and high, of the same kind as `hits`. With few hits or few misses they may lie outside 0
+        to 1.
 
     Source: Agresti and Coull, Approximate Is Better than "Exact", The American Statistician 52(2),
         1998.
@@ -616,7 +647,16 @@ def recall_interval(hits, count, level: float = 0.95) -> tuple:
 
 
 def reliability(probability: np.ndarray, right: np.ndarray, count: int = 10) -> pd.DataFrame:
-    """Compare probabilities (N,) with how often they come true (N,) bool, in `count` equal bins.
+    """Compare claimed probabilities with how often they come true.
+
+    Args:
+        probability: (N,) in [0, 1], of being right.
+        right: (N,) bool.
+        count: number of bins of equal width between 0 and 1.
+
+    Returns:
+        One row for each bin that is not empty: the means of the claimed probability and of being
+        right, and the number of frames.
 
     Source: DeGroot and Fienberg, The Statistician 32, 1983.
     """
@@ -666,10 +706,10 @@ def risk_coverage(wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def normalised_squared_error(
     estimate: np.ndarray, truth: np.ndarray, covariance: np.ndarray
 ) -> float:
-    """Squared error of a pose (4, 4), weighed with the inverse of its covariance (6, 6).
+    """Squared error of a pose (4, 4), weighted by the inverse of its covariance (6, 6).
 
-    If the covariance is honest it follows a chi-square distribution of six degrees of freedom,
-    whose median is 5.35.
+    If the covariance is right, the result follows a chi-square distribution with six degrees of
+    freedom, whose median is 5.35.
 
     Source: the normalised estimation error squared (NEES) of Bar-Shalom, Li and Kirubarajan,
         Estimation with Applications to Tracking and Navigation, 2001, section 5.4.
@@ -679,10 +719,15 @@ def normalised_squared_error(
 
 
 def quantile_coverage(squares: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Fraction of normalised squared errors (N,) within each quantile (L,) of their distribution.
+    """Fraction of normalised squared errors that lie within quantiles of their distribution.
 
-    Honest covariances give the levels themselves; smaller fractions mean that errors are larger
-    than claimed.
+    Args:
+        squares: (N,), from `normalised_squared_error`.
+        levels: (L,) of the quantiles, in [0, 1].
+
+    Returns:
+        (L,). Right covariances give the levels themselves; smaller fractions mean that the errors
+        are larger than the covariances claim.
     """
     limits = stats.chi2.ppf(levels, 6)
     return (np.asarray(squares)[:, None] <= limits).mean(0)
@@ -717,7 +762,7 @@ def jitter(poses: Sequence, truth: np.ndarray, fps: float = 30.0) -> tuple[float
 
 
 def _acceleration(errors, fps):
-    """Root mean square of the second derivative of errors (N, 3), a second and a second."""
+    """Root mean square of the second derivative of errors (N, 3), in their units / s^2."""
     squares = (np.diff(errors, 2, axis=0) ** 2).sum(-1) * fps**4
     return _mean(squares) ** 0.5
 
@@ -730,10 +775,10 @@ def compare_tracks(
     fps: float = 30.0,
     target: xu.Target = xu.XWING,
 ) -> pd.DataFrame:
-    """Compare what several ways of tracking a clip achieve, one row a way.
+    """Compare several ways of tracking a clip, one row for each.
 
     Args:
-        ways: dict name -> N (4, 4) or None.
+        ways: dict name -> the N poses (4, 4) or None that it found.
         truth: (N, 4, 4).
         seen: (N,) bool, the frames that show enough of the target.
         K: (3, 3), pixels.
@@ -741,9 +786,9 @@ def compare_tracks(
         target: that the clip shows.
 
     Returns:
-        Columns: poses and muzzles within 3 px of the frames seen; rotation error (median and 95th
-            percentile) and median translation error of those solved in every way; flips of all
-            frames; `jitter`.
+        Columns, of the frames seen: the number of poses, and the fraction with muzzles within 3 px.
+        Of the frames seen that have a pose in every way: median and 95th percentile of the rotation
+        error, median translation error. Of all frames: the number of flips, and `jitter`.
     """
     solved = np.array([[pose is not None for pose in poses] for poses in ways.values()])
     common = solved.all(0) & seen
@@ -752,15 +797,15 @@ def compare_tracks(
     for poses in ways.values():
         errors = _pose_errors(poses, truth, K, target)
         rotation = errors["rotation"]
-        turning, moving = jitter(poses, truth, fps)
+        rotation_jitter, translation_jitter = jitter(poses, truth, fps)
         row = {
             "poses": int(np.isfinite(rotation[seen]).sum()),
             "rotation, deg": _percentile(rotation[common], 50),
             "95 %": _percentile(rotation[common], 95),
             "translation": _percentile(errors["translation"][common], 50),
             "flips": int((rotation > FLIP).sum()),
-            "jitter, deg/s2": turning,
-            "jitter, units/s2": moving,
+            "jitter, deg/s2": rotation_jitter,
+            "jitter, units/s2": translation_jitter,
         }
         if "muzzle" in errors:
             row["muzzles within 3 px"] = float((errors["muzzle"][seen] <= 3).mean())

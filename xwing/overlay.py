@@ -1,8 +1,8 @@
 """What is known of a frame, drawn over it.
 
 A tracked frame shows the box of the target at its pose, the uncertainty of the box's corners as
-ellipses, the axes of the model, and where the target is heading. Beside it stand the heatmaps that
-the network saw. In a notebook, `viewer` shows such pictures at the move of a slider.
+ellipses, the axes of the model, and where the target is heading. The heatmaps of the network can be
+shown beside it. In a notebook, `viewer` lets a slider choose among such pictures.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,9 +19,9 @@ YELLOW = (255, 220, 60)
 BLUE = (120, 200, 255)
 PINK = (255, 160, 255)
 
-NEAR = 0.10643  # diameters: the way ahead is drawn no closer to the camera's plane
+NEAR = 0.10643  # diameters: the path ahead is drawn no closer to the camera's plane
 AXES_LENGTH = 0.31928  # diameters
-SECONDS_AHEAD = 0.5  # of the way that is drawn
+SECONDS_AHEAD = 0.5  # of the path that is drawn
 ELLIPSE_SIGMAS = 2  # standard deviations that an ellipse shows
 
 
@@ -30,8 +30,9 @@ def draw_tracked(
 ) -> np.ndarray:
     """Draw what a `TrackedPose` says of a frame.
 
-    It shows the target's box, green where tracked and yellow where predicted, two standard
-    deviations of the box's corners, the model's axes, and the target's way in the next half second.
+    The target's box is green if it is tracked and yellow if it is predicted. Ellipses show two
+    standard deviations of its corners, and a line shows the target's path in the next half second.
+    The model's axes are drawn, too.
 
     Args:
         image: (H, W, 3) uint8.
@@ -56,7 +57,7 @@ def draw_tracked(
             _draw_ellipse(image, corner, covariance)
 
     if tracked.velocity is not None:
-        _draw_way(image, pose[:3, 3], tracked.velocity[3:], K, NEAR * target.diameter)
+        _draw_path(image, pose[:3, 3], tracked.velocity[3:], K, NEAR * target.diameter)
     return image
 
 
@@ -74,8 +75,8 @@ def _draw_ellipse(image, centre, covariance):
     cv2.ellipse(image, centre, axes, angle, 0, 360, BLUE, 1, cv2.LINE_AA, xu.CV_SHIFT)
 
 
-def _draw_way(image, position, velocity, K, near):
-    """Draw the way of a point (3,) in the camera's frame at its velocity (3,), units a second."""
+def _draw_path(image, position, velocity, K, near):
+    """Draw the path of a point (3,) in the camera's frame at its velocity (3,), units a second."""
     ahead = position + np.linspace(0, SECONDS_AHEAD, 9)[:, None] * velocity
     ahead = ahead[ahead[:, 2] > near]
     pixels = (ahead / ahead[:, 2:]) @ K[:2].T
@@ -86,7 +87,7 @@ def _draw_way(image, position, velocity, K, near):
 def corner_covariance(
     pose: np.ndarray, covariance: np.ndarray, K: np.ndarray, target: xu.Target = xu.XWING
 ) -> np.ndarray:
-    """How far the covariance of a pose moves the box's corners in the picture, to first order.
+    """Propagate the covariance of a pose to the box's corners in the picture, to first order.
 
     Args:
         pose: (4, 4) model -> OpenCV camera.
@@ -128,17 +129,17 @@ def tracked_pictures(
     track: Sequence,
     K: np.ndarray,
     detector: Detector,
-    indices: Iterable[int],
+    indices: Sequence[int],
     size: int = xu.FRAME_SIZE,
 ) -> Iterator[np.ndarray]:
-    """Yield frames of a clip with their overlay, beside what the network saw.
+    """Yield frames of a clip with their overlay, beside the heatmaps of the network.
 
     Args:
         clip: see `footage.frames_at`.
         track: `TrackedPose` of each of its frames.
         K: (3, 3) camera matrix of its frames.
         detector: its target is drawn, and its network makes the heatmaps.
-        indices: numbers of the frames, which must not fall.
+        indices: numbers of the frames, in ascending order.
         size: pixels, height of the pictures.
     Yields:
         (size, 2 size, 3) uint8: `draw_tracked` beside `draw_heatmaps` of the box's corners.
@@ -159,15 +160,15 @@ def viewer(
     fps: float = 12.5,
     width: int = 640,
 ):
-    """Show pictures in a notebook at the move of a slider, or play them as a film.
+    """Show pictures in a notebook: a slider chooses one, and a button plays them as a film.
 
-    All pictures are drawn before any is shown. (Widgets that capture output can hang without a
-    browser, see nbclient 312, so the slider only exchanges a finished image.)
+    All pictures are drawn before any is shown, and the slider only exchanges finished images:
+    widgets that capture output can hang without a browser (nbclient issue 312).
 
     Args:
         pictures: (H, W, 3) uint8 each.
         start: number of the frame that shows first.
-        step: the i-th picture shows frame i * step of a clip.
+        step: picture i shows frame i * step of a clip.
         fps: pictures a second while they are played.
         width: pixels; wider pictures are made smaller.
     Returns:

@@ -1,8 +1,8 @@
-"""What stands behind a target, and what a camera makes of the light: skies, blur, noise, flares.
+"""Random backgrounds behind a target, and the faults of a camera: blur, noise, flares.
 
-Everything here is random and independent of the target. A network that sees all of it behind and
-over its target, and never the same twice, has to look at the target itself. The photographs come
-with scikit-image.
+Nothing here depends on the target. A network that never sees the same background or the same camera
+twice cannot learn them, so it has to look at the target itself. The photographs come with
+scikit-image.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 import xwing_utils as xu
 from xwing import appearance
 
+# The photographs behind data/shifted are not among them: that set shows what training has not seen.
 PICTURES = (
     "astronaut.png",
     "brick.png",
@@ -31,7 +32,7 @@ PICTURES = (
     "retina.jpg",
     "rocket.jpg",
     "text.png",
-)  # the backgrounds of data/shifted are not among them: that set tests what training has not seen
+)
 
 
 # ============================================================ behind the target
@@ -68,7 +69,7 @@ def random_background(
 def noise(
     width: int, height: int, channels: int, slope: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw noise about 0 in six octaves, each twice as fine as the one before and fainter.
+    """Draw fractal noise about 0: six octaves, each twice as fine as the one before and fainter.
 
     Args:
         width: pixels.
@@ -268,7 +269,7 @@ def expose(light: np.ndarray, rng: np.random.Generator, tame: bool = False) -> n
     Args:
         light: (H, W, 3) float32 linear light, 1 is white.
         rng: its state decides everything that is random.
-        tame: have rarer and smaller faults, like the camera of the rendered sets.
+        tame: rarer and smaller faults, like those of the camera in the rendered sets.
 
     Returns:
         (H, W, 3) uint8.
@@ -281,7 +282,7 @@ def expose(light: np.ndarray, rng: np.random.Generator, tame: bool = False) -> n
     contrast = np.exp(-rng.normal(0, 0.03 if tame else 0.15))
     image = appearance.to_grey(cv2.pow(np.clip(light, 0, 1), contrast))
 
-    image = _sensor_faults(image, rng, frequency, tame)
+    image = _sensor_faults(image, rng, frequency)
     return _file_faults(image, rng, frequency, tame)
 
 
@@ -302,8 +303,8 @@ def _lens_faults(light, rng, frequency, tame):
     return light
 
 
-def _sensor_faults(image, rng, frequency, tame):
-    """Grey levels (H, W, 3) uint8 of a camera that may know no colours and may be noisy."""
+def _sensor_faults(image, rng, frequency):
+    """Grey levels (H, W, 3) uint8 of a camera that may be noisy, or black and white."""
     if rng.random() < 0.06 * frequency:
         image = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
     if rng.random() < 0.5 * frequency:

@@ -1,11 +1,11 @@
-"""Training frames drawn while batches are made: a target in any paint and light, among others.
+"""Training frames drawn while batches are made: a target in any paint, light and surroundings.
 
-A network that has seen one paint in soft light learns the paint, and it should learn the shape. The
-`Synthesiser` draws squares with their true poses, endlessly and in a few milliseconds each: it
-shades the target's mesh triangle by triangle in linear light, adds other things, and passes the
-result through a camera with faults. The `Randomiser` changes an existing frame: it multiplies the
-target's pixels by another paint and light and replaces the background, so that the target keeps the
-details of its picture. Neither knows more of the target than its mesh.
+A network that has seen only one paint in soft light learns the paint; it should learn the shape.
+The `Synthesiser` draws squares with their true poses, any number of them, in a few milliseconds
+each. It shades the target's mesh triangle by triangle in linear light, adds other things, and
+passes the result through a camera with faults. The `Randomiser` changes an existing frame. It
+multiplies the target's pixels by another paint and light and replaces the background, so the target
+keeps the details of its picture. Both know nothing of the target but its mesh.
 
 Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks.
 """
@@ -22,7 +22,7 @@ from xwing import appearance, scenery
 from xwing import mesh as meshes
 
 SUPERSAMPLING = 2  # samples per pixel and direction
-MIN_DETAIL = 0.1  # samples: triangles that show less than that from everywhere are not drawn
+MIN_DETAIL = 0.1  # samples: triangles whose visible area is smaller from everywhere are not drawn
 SHADOW_SIZE = 160  # pixels, width of the shadow map
 SHADOW_BIAS = 0.012771  # diameters: see `mesh.sunlit`
 MAX_TRIANGLES = 200_000  # a larger mesh takes too long for training
@@ -57,7 +57,7 @@ class Light:
 
 
 def random_light(rng: np.random.Generator, tame: bool = False) -> Light:
-    """Draw a `Light`: tame and soft, or otherwise soft or, as often, hard with shadows."""
+    """Draw a `Light`: soft where it is tame, otherwise soft or hard with shadows, equally often."""
     sun = _unit(rng.normal(size=3))
     hard = not tame and rng.random() < 0.5
     if tame:
@@ -84,12 +84,11 @@ def illuminate(
     Args:
         triangles: (F, 3, 3) in the OpenCV camera frame, counter-clockwise as the camera sees them.
         light: see `Light`.
-        openness: (F,) in [0, 1], the fraction of the light from all round that no other part keeps
-            away.
+        openness: (F,) in [0, 1], the fraction of the ambient light that other parts do not block.
 
     Returns:
-        factors on the triangles' colours, (F, 3) of all light but the sun's and (F, 3) of the
-        sun's, and the sun's highlights (F,) in grey levels.
+        two factors on the triangles' colours, (F, 3) for all light except the sun's and (F, 3) for
+        the sun's; and the sun's highlights (F,) in grey levels.
 
     Source: Blinn, Models of Light Reflection for Computer Synthesized Pictures, SIGGRAPH 1977.
     """
@@ -123,14 +122,14 @@ def _unit(vectors):
 
 
 def random_paint(materials: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a factor on the red, green and blue of each of so many materials: (materials, 3)."""
+    """Draw factors (materials, 3) on the red, green and blue of each material."""
     brightness = rng.normal(0, 0.3, (materials, 1))
     tint = rng.normal(0, rng.uniform(0, 0.3), (materials, 3))
     return np.exp(brightness + tint)
 
 
 def random_colours(true: np.ndarray, rng: np.random.Generator, tame: bool = False) -> np.ndarray:
-    """Draw colours of materials, from nearly the true ones to any.
+    """Draw colours of materials, from nearly the true ones to arbitrary ones.
 
     Args:
         true: (M, 3) sRGB colours, 0 to 1.
@@ -212,7 +211,8 @@ def _stripes(points, rng):
 class _Exterior:
     """What can be seen of a mesh from outside, and how light falls on it.
 
-    A triangle of a thin sheet is seen from both sides and has two `sides`; inner ones have none.
+    A side is a triangle as seen from one direction. A triangle of a thin sheet, which is seen from
+    both directions, has two `sides`; a triangle inside the mesh has none.
 
     Args:
         mesh: `xwing.mesh.Mesh`, about its own origin.
@@ -232,14 +232,14 @@ class _Exterior:
         area, openness = meshes.visibility(mesh.triangles)
         front = np.flatnonzero(area[:, 0])
         back = np.flatnonzero(area[:, 1])
-        # Of each side (S,): the area that shows in square model units, the openness, the material.
+        # For each of S sides: the visible area in square model units, the openness, the material.
         self.area = np.concatenate([area[front, 0], area[back, 1]])
         self.openness = np.concatenate([openness[front, 0], openness[back, 1]])
         self.materials = mesh.face_materials[np.concatenate([front, back])]
 
         # (S, 3, 3) float32 model units: the sides, counter-clockwise from outside.
-        turned = mesh.triangles[back][:, ::-1]
-        self.sides = np.float32(np.concatenate([mesh.triangles[front], turned]))
+        reversed_back = mesh.triangles[back][:, ::-1]
+        self.sides = np.float32(np.concatenate([mesh.triangles[front], reversed_back]))
         a, b, c = np.moveaxis(self.sides, 1, 0)
         self.normals = np.cross(b - a, c - a)
         self.offsets = (self.normals * a).sum(1)
@@ -259,8 +259,8 @@ class _Exterior:
 
         Args:
             corners: (F, 3, 3) triangles in camera axes.
-            count: how many of them, from the first on, are sides of this exterior. Shadows fall on
-                these only.
+            count: the first `count` triangles are sides of this exterior; shadows fall on these
+                only.
             light: see `Light`.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) of the picture.
@@ -293,11 +293,11 @@ class _Exterior:
 
 @dataclasses.dataclass(frozen=True)
 class _Hits:
-    """Where the rays of a picture meet triangles."""
+    """Where the P rays of a picture that meet a triangle meet it."""
 
-    samples: np.ndarray  # (P,) of the rays that meet one, counted along the rows of the picture
-    triangles: np.ndarray  # (P,) which triangle each of them meets
-    points: np.ndarray  # (P, 3) where, in model units
+    samples: np.ndarray  # (P,) index of each ray's sample, counted along the rows of the picture
+    triangles: np.ndarray  # (P,) index of the triangle
+    points: np.ndarray  # (P, 3) the point in model units
     lit: np.ndarray  # (P, 1) bool: whether the sun reaches that point
 
 
@@ -353,7 +353,7 @@ class Synthesiser:
         width = frame * zoom  # pixels, of the zoomed frame
 
         distance = self.exterior.mesh.diameter * _random_distance(rng)
-        furthest = 0.6 if rng.random() < 0.2 else 0.4375  # some targets enter or leave the frame
+        furthest = 0.6 if rng.random() < 0.2 else 0.4375  # beyond 0.5 the centre is outside
         offset = rng.uniform(-furthest, furthest, 2) * width  # pixels from the frame's middle
         pose = np.eye(4)
         pose[:3, :3] = Rotation.random(rng=rng).as_matrix()
@@ -369,7 +369,7 @@ class Synthesiser:
         return pose, K, outline @ scenery.rotation_2d(turn) + K[:2, 2]
 
     def _draw(self, pose, K, size, light, rng, tame):
-        """The target and other things: (size, size, 4), light times coverage, and coverage."""
+        """The target and other things: (size, size, 4), their light times coverage, coverage."""
         corners, colours, openness, count = self._scene(pose, K, size, rng, tame)
         side = SUPERSAMPLING * size
         large = xu.crop_camera(K, scale=SUPERSAMPLING)
@@ -387,7 +387,12 @@ class Synthesiser:
         return cv2.resize(scene.reshape(side, side, 4), (size, size), interpolation=cv2.INTER_AREA)
 
     def _scene(self, pose, K, size, rng, tame):
-        """Triangles (F, 3, 3) in camera axes, colours, openness; how many are the target's."""
+        """The target, then other things.
+
+        Returns:
+            triangles (F, 3, 3) in camera axes, colours (F, 3) in linear light, openness (F,), and
+            how many of the first triangles are the target's.
+        """
         exterior = self.exterior
         shown = exterior.visible_sides(pose, SUPERSAMPLING * K[0, 0] / pose[2, 3])
         rotation = pose[:3, :3].astype(np.float32)
@@ -416,7 +421,8 @@ class Synthesiser:
 
         solid = self.solids[rng.integers(len(self.solids))]
         triangles, groups = self._part(rng) if rng.random() < 0.35 else solid
-        # It looks as large as if it were at the target's distance, but does not reach the camera.
+        # Scaled by its depth, it looks as large as at the target's distance. It must not reach the
+        # camera.
         largest = min(scale * depth / distance, 0.8 * depth)
         stretch = np.diag(np.exp(rng.uniform(-1, 0, 3)) * largest)
         pixel = rng.uniform(-0.2 * size, 1.2 * size, 2)
@@ -429,7 +435,7 @@ class Synthesiser:
         return np.float32(corners[shown]), np.float32(paint[groups[shown]]), np.ones(shown.sum())
 
     def _part(self, rng):
-        """At most a third of the target's sides: triangles in the unit ball, and materials."""
+        """Up to a third of the target's sides: triangles in the unit ball, and their materials."""
         sides = self.exterior.sides
         first_corners = sides[:, 0]
         seed = first_corners[rng.integers(len(sides))]

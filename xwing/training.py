@@ -4,8 +4,8 @@ A run can be killed at any moment and loses no more than the epoch under way. Af
 file, `backup.weights.h5`, is replaced as a whole. It holds weights, optimizer and log, so they
 cannot disagree. `log.csv` and the best weights follow from it: if the run is killed before they are
 written, the next start writes them. The backup also records what the run began from, the stages of
-earlier training and their log, as it was at the start. So published weights tell of their whole
-training, and publishing twice gives the same as publishing once.
+earlier training and their log, as it was at the start. So published weights describe their whole
+training, and publishing a run twice gives the same files as publishing it once.
 
 Keras shares each batch among several accelerators of a machine and, with JAX, among machines.
 """
@@ -82,9 +82,9 @@ class TrainingRun(keras.callbacks.Callback):
         keypoints: (N, K, 3) as `make_dataset` yields them.
         scale: pixels of the original frames for one pixel of these; multiplies the reported errors.
         plateau: False leaves the learning rate to the optimizer's own schedule.
-        facts: dict for JSON, how the model is trained; kept with the weights, as it was at the
-            first start. Its "init" names the weights that the model begins with, relative to the
-            repository.
+        facts: how the model is trained, a dict for JSON. It is kept with the weights as it was at
+            the first start. Its "init" is the path of the weights that the model begins with,
+            relative to the repository.
 
     Raises:
         ValueError: "init" names weights of this very run, or damaged ones.
@@ -167,9 +167,9 @@ class TrainingRun(keras.callbacks.Callback):
         return self.record["rows"]
 
     def on_train_begin(self, logs=None):
-        """Put learning rate, model and optimizer where the last whole epoch left them."""
+        """Restore the learning rate, the model and the optimizer of the last whole epoch."""
         rows = self.record["rows"]
-        if self.plateau:
+        if self.plateau:  # its state is not saved; it follows from the log
             self.plateau.set_model(self.model)
             self.plateau.on_train_begin()
             for row in rows:
@@ -248,7 +248,7 @@ class TrainingRun(keras.callbacks.Callback):
         xu.write_files({self.folder / BACKUP: state.getvalue()})
 
     def _read_backup(self):
-        """Read the record of the backup, without the weights; of a new run it has no rows."""
+        """Read the record of the backup, without the weights; that of a new run has no rows."""
         path = self.folder / BACKUP
         if path.exists():
             try:
@@ -267,7 +267,10 @@ class TrainingRun(keras.callbacks.Callback):
         self._check_workers_agree()
 
     def _check_workers_agree(self):
-        """ValueError unless all workers resume after the same epoch; they would wait for ever."""
+        """Raise AssertionError unless all workers resume after the same epoch.
+
+        Otherwise they would wait for each other for ever.
+        """
         if worker()[1] == 1:
             return
         from jax.experimental import multihost_utils
@@ -295,7 +298,7 @@ class TrainingRun(keras.callbacks.Callback):
             raise self._other_network(error) from None
 
     def _other_network(self, reason):
-        """The error that tells why a network cannot go on with this run."""
+        """The ValueError that says why a network cannot resume this run."""
         reason = str(reason).splitlines()[0][:200]
         return ValueError(
             f"{self.folder}: holds a run of another network ({reason}); give this run another name"
@@ -326,7 +329,7 @@ class TrainingRun(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _lock(self):
-        """Hold the folder; the system releases it when this process ends, however it ends."""
+        """Lock the folder; the system releases the lock however this process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as file:
             try:
@@ -376,7 +379,7 @@ def _log_text(rows):
 class WeightsInMemory(io.BytesIO):
     """An HDF5 file in memory, with a name that Keras accepts.
 
-    It is written to disk by Python, which raises an error when the disk is full; HDF5 crashes.
+    Python then writes it to disk and raises an error when the disk is full, where HDF5 crashes.
     """
 
     def __str__(self):
@@ -421,7 +424,7 @@ def _copy_slim(destination, name, item):
 
 
 def publish_weights(run: str | Path, folder: str | Path) -> None:
-    """Copy a run's best weights: to `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`.
+    """Copy a run's best weights and log to `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`.
 
     Weights that were trained on squares of the frames are published for whole frames: the network
     is convolutional.
@@ -464,7 +467,7 @@ def worker() -> tuple[int, int]:
 
 
 def run_folder(folder: str | Path) -> Path:
-    """Where this process keeps its run: `folder`, or for all workers but the first a part of it."""
+    """Where this worker keeps its run: the first one in `folder`, the others in folders in it."""
     index, _ = worker()
     return Path(folder) / (f"worker{index}" if index else "")
 
@@ -515,7 +518,7 @@ def _distribute_tensorflow(devices):
 
 @contextlib.contextmanager
 def single_device_copy(model: keras.Model) -> Iterator[keras.Model]:
-    """The model itself or, if workers share it, a copy that is only on this worker's devices.
+    """Yield the model or, if workers share it, a copy on this worker's devices only.
 
     Keras cannot fetch what a shared model computes on other machines.
     """
