@@ -67,10 +67,14 @@ MIN_CONTRAST_RATIO = 0.7
 # A track that the user has started learns how its target looks, so a right pose explains nearly as
 # much as the track did lately, whatever that is. On clips of printed boxes and of a figure, right
 # poses explained at least 0.90 of it, and at least 0.45 of the contrast. Wrong poses explained at
-# most 0.47 of it, except those that were nearly right. An occluder takes a part from a right one.
-MIN_LEARNT_CONTRAST_RATIO = 0.6  # of the usual explained contrast: below it is not the target
-MIN_LEARNT_CONTRAST = 0.25  # and so it is below this explained contrast
-CONFIDENT_CONTRAST_RATIO = 0.9  # of the usual explained contrast: from there on the aligner learns
+# most 0.47 of it, except those that were nearly right. A pose is accepted from a lower fraction on,
+# because an occluder takes a part from a right one, and from an explained contrast on.
+MIN_LEARNT_CONTRAST_RATIO = 0.6
+MIN_LEARNT_CONTRAST = 0.25
+
+# The fraction of the usual explained contrast from which a pose is learnt from. It leaves room for
+# a side that comes into view: as long as nobody knows how it looks, less is explained every frame.
+CONFIDENT_CONTRAST_RATIO = 0.8
 
 # Standard deviations of a pose that the user gives: radians, and diameters.
 START_TURN = 0.03
