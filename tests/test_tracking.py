@@ -832,7 +832,7 @@ def test_starts_that_cannot_be_are_refused(footage, box_aligner):
         track({1: 2 * pose})
     with pytest.raises(ValueError, match="frame 0: start: too little"):
         track({0: shifted(pose, [9, 0, 0])})
-    with pytest.raises(ValueError, match="frame 0: start: .*an aligner"):
+    with pytest.raises(ValueError, match="give an aligner too"):
         track({0: pose}, aligner=None)
     with pytest.raises(ValueError, match="frame 0: start: the frame cannot be read"):
         track({0: pose}, frames=[Frame(None, 0.0, "damaged"), *frames[1:]])

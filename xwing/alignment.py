@@ -5,7 +5,7 @@ like at a pose. `keyframes` remembers how the surface looked at poses that were 
 moves a pose until its drawing and the frame agree. `verification` compares rival poses and says how
 probable it is that the best one is right. `align` refines a pose that is known roughly. `track`
 refines a pose that is predicted from the frames before. `verify` decides on a frame alone. `learn`
-tells the aligner to remember the surface in a frame whose pose is known.
+remembers the surface in a frame whose pose is known.
 
 Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
 that compare radians with lengths mean the same, and single precision rounds in the same places.
@@ -159,29 +159,23 @@ class Aligner:
         found = self.verifier.verify(image, first, K, others)
         return _scale_estimate(found, 1 / self.scale)
 
-    def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> bool:
+    def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
         """Learn how the surface of the target looks, from a frame whose pose is known.
 
-        From then on the target is drawn with the albedo that was learnt. Where it was seen from
-        nearly the same place before, nothing is learnt anew.
+        From then on the target is drawn with the albedo that was learnt. Nothing is learnt where
+        the target was seen from nearly the same place before, or where too little of it shows.
 
         Args:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) pixels.
-
-        Returns:
-            whether something was learnt, or was known already; False where too little of the target
-            shows.
         """
         pose = xu.scale_pose(pose, self.scale)
         if not self.key_frames.is_new(pose):
-            return True
+            return
         painting = self.refiner.paint_plain(image, pose, K)
-        if painting is None:
-            return False
-        self.key_frames.add(painting)
-        return True
+        if painting is not None:
+            self.key_frames.add(painting)
 
     def forget(self) -> None:
         """Forget all that was learnt: the target is drawn as its mesh says again."""

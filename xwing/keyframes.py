@@ -4,8 +4,8 @@ A mesh has one colour for each material, but a real object is printed, painted o
 is learnt from the frames in which its pose is known: there each pixel shows a point of the surface,
 and the ratio between the light that was seen and the light that the plain materials would send is
 the albedo of that point. Such a picture of ratios, with its depth, is a key frame. A later drawing
-looks up what its pixels show in the key frames that saw the target from nearly the same place. Old
-key frames are never replaced by new ones, so that their errors do not add up.
+looks up what its pixels show in the key frames that saw the target from nearly the same place. Key
+frames are never replaced by newer ones, so errors do not add up while the target stays in view.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ import numpy as np
 from xwing.appearance import Drawing, Painting, camera_points, fill_gaps, to_light
 from xwing.mesh import Mesh
 
-NEW_ANGLE = 20.0  # degrees between two views of the target, from which they are two key frames
-NEW_SCALE = 1.5  # ratio of two distances to the target, from which they are two key frames
+NEW_ANGLE = 20.0  # degrees by which a view is turned against all key frames, to be a new one
+NEW_SCALE = 1.5  # ratio of its distance to that of all others, to be a new one
 MAX_KEY_FRAMES = 100  # about as many as are 20 degrees apart, all around; 36 MB at most
-LOOKED_UP = 2  # key frames that one drawing is looked up in
+LOOKED_UP = 2  # key frames that are asked for the albedo of one drawing
 
-DARK_LIGHT = 0.01  # is added to both sides of a ratio: black has no ratio
+DARK_LIGHT = 0.01  # is added to both sides of a ratio, which is not defined for black
 ALBEDO_RANGE = 0.1, 8.0  # ratios beyond are noise or reflections
 FULL_COVERAGE = 0.98  # fraction of a pixel: with less it also shows the background
 SURFACE_COVERAGE = 0.3  # fraction of a pixel from which it is looked up
 MAX_DEPTH_STEP = 0.08  # diameters between neighbours: beyond there is a rim, which mixes surfaces
-DEPTH_TOLERANCE = 0.012  # diameters, and
-DEPTH_TOLERANCE_PIXELS = 1.5  # widths of a pixel: by which the same surface may differ in depth
-MAX_LEFT = 0.03  # fraction of the pixels for which no further key frame is searched
+DEPTH_TOLERANCE = 0.012  # diameters by which two depths of the same surface may differ
+DEPTH_TOLERANCE_PIXELS = 1.5  # widths of a pixel by which they may differ in addition
+MAX_LEFT = 0.03  # fraction of the pixels that may stay unknown before another key frame is asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,9 @@ class KeyFrame:
         pixels = in_camera @ np.float32(self.K[:2].T) / z[:, None]
 
         height, width = self.depth.shape
-        column, row = np.clip(np.nan_to_num(pixels), -1, (width, height)).astype(int).T
-        inside = (in_camera[:, 2] > 1e-6) & (pixels >= 0).all(1) & (column < width) & (row < height)
-        column = column.clip(0, width - 1)
-        row = row.clip(0, height - 1)
+        inside = (pixels >= 0).all(1) & (pixels < (width, height)).all(1) & (in_camera[:, 2] > 1e-6)
+        pixels[~inside] = 0
+        column, row = pixels.astype(int).T
 
         tolerance = tolerance + DEPTH_TOLERANCE_PIXELS * z / np.float32(self.K[0, 0])
         known = inside & (np.abs(self.depth[row, column] - z) < tolerance)

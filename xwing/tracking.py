@@ -67,9 +67,11 @@ MIN_CONTRAST_RATIO = 0.7
 # A track that the user has started learns how its target looks, so a right pose explains nearly as
 # much as the track did lately, whatever that is. On clips of printed boxes and of a figure, right
 # poses explained at least 0.90 of it, and at least 0.45 of the contrast. Wrong poses explained at
-# most 0.47 of it, except those that were nearly right. A pose is accepted from a lower fraction on,
-# because an occluder takes a part from a right one, and from an explained contrast on.
+# most 0.47 of it, except those that were nearly right. The limit lies between them, because an
+# occluder takes a part from what a right pose explains.
 MIN_LEARNT_CONTRAST_RATIO = 0.6
+
+# The explained contrast that a started track needs at least, however little is usual.
 MIN_LEARNT_CONTRAST = 0.25
 
 # The fraction of the usual explained contrast from which a pose is learnt from. It leaves room for
@@ -557,7 +559,8 @@ class Tracker:
                 better = self._detect(image)
         elif self._is_redetection_due(seconds):
             self._redetection.last = seconds
-            if self._redetection.runs_in_background(seconds):
+            # In the background the result would depend on what was learnt meanwhile.
+            if self._redetection.runs_in_background(seconds) and not self.learns:
                 self._redetection.pending = self._background.submit(
                     self._redetect_all, image.copy(), aligned.pose
                 )
@@ -693,7 +696,7 @@ def track_clip(
         ValueError: a wrong K, fps that are not positive, a detector and an aligner of different
             targets, neither a detector nor starts, or a start where no track can begin.
     """
-    starts = _check_starts(starts or {}, detector)
+    starts = _check_starts(starts or {}, detector, aligner)
     fps = getattr(clip, "fps", None) or fps
     tracker = Tracker(K, fps, detector, aligner, keep=True)
     estimates = []
@@ -701,7 +704,9 @@ def track_clip(
     if starts and iter(clip) is clip:
         clip = list(clip)  # it can be read only once
 
-    count = getattr(clip, "count", None)
+    count = len(clip) if isinstance(clip, list) else getattr(clip, "count", None)
+    if count is not None:
+        _check_frame_numbers(starts, count)
     for frame in tqdm(clip, "tracking", count, unit="frame", disable=not progress):
         index = len(estimates)
         if index in starts:
@@ -715,7 +720,7 @@ def track_clip(
         if has_settled and is_found and aligner is not None:
             _track_backwards(tracker, recent_images, estimates)
 
-    _check_all_started(starts, len(estimates))
+    _check_frame_numbers(starts, len(estimates))
     for index in sorted(starts):
         _follow_backwards(tracker, clip, starts, index, estimates, progress)
 
@@ -726,20 +731,22 @@ def track_clip(
     return _without_open_gaps(tracker.smoothed(), fps)
 
 
-def _check_starts(starts, detector):
+def _check_starts(starts, detector, aligner):
     """The starts {number of a frame: pose (4, 4) float64}, or a ValueError."""
     if detector is None and not starts:
         raise ValueError(
             "nothing finds the target: give a detector (trained weights), or starts, "
             "{number of a frame: pose (4, 4)}"
         )
+    if aligner is None and starts:
+        raise ValueError("starts are followed on the pixels: give an aligner too")
     return {
         index: xu.rigid_matrix(pose, f"starts, frame {index}") for index, pose in starts.items()
     }
 
 
-def _check_all_started(starts, count):
-    """Raise ValueError where a start is in none of the frames."""
+def _check_frame_numbers(starts, count):
+    """Raise ValueError where a start is in none of the clip's frames."""
     outside = [index for index in starts if index not in range(count)]
     if outside:
         raise ValueError(f"starts, frame {outside[0]}: the clip has the frames 0 to {count - 1}")
@@ -756,7 +763,7 @@ def _start(tracker, frame, index, pose):
 def _follow_backwards(live, clip, starts, start, estimates, progress):
     """Follow a target back from a start to the one before, or to the clip's first frame.
 
-    It is the live tracker on the frames in reverse order. Its estimates replace those that are
+    A second live tracker takes the frames in reverse order. Its estimates replace those that are
     missing, and those of frames that are nearer to this start than to the one before.
     """
     before = max((index for index in starts if index < start), default=None)
@@ -949,9 +956,10 @@ def _track_to_files(options):
 
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
-    track = track_clip(clip, K, detector, Aligner(target), fps, starts=starts)
-
+    aligner = Aligner(target)
     options.out.mkdir(parents=True, exist_ok=True)
+    track = track_clip(clip, K, detector, aligner, fps, starts=starts)
+
     for name in ("track.csv", "track.json"):
         export_track(options.out / name, track, K, clip.width, clip.height)
     pictures = _overlays(clip, track, K, target)
