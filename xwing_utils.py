@@ -57,7 +57,7 @@ def load_dataset(folder: str | Path) -> tuple[list[Path], np.ndarray]:
     """
     paths = list_frames(folder)
     files = [path.with_name(f"{path.stem}_mat.json") for path in paths]
-    matrices = [_rigid_matrix(read_json(file), str(file)) for file in files]
+    matrices = [rigid_matrix(read_json(file), str(file)) for file in files]
     return paths, np.array(matrices)
 
 
@@ -104,7 +104,7 @@ def load_camera(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if projection[0, 0] <= 0 or projection[1, 1] <= 0 or not perspective:
         raise ValueError(f"{name}: no OpenGL perspective projection; got\n{projection}")
 
-    view = _rigid_matrix(info["model_view_matrix"], f"{path}, model_view_matrix")
+    view = rigid_matrix(info["model_view_matrix"], f"{path}, model_view_matrix")
     return view, projection
 
 
@@ -184,13 +184,16 @@ def _finite_matrix(value, name):
     """Return (4, 4) float64, or raise ValueError."""
     matrix = check_array(value, (4, 4), name)
     if not np.isfinite(matrix).all():
-        fix = "render or remove the frame"
-        raise ValueError(f"{name}: the matrix has NaN or infinite entries; {fix}")
+        raise ValueError(f"{name}: the matrix has NaN or infinite entries")
     return matrix
 
 
-def _rigid_matrix(value, name):
-    """Return (4, 4) float64, a rotation and a translation, or raise ValueError."""
+def rigid_matrix(value: object, name: str) -> np.ndarray:
+    """Return `value` as a rigid motion (4, 4) float64: a rotation and a translation.
+
+    Raises:
+        ValueError: it is something else; the message says what, and names `name`.
+    """
     matrix = _finite_matrix(value, name)
     _check_isometry(matrix, name)
     if np.linalg.det(matrix[:3, :3]) < 0:
@@ -578,7 +581,7 @@ def _read_list(value, name, shape):
 def _read_motions(value, name):
     motions = _read_list(value, name, (4, 4))
     for i, motion in enumerate(motions):
-        _rigid_matrix(motion, f"{name} {i}")
+        rigid_matrix(motion, f"{name} {i}")
     return motions
 
 

@@ -13,12 +13,16 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import cv2  # noqa: E402
 import drjit  # noqa: E402, F401  before TensorFlow: loaded after it, the process aborts when it ends
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import skimage.data  # noqa: E402
+import trimesh  # noqa: E402
 from scipy.spatial.transform import Rotation  # noqa: E402
 
 import xwing_utils as xu  # noqa: E402
+from xwing.mesh import load_mesh, rasterise, triangle_normals  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +135,66 @@ def run_python():
         return done.stdout
 
     return run
+
+
+class Footage:
+    """A clip of a textured box that the tests draw themselves, with its true poses.
+
+    The box is one grey material to its mesh. In the frames it is printed with noise, and turns in
+    front of a picture.
+    """
+
+    SIZE = 128
+    CORNERS = np.array([0.8, 0.6, 0.5])  # of the box, from the origin: its middle is not there
+
+    def __init__(self, folder, count=30):
+        self.folder = folder
+        self.mesh = folder / "box.obj"
+        trimesh.creation.box(bounds=[np.zeros(3), self.CORNERS]).export(self.mesh)
+        self.K = xu.lens_camera(self.SIZE, self.SIZE, 50)
+
+        rng = np.random.default_rng(0)
+        noise = np.uint8(rng.uniform(0, 256, (14, 14, 3)))
+        self.texture = cv2.resize(noise, (280, 280), interpolation=cv2.INTER_CUBIC)
+        picture = cv2.cvtColor(skimage.data.camera(), cv2.COLOR_GRAY2RGB)
+        self.background = cv2.resize(picture, (self.SIZE, self.SIZE), interpolation=cv2.INTER_AREA)
+
+        turns = np.arange(count)[:, None] * [0.2, 1.8, 0.4]  # degrees
+        first = Rotation.from_euler("xyz", [25, 30, 5], degrees=True)
+        self.poses = np.tile(np.eye(4), (count, 1, 1))
+        rotations = Rotation.from_rotvec(turns, degrees=True) * first
+        self.poses[:, :3, :3] = rotations.as_matrix()
+        middles = np.array([-0.1, 0.1, 2.9]) + np.arange(count)[:, None] * [0.01, -0.006, 0.01]
+        self.poses[:, :3, 3] = middles - rotations.apply(self.CORNERS / 2)
+        self.images = [self.draw(pose, rng) for pose in self.poses]
+
+    def draw(self, pose, rng, samples=3):
+        """The frame (S, S, 3) uint8 of a pose (4, 4), with the noise of a camera."""
+        size = samples * self.SIZE
+        K = xu.crop_camera(self.K, scale=samples)
+        triangles = load_mesh(self.mesh).triangles
+        ids, depth = rasterise(triangles, pose, K, size, size)
+        row, column = np.nonzero(ids >= 0)
+        rays = np.column_stack([column + 0.5, row + 0.5, np.ones(len(row))]) @ np.linalg.inv(K).T
+        points = (rays * depth[row, column, None] - pose[:3, 3]) @ pose[:3, :3]
+
+        normals = triangle_normals(triangles)[ids[row, column]]
+        across = np.abs(normals).argmax(1)  # the axis that each side looks along
+        sides = 2 * across + (normals[np.arange(len(across)), across] > 0)
+        flat = np.where(
+            across[:, None] == [0, 1, 2], 0, points + [0.31, 0.17, 0.53] * sides[:, None]
+        )
+        u = flat[:, 0] + 0.7 * flat[:, 1]
+        v = flat[:, 2] + 0.7 * flat[:, 1]
+        printed = self.texture[(280 * v).astype(int) % 280, (280 * u).astype(int) % 280]
+
+        frame = np.float32(cv2.resize(self.background, (size, size)))
+        frame[row, column] = printed * (0.6 + 0.2 * across[:, None])
+        frame = cv2.resize(frame, (self.SIZE, self.SIZE), interpolation=cv2.INTER_AREA)
+        return np.uint8((frame + rng.normal(0, 2, frame.shape)).clip(0, 255))
+
+
+@pytest.fixture(scope="session")
+def footage(tmp_path_factory):
+    """A `Footage` of 30 frames."""
+    return Footage(tmp_path_factory.mktemp("box"))

@@ -5,18 +5,22 @@ The smoother is held against batch least squares, and the whole chain against th
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import metrics, tracking
 from xwing.alignment import Aligner
-from xwing.footage import Frame
+from xwing.footage import Clip, Frame
 from xwing.lens import compare_focal_lengths
 from xwing.mesh import load_mesh, rasterise
 from xwing.tracking import Tracker, track_clip
@@ -295,7 +299,8 @@ def test_a_wrong_rate_is_refused_before_the_work(K, fps):
 
 
 def test_a_clip_of_no_frames_has_no_track(K):
-    assert track_clip([], K, None, fps=FPS, progress=False) == []
+    oracle = Oracle(flight(1), K)
+    assert track_clip([], K, oracle, fps=FPS, progress=False) == []
 
 
 # ------------------------------------------------------------ on the pixels
@@ -694,3 +699,234 @@ def test_a_tracker_follows_the_target_of_its_parts(K, tmp_path):
     detector.target = xu.XWING
     with pytest.raises(ValueError, match="the detector's weights belong to the target"):
         Tracker(K, FPS, detector, aligner)
+
+
+# ------------------------------------------------------------ from a pose that the user gives
+
+
+@pytest.fixture
+def box_aligner(footage):
+    """A fresh aligner of the box in the footage: tracks teach it."""
+    return Aligner(xu.load_target(footage.mesh))
+
+
+def shifted(pose, shift):
+    """A pose (4, 4) whose target is moved by a shift (3,) in camera axes."""
+    moved = pose.copy()
+    moved[:3, 3] += shift
+    return moved
+
+
+def box_frames(footage):
+    return [Frame(image, i / FPS, "") for i, image in enumerate(footage.images)]
+
+
+def follow_box(footage, aligner):
+    """The live track of the footage, started at the true pose of its first frame."""
+    tracker = Tracker(footage.K, FPS, aligner=aligner)
+    first = tracker.start(footage.images[0], footage.poses[0])
+    return [first, *(tracker.update(image) for image in footage.images[1:])]
+
+
+def test_a_mesh_alone_is_followed_from_a_start(footage, box_aligner):
+    live = follow_box(footage, box_aligner)
+    assert all(t.status == "tracked" for t in live)
+    np.testing.assert_array_equal(live[0].pose, footage.poses[0])
+    assert live[0].seconds == 0 and live[-1].seconds == pytest.approx(29 / FPS)
+    assert np.median(errors(live, footage.poses)) < 0.5
+    assert errors(live, footage.poses).max() < 2
+    assert probability(live).min() > 0.8
+    assert 2 <= len(box_aligner.key_frames.frames) <= 5
+
+
+def test_without_learning_the_box_is_lost(footage, box_aligner, monkeypatch):
+    monkeypatch.setattr(box_aligner, "learn", lambda *arguments: None)
+    live = follow_box(footage, box_aligner)
+    assert live[-1].status == "lost" or errors(live, footage.poses)[-1] > 10
+
+
+def test_a_target_that_is_gone_is_lost(footage, box_aligner):
+    tracker = Tracker(footage.K, FPS, aligner=box_aligner)
+    for i, image in enumerate(footage.images[:6]):
+        tracker.update(image) if i else tracker.start(image, footage.poses[0])
+    live = [tracker.update(footage.background) for _ in range(20)]
+    assert live[0].status == "predicted" and live[-1].status == "lost"
+    assert len(box_aligner.key_frames.frames) == 1
+
+
+def test_a_second_start_begins_anew(footage, box_aligner):
+    """The tracker forgets what it has learnt at a wrong pose."""
+    wrong = shifted(footage.poses[0], [0.3, 0.3, 0])
+    tracker = Tracker(footage.K, FPS, aligner=box_aligner)
+    tracker.start(footage.images[0], wrong)
+    tracker.update(footage.images[1])
+    tracker.start(footage.images[2], footage.poses[2])
+    assert tracker.age == 1
+    live = [tracker.update(image) for image in footage.images[3:10]]
+    assert errors(live, footage.poses[3:10]).max() < 1
+
+
+def test_a_start_of_nonsense_is_refused(footage, box_aligner):
+    image, pose = footage.images[0], footage.poses[0]
+    beside = shifted(pose, [9, 0, 0])
+    behind = shifted(pose, [0, 0, -9])
+    tracker = Tracker(footage.K, FPS, aligner=box_aligner)
+    tracker.start(image, pose)
+    for wrong, message in (
+        (beside, "too little of the target is in sight"),
+        (behind, "too little of the target is in sight"),
+        (2 * pose, "not a rigid motion"),
+        (np.full((4, 4), np.nan), "NaN"),
+        (np.eye(3), r"expected shape \(4, 4\)"),
+        (None, "expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracker.start(image, wrong)
+    with pytest.raises(ValueError, match="cannot be read"):
+        tracker.start(None, pose)
+    assert tracker.update(footage.images[1]).status == "tracked"  # it goes on as before
+    with pytest.raises(ValueError, match="give the tracker an aligner"):
+        Tracker(footage.K, FPS).start(image, pose)
+
+
+def test_a_clip_is_followed_from_its_middle_to_both_ends(footage, box_aligner):
+    starts = {14: footage.poses[14].tolist()}
+    frames = iter(box_frames(footage))  # it can be read only once
+    track = track_clip(
+        frames, footage.K, aligner=box_aligner, fps=FPS, progress=False, starts=starts
+    )
+    assert [t.status for t in track] == ["tracked"] * 30
+    assert np.median(errors(track, footage.poses)) < 1
+    assert errors(track, footage.poses).max() < 2
+    np.testing.assert_allclose([t.seconds for t in track], np.arange(30) / FPS, atol=1e-9)
+
+
+def test_between_two_starts_the_nearer_one_counts(footage, box_aligner):
+    """The first start is wrong. The track is right wherever the second one is nearer."""
+    wrong = shifted(footage.poses[0], [0.3, 0.3, 0])
+    starts = {0: wrong, 20: footage.poses[20]}
+    frames = box_frames(footage)
+    track = track_clip(frames, footage.K, None, box_aligner, FPS, False, starts)
+    assert errors(track[11:], footage.poses[11:]).max() < 2
+    middle = [0.4, 0.3, 0.25]
+    distance = [
+        np.linalg.norm((t.pose - pose)[:3] @ [*middle, 1])
+        for t, pose in zip(track[11:], footage.poses[11:])
+    ]
+    assert max(distance) < 0.1
+
+
+def test_starts_that_cannot_be_are_refused(footage, box_aligner):
+    frames = box_frames(footage)[:4]
+    pose = footage.poses[0]
+
+    def track(starts, aligner=box_aligner, frames=frames):
+        track_clip(frames, footage.K, None, aligner, FPS, False, starts)
+
+    for starts in (None, {}):
+        with pytest.raises(ValueError, match="give a detector .*, or starts"):
+            track(starts)
+    with pytest.raises(ValueError, match="starts, frame 4: the clip has the frames 0 to 3"):
+        track({0: pose, 4: pose})
+    with pytest.raises(ValueError, match="starts, frame 1: not a rigid motion"):
+        track({1: 2 * pose})
+    with pytest.raises(ValueError, match="frame 0: start: too little"):
+        track({0: shifted(pose, [9, 0, 0])})
+    with pytest.raises(ValueError, match="give an aligner too"):
+        track({0: pose}, aligner=None)
+    with pytest.raises(ValueError, match="frame 0: start: the frame cannot be read"):
+        track({0: pose}, frames=[Frame(None, 0.0, "damaged"), *frames[1:]])
+
+
+# ------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def box_clip(footage, tmp_path):
+    """A folder with the first ten frames, and the words of a command that tracks them."""
+    (tmp_path / "frames").mkdir()
+    for i, image in enumerate(footage.images[:10]):
+        Image.fromarray(image).save(tmp_path / "frames" / f"{i}.png")
+    size = footage.SIZE
+    camera = {"K": footage.K.tolist(), "width": size, "height": size, "distortion": [0, 0, 0, 0]}
+    (tmp_path / "camera.json").write_text(json.dumps(camera))
+    start = {"frame": 4, "pose": footage.poses[4].tolist()}
+    (tmp_path / "start.json").write_text(json.dumps(start))
+    words = ["frames", "--target", footage.mesh, "--start", "start.json"]
+    words += ["--camera", "camera.json", "--out", "new/out"]
+    return tmp_path, words
+
+
+def command(folder, words, expect_error=""):
+    """Run the command in a folder; it prints one line, or the expected one of an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "xwing.tracking", *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(xu.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode != 0) == bool(expect_error), done.stderr
+    return done
+
+
+def test_the_command_tracks_a_clip(footage, box_clip):
+    folder, words = box_clip
+    done = command(folder, words)
+    assert done.stdout == "new/out: 10 frames: 10 tracked, 0 predicted, 0 lost\n"
+    assert "10/10" in done.stderr  # of the progress bar
+
+    out = folder / "new" / "out"
+    assert {path.name for path in out.iterdir()} == {"track.csv", "track.json", "overlay.mp4"}
+    written = json.loads((out / "track.json").read_text())
+    assert written["camera"]["K"] == footage.K.tolist()
+    for row, pose in zip(written["frames"], footage.poses, strict=False):
+        assert xu.rotation_error(np.array(row["matrix"]), pose) < 1
+    assert len(pd.read_csv(out / "track.csv")) == 10
+
+    overlay = Clip(out / "overlay.mp4")
+    assert (overlay.count, overlay.width, overlay.height) == (10, 128, 128)
+    assert overlay.fps == 30
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("start.json", "[", "not readable as JSON"),
+        ("start.json", "[]", "there is no start in it"),
+        ("start.json", '{"pose": []}', 'expected {"frame": 0, "pose": 4 x 4}'),
+        ("start.json", '{"frame": -1, "pose": []}', "expected a number from 0, got -1"),
+        ("start.json", '{"frame": 0, "pose": [[1]]}', "frame 0: expected shape"),
+        ("camera.json", "{}", 'expected {"K": 3 x 3'),
+        ("camera.json", '{"K": [], "width": 64, "height": 48}', "is of frames of 64x48 pixels"),
+        ("camera.json", '{"K": [], "width": 128, "height": 128}', "camera.json: K: expected"),
+    ],
+)
+def test_the_command_says_what_is_wrong_with_a_file(box_clip, file, content, message, capsys):
+    folder, words = box_clip
+    (folder / file).write_text(content)
+    absolute = [folder / word if (folder / str(word)).exists() else word for word in words]
+    with pytest.raises(SystemExit) as caught:
+        tracking.main([*map(str, absolute[:-1]), str(folder / "out")])
+    assert message in str(caught.value) and str(caught.value).startswith("error: ")
+    assert "\n" not in str(caught.value)
+    assert not (folder / "out").exists()
+
+
+def test_the_command_needs_something_that_finds_the_target(box_clip):
+    folder, words = box_clip
+    words = [word for word in words if word not in ("--start", "start.json")]
+    done = command(folder, words, expect_error="--start")
+    assert done.stderr.count("\n") == 1
+    assert "--start" in done.stderr and "--weights" in done.stderr
+
+
+def test_two_starts_of_one_frame_are_refused(footage, tmp_path):
+    row = {"frame": 3, "pose": footage.poses[3].tolist(), "note": "by hand"}
+    file = tmp_path / "start.json"
+    file.write_text(json.dumps([row, {**row, "frame": 0}]))
+    assert list(tracking.read_starts(file)) == [3, 0]
+    file.write_text(json.dumps([row, row]))
+    with pytest.raises(ValueError, match="two starts in frame 3"):
+        tracking.read_starts(file)

@@ -1,10 +1,11 @@
 """The pose of a target, refined and judged on the pixels of a frame.
 
-An `Aligner` combines three modules for one target. `appearance` says what each pixel should look
-like at a pose. `refinement` moves a pose until its drawing and the frame agree. `verification`
-compares rival poses and says how probable it is that the best one is right. `align` refines a pose
-that is known roughly. `track` refines a pose that is predicted from the frames before. `verify`
-decides on a frame alone.
+An `Aligner` combines four modules for one target. `appearance` says what each pixel should look
+like at a pose. `keyframes` remembers how the surface looked at poses that were known. `refinement`
+moves a pose until its drawing and the frame agree. `verification` compares rival poses and says how
+probable it is that the best one is right. `align` refines a pose that is known roughly. `track`
+refines a pose that is predicted from the frames before. `verify` decides on a frame alone. `learn`
+remembers the surface in a frame whose pose is known.
 
 Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
 that compare radians with lengths mean the same, and single precision rounds in the same places.
@@ -16,6 +17,7 @@ import dataclasses
 import numpy as np
 
 import xwing_utils as xu
+from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
 from xwing.verification import VerificationSettings, Verifier, verify_frames
@@ -44,6 +46,7 @@ class Aligner:
         target: `Target`; the X-wing where a mesh was given.
         mesh: `Mesh` of the target, in its own unit.
         scale: working units for one model unit.
+        key_frames: `KeyFrames`, what was learnt, in working units; none to begin with.
         refiner: `Refiner`, in working units.
         verifier: `Verifier`, in working units.
     """
@@ -61,7 +64,8 @@ class Aligner:
         self.scale = WORKING_DIAMETER / self.mesh.diameter
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
-        self.refiner = Refiner(working_mesh, blur, refinement)
+        self.key_frames = KeyFrames(working_mesh)
+        self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo)
         self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
 
     def align(
@@ -154,6 +158,28 @@ class Aligner:
         first, *others = [_scale_estimate(one, self.scale) for one in (estimate, *others)]
         found = self.verifier.verify(image, first, K, others)
         return _scale_estimate(found, 1 / self.scale)
+
+    def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
+        """Learn how the surface of the target looks, from a frame whose pose is known.
+
+        From then on the target is drawn with the albedo that was learnt. Nothing is learnt where
+        the target was seen from nearly the same place before, or where too little of it shows.
+
+        Args:
+            image: (H, W, 3) uint8.
+            pose: (4, 4) model -> OpenCV camera.
+            K: (3, 3) pixels.
+        """
+        pose = xu.scale_pose(pose, self.scale)
+        if not self.key_frames.is_new(pose):
+            return
+        painting = self.refiner.paint_plain(image, pose, K)
+        if painting is not None:
+            self.key_frames.add(painting)
+
+    def forget(self) -> None:
+        """Forget all that was learnt: the target is drawn as its mesh says again."""
+        self.key_frames.clear()
 
     def picture(
         self, image: np.ndarray, pose: np.ndarray, K: np.ndarray

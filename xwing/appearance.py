@@ -125,6 +125,7 @@ class Drawing:
     shading_basis: np.ndarray  # (h, w, M + 8): factors of the M materials' colours and of the light
     coverage: np.ndarray  # (h, w) fraction of the pixel that the target covers
     depth: np.ndarray  # (h, w) model units, of the nearest surface; inf where there is none
+    albedo: np.ndarray | None = None  # (h, w, 3) factors of the shading, where they are learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,23 +257,25 @@ class LinearShader:
         light = (view.light - picture).reshape(-1, 3)[covered]
         grey_per_light = grey_slope(view.light.reshape(-1, 3)[covered])
 
-        painted, spread = self._fit_coefficients(basis, light, grey_per_light, noise)
+        albedo = None
+        if drawing.albedo is not None:
+            albedo = drawing.albedo.reshape(-1, 3)[covered]
+
+        painted, spread = self._fit_coefficients(basis, light, grey_per_light, noise, albedo)
         picture.reshape(-1, 3)[covered] += painted
         return Painting(view, drawing, to_grey(picture), spread)
 
-    def _fit_coefficients(self, basis, light, grey_per_light, noise):
+    def _fit_coefficients(self, basis, light, grey_per_light, noise, albedo):
         """Fit light (P, 3) by a basis (P, M + 8) in iteratively reweighted least squares.
 
-        Returns the fitted light (P, 3) and the spread of the rest in grey levels.
+        The albedo (P, 3), or None, multiplies the basis in each channel. Returns the fitted light
+        (P, 3) and the spread of the rest in grey levels.
         """
         to_grey_squared = np.square(grey_per_light)  # squares of light become squares of grey
         weight = to_grey_squared
 
         for _ in range(3):
-            weighted = basis.T * weight
-            information = weighted @ basis + self.regularisation
-            coefficients = np.linalg.solve(information, weighted @ light)
-            painted = basis @ coefficients
+            painted = self._explain(light, basis, weight, albedo)
 
             squared = mean_square(light - painted) * to_grey_squared
             deviation = 1.4826 * float(np.sqrt(np.median(squared)))  # of a normal distribution
@@ -280,6 +283,52 @@ class LinearShader:
             weight = to_grey_squared / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
 
         return painted, spread
+
+    def _explain(self, light, basis, weight, albedo):
+        """The part of light (P, 3) that a basis explains, with or without an albedo (P, 3)."""
+        if albedo is None:
+            return basis @ solve_coefficients(light, basis, weight, self.regularisation)
+
+        explained = np.empty_like(light)
+        for channel in range(3):
+            lit = basis * albedo[:, channel, None]
+            values = light[:, channel, None]
+            coefficients = solve_coefficients(values, lit, weight, self.regularisation)
+            explained[:, channel] = (lit @ coefficients)[:, 0]
+        return explained
+
+
+def solve_coefficients(
+    values: np.ndarray, basis: np.ndarray, weight: np.ndarray, regularisation: np.ndarray
+) -> np.ndarray:
+    """Solve for the coefficients with which a shading basis explains some values best.
+
+    Args:
+        values: (P, N), for N sets of coefficients.
+        basis: (P, M + 8).
+        weight: (P,) of the pixels.
+        regularisation: (M + 8, M + 8), draws the coefficients towards zero.
+
+    Returns:
+        (M + 8, N).
+    """
+    weighted = basis.T * weight
+    return np.linalg.solve(weighted @ basis + regularisation, weighted @ values)
+
+
+def camera_points(
+    pixels: np.ndarray, depth: np.ndarray, K: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the points x, y, z (P,) in camera axes that flat pixels (P,) of a depth (h, w) show.
+
+    K (3, 3) is the camera matrix of the picture.
+    """
+    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
+    z = depth.ravel()[pixels]
+    fx, fy, cx, cy = np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
+    x = (column + np.float32(0.5) - cx) * z / fx
+    y = (row + np.float32(0.5) - cy) * z / fy
+    return x, y, z
 
 
 def _samples_of_pixels(picture):
@@ -310,9 +359,24 @@ def surroundings(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     Returns:
         (h, w, 3) float32, linear light.
     """
-    free = np.float32(cv2.dilate(coverage, np.ones((5, 5))) < 0.01)[..., None]
-    layers = np.concatenate([light * free, free], axis=2)
-    total = np.float32([0, 0, 0, 1e-12])
+    free = np.float32(cv2.dilate(coverage, np.ones((5, 5))) < 0.01)
+    return fill_gaps(light, free)
+
+
+def fill_gaps(picture: np.ndarray, known: np.ndarray, unknown: float = 0.0) -> np.ndarray:
+    """Guess each pixel of a picture from those around it that are known.
+
+    Args:
+        picture: (h, w, 3) float32.
+        known: (h, w) float32, 1 where a pixel is known, 0 where it is not.
+        unknown: the value far from all known pixels.
+
+    Returns:
+        (h, w, 3) float32; known pixels are blurred too.
+    """
+    known = known[..., None]
+    layers = np.concatenate([picture * known, known], axis=2)
+    total = np.float32([unknown, unknown, unknown, 1]) * np.float32(1e-12)
 
     # The weights fall so steeply that distant pixels count only where there are no nearer ones.
     for reach in (3, 12, 48):

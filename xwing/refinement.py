@@ -16,6 +16,7 @@ Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gaus
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -27,10 +28,12 @@ from xwing.appearance import (
     LinearShader,
     Painting,
     View,
+    camera_points,
     cut_view,
     grey_slope,
     mean_square,
     near_target,
+    solve_coefficients,
     to_light,
 )
 from xwing.mesh import NEAR, Mesh
@@ -103,14 +106,11 @@ def pixel_flow(
         points (P, 3) in camera axes, from the centre; the derivatives of their column (6, P) and
         row (6, P) in pixels by a step of `xwing_utils.move_pose`.
     """
-    row, column = np.float32(np.divmod(pixels, depth.shape[1]))
-    z = depth.ravel()[pixels]
-    fx, fy, cx, cy = np.float32(K[[0, 1, 0, 1], [0, 1, 2, 2]])
-    x = (column + np.float32(0.5) - cx) * z / fx
-    y = (row + np.float32(0.5) - cy) * z / fy
+    x, y, z = camera_points(pixels, depth, K)
     points = np.column_stack([x, y, z]) - centre
 
     # The derivatives of column and row by the point are (a, 0, c) and (0, b, d).
+    fx, fy = np.float32(K[[0, 1], [0, 1]])
     a = fx / z
     b = fy / z
     c = -fx * x / z**2
@@ -295,14 +295,23 @@ class Refiner:
         blur: pixels of a frame, standard deviation of its Gaussian blur, in addition to the
             averaging over each pixel's square.
         settings: `RefinementSettings`; None: the defaults.
+        albedo: callable, drawing and K of its view -> albedo (h, w, 3) or None, such as
+            `KeyFrames.albedo`; None where nothing is known but the mesh.
     """
 
-    def __init__(self, mesh: Mesh, blur: float = 0.4, settings: RefinementSettings | None = None):
+    def __init__(
+        self,
+        mesh: Mesh,
+        blur: float = 0.4,
+        settings: RefinementSettings | None = None,
+        albedo: Callable | None = None,
+    ):
         self.shader = LinearShader(mesh)
         self.hull = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # (V, 3), for `view`
         self.diameter = mesh.diameter
         self.blur = blur
         self.settings = settings or RefinementSettings()
+        self.albedo = albedo
 
     def align(
         self,
@@ -397,7 +406,11 @@ class Refiner:
         drawing = self.shader.draw(view, pose, true_paint)
         enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
         far_enough = drawing.depth.min() > NEAR * self.diameter
-        return drawing if enough and far_enough else None
+        if not (enough and far_enough):
+            return None
+
+        albedo = None if self.albedo is None else self.albedo(drawing, view.K)
+        return drawing if albedo is None else dataclasses.replace(drawing, albedo=albedo)
 
     def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
         """Solve for the colours and the light of a drawing; see `LinearShader.paint`."""
@@ -417,6 +430,17 @@ class Refiner:
         view = self.view(image, pose, K)
         drawing = None if view is None else self.draw(view, pose, true_paint=False)
         return None if drawing is None else self.paint(view, drawing)
+
+    def paint_plain(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> Painting | None:
+        """Draw a pose as the materials of the mesh say, without the albedo that was learnt.
+
+        The arguments and the result are those of `paint_pose`.
+        """
+        view = self.view(image, pose, K)
+        drawing = None if view is None else self.draw(view, pose)
+        if drawing is None:
+            return None
+        return self.paint(view, dataclasses.replace(drawing, albedo=None))
 
     def _template(self, painting):
         """The `Template` of a painting.
@@ -459,12 +483,20 @@ class Refiner:
         slope = grey_slope(to_light(colours.clip(0)))
         basis = painting.drawing.shading_basis
         basis = basis.reshape(-1, basis.shape[-1])[pixels] * slope[:, None]
-        weighted = basis.T * weight
         regularisation = self.shader.regularisation * np.float32(ratio / painting.spread**2)
 
-        information = weighted @ basis + regularisation
-        coefficients = np.linalg.solve(information, weighted @ jacobian.T)
-        return coefficients.T @ basis.T
+        albedo = painting.drawing.albedo
+        if albedo is None:
+            coefficients = solve_coefficients(jacobian.T, basis, weight, regularisation)
+            return coefficients.T @ basis.T
+
+        explained = np.empty_like(jacobian)
+        for channel in range(3):
+            lit = basis * albedo.reshape(-1, 3)[pixels, channel, None]
+            rows = jacobian[channel::3]  # one for each of six parameters, see `_template`
+            coefficients = solve_coefficients(rows.T, lit, weight, regularisation)
+            explained[channel::3] = coefficients.T @ lit.T
+        return explained
 
 
 def _depth_around(depth):

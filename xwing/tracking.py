@@ -8,15 +8,25 @@ than it did lately; and now and then to find the target again independently of t
 (redetection), because a track that began with a wrong pose would otherwise go on for ever. A
 redetection replaces the track only if it explains the pixels better.
 
+A target without a network is followed from a pose that the user gives (`Tracker.start`). Beyond the
+colours of its mesh nobody knows then how it looks, so the aligner learns that at the start, and
+later wherever the track is confident.
+
 A finished clip goes through the same chain. Where a track starts, it is also followed backwards, to
-the frames that showed the target before the network was confident. In the end the whole track is
-smoothed.
+the frames that showed the target before the network was confident, or before the start that the
+user gave. In the end the whole track is smoothed.
+
+    python -m xwing.tracking CLIP --target MESH --start START --out DIR
 """
 
+import argparse
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,8 +34,13 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing.export import export_track  # noqa: F401  users import it from here, too
+from xwing.alignment import Aligner
+from xwing.detector import Detector
+from xwing.export import export_track  # users import it from here, too
+from xwing.film import write_clip
+from xwing.footage import Clip
 from xwing.motion import FilteredMotion, MotionModel, smooth
+from xwing.overlay import draw_tracked
 
 # The longest gap in the measurements that the prediction bridges, seconds.
 MAX_GAP_SECONDS = 0.5
@@ -48,6 +63,27 @@ CONTRADICTION_TURN = 30.0
 
 # The network is asked where the explained contrast falls below this fraction of its usual value.
 MIN_CONTRAST_RATIO = 0.7
+
+# A track that the user has started learns how its target looks, so a right pose explains nearly as
+# much as the track did lately, whatever that is. On clips of printed boxes and of a figure, right
+# poses explained at least 0.90 of it, and at least 0.45 of the contrast. Wrong poses explained at
+# most 0.47 of it, except those that were nearly right. The limit lies between them, because an
+# occluder takes a part from what a right pose explains.
+MIN_LEARNT_CONTRAST_RATIO = 0.6
+
+# The explained contrast that a started track needs at least, however little is usual.
+MIN_LEARNT_CONTRAST = 0.25
+
+# The fraction of the usual explained contrast from which a pose is learnt from. It leaves room for
+# a side that comes into view: as long as nobody knows how it looks, less is explained every frame.
+CONFIDENT_CONTRAST_RATIO = 0.8
+
+# Standard deviations of a pose that the user gives: radians, and diameters.
+START_TURN = 0.03
+START_SHIFT = 0.03
+
+# Bytes of the frames that are kept at a time where a clip is read backwards.
+BACKWARD_BYTES = 2e8
 
 # The weight of a new frame in the usual explained contrast, a running mean.
 CONTRAST_WEIGHT = 0.2
@@ -186,12 +222,18 @@ class Tracker:
     shows it clearly. Without an aligner every frame is measured by the network. A tracker that
     keeps its steps needs 4 kB a frame.
 
+    Without a detector, `start` begins a track at a pose that is known:
+
+        tracker = Tracker(K, 30, aligner=Aligner(xu.load_target("box.obj")))
+        tracked = tracker.start(first_image, pose)
+
     Attributes:
         K, fps, detector, aligner: as they were given; the last two may be replaced between frames.
         target: the `Target` that is followed.
         model: the `MotionModel` that predicts it.
         motion: its `Motion` in the last frame, or None where it is lost.
         second_target: (4, 4) pose of a second target that the network saw lately, or None.
+        learns: whether the aligner learns how the target looks; from `start` on.
         steps: measurement and filter state of the last frame, or of all frames if they are kept.
         age: number of frames of the track so far.
     """
@@ -209,8 +251,8 @@ class Tracker:
         Args:
             K: (3, 3) camera matrix, pixels.
             fps: frames a second, where frames come without a time.
-            detector: `Detector`, or another callable like it; None: `update_pose` has to start the
-                track.
+            detector: `Detector`, or another callable like it; None: `start` or `update_pose` has to
+                start the track.
             aligner: `Aligner`, or None.
             keep: keep the steps of all frames, for `smoothed`.
 
@@ -236,6 +278,7 @@ class Tracker:
         self.measured_seconds = 0.0  # time of the last frame with a measurement
         self.usual_contrast = 0.0  # running mean of the fraction of the contrast that is explained
         self.age = 0
+        self.learns = False
         self.second_target = None
         self.steps = collections.deque(maxlen=None if keep else 1)
 
@@ -264,6 +307,44 @@ class Tracker:
             estimate = self._measure_without_pixels(image, seconds)
         else:
             estimate = self._measure_on_pixels(image, seconds)
+        tracked = self.update_pose(estimate, seconds)
+        if self.learns and tracked.status == "tracked":
+            self._learn(image, tracked)
+        return tracked
+
+    def start(
+        self, image: np.ndarray, pose: np.ndarray, seconds: float | None = None
+    ) -> TrackedPose:
+        """Take the next frame at a pose that the user gives: a new track begins there.
+
+        What the aligner has learnt before is forgotten. It learns how the target looks at this
+        pose, so a wrong pose is followed like a right one.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            pose: (4, 4) model -> OpenCV camera.
+            seconds: the frame's time; None is one frame later than the last one.
+
+        Returns:
+            the frame's `TrackedPose`, at this pose.
+
+        Raises:
+            ValueError: there is no aligner or no image, the pose is no rigid motion, or too little
+                of the target is in sight there. The tracker stays as it was.
+        """
+        pose = xu.rigid_matrix(pose, "start")
+        self._check_start(image, pose)
+        self.aligner.forget()
+        self.aligner.learn(image, pose, self.K)
+        self.learns = True
+
+        deviations = np.repeat([START_TURN, START_SHIFT * self.target.diameter], 3)
+        covariance = np.diag(np.square(deviations))
+        aligned = self.aligner.track(image, pose, self.K, covariance)
+        estimate = xu.PoseEstimate(
+            pose, covariance, True, explained_contrast=aligned.explained_contrast
+        )
+        self.motion = None
         return self.update_pose(estimate, seconds)
 
     def update_pose(self, estimate: xu.PoseEstimate, seconds: float | None = None) -> TrackedPose:
@@ -307,6 +388,25 @@ class Tracker:
         """
         motions = smooth([step.filtered for step in self.steps])
         return [self._tracked(step, motion) for step, motion in zip(self.steps, motions)]
+
+    # ---------------------------------------------------------------- start
+
+    def _check_start(self, image, pose):
+        """Raise ValueError where no track can start."""
+        if self.aligner is None:
+            raise ValueError("start: a track starts on pixels; give the tracker an aligner")
+        if image is None:
+            raise ValueError("start: the frame cannot be read; start in another one")
+        if self.aligner.picture(image, pose, self.K) is None:
+            raise ValueError(
+                "start: too little of the target is in sight at this pose; "
+                "is it in mesh units, model to OpenCV camera, and is K that of the clip?"
+            )
+
+    def _learn(self, image, tracked):
+        """Let the aligner learn from a frame that the target explains as well as usual."""
+        if tracked.explained_contrast >= CONFIDENT_CONTRAST_RATIO * self.usual_contrast:
+            self.aligner.learn(image, tracked.pose, self.K)
 
     # ---------------------------------------------------------------- filter
 
@@ -381,7 +481,7 @@ class Tracker:
     def _measure_on_pixels(self, image, seconds):
         """The alignment's `PoseEstimate` near the prediction, or the network's if needed."""
         predicted = self._predict(seconds)
-        aligned = _align(self.aligner, image, self.K, predicted, self.usual_contrast)
+        aligned = _align(self, image, predicted, self.usual_contrast)
         if aligned.accepted:
             return self._check_by_redetection(image, aligned, seconds)
 
@@ -459,7 +559,8 @@ class Tracker:
                 better = self._detect(image)
         elif self._is_redetection_due(seconds):
             self._redetection.last = seconds
-            if self._redetection.runs_in_background(seconds):
+            # In the background the result would depend on what was learnt meanwhile.
+            if self._redetection.runs_in_background(seconds) and not self.learns:
                 self._redetection.pending = self._background.submit(
                     self._redetect_all, image.copy(), aligned.pose
                 )
@@ -543,15 +644,26 @@ def _is_near(estimate, predicted):
     return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
 
 
-def _align(aligner, image, K, predicted, usual_contrast):
+def _align(tracker, image, predicted, usual_contrast):
     """The alignment's `PoseEstimate` from a prediction, accepted only if as good as usual."""
-    estimate = aligner.track(image, predicted.pose, K, predicted.covariance[:6, :6], usual_contrast)
-    explains_enough = estimate.explained_contrast >= MIN_CONTRAST_RATIO * usual_contrast
-    if estimate.accepted and explains_enough and _is_near(estimate, predicted):
-        return estimate
+    covariance = predicted.covariance[:6, :6]
+    estimate = tracker.aligner.track(image, predicted.pose, tracker.K, covariance, usual_contrast)
+    if tracker.learns:
+        accepted = _explains_as_learnt(estimate, usual_contrast)
+    else:
+        enough = MIN_CONTRAST_RATIO * usual_contrast
+        accepted = estimate.accepted and estimate.explained_contrast >= enough
 
+    if accepted and _is_near(estimate, predicted):
+        return dataclasses.replace(estimate, accepted=True, reason="")
     reason = estimate.reason or "the pose explains less of the frame than it did"
     return dataclasses.replace(estimate, accepted=False, reason=reason)
+
+
+def _explains_as_learnt(estimate, usual_contrast):
+    """Whether an estimate explains about as much as the target did since it was started."""
+    enough = max(MIN_LEARNT_CONTRAST, MIN_LEARNT_CONTRAST_RATIO * usual_contrast)
+    return estimate.explained_contrast >= enough  # also false for NaN
 
 
 def track_clip(
@@ -561,16 +673,19 @@ def track_clip(
     aligner=None,
     fps: float | None = None,
     progress: bool = True,
+    starts: dict | None = None,
 ) -> list[TrackedPose]:
     """Track a finished clip; the track is forward-backward smoothed.
 
     Args:
-        clip: `Clip`, or another iterable of `Frame`.
+        clip: `Clip`, or another iterable of `Frame`; with starts it is read more than once.
         K: (3, 3) camera matrix, pixels.
-        detector: see `Tracker`.
+        detector: see `Tracker`; None: there are starts.
         aligner: see `Tracker`.
         fps: frames a second where the clip does not say.
         progress: show a bar.
+        starts: {number of a frame: pose (4, 4)} that the user knows. The target is followed from
+            each one forwards and backwards. Between two starts, the nearer one counts.
 
     Returns:
         list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked frames are
@@ -578,28 +693,116 @@ def track_clip(
         "lost" and have no pose.
 
     Raises:
-        ValueError: a wrong K, fps that are not positive, or a detector and an aligner of different
-            targets.
+        ValueError: a wrong K, fps that are not positive, a detector and an aligner of different
+            targets, neither a detector nor starts, or a start where no track can begin.
     """
+    starts = _check_starts(starts or {}, detector, aligner)
     fps = getattr(clip, "fps", None) or fps
     tracker = Tracker(K, fps, detector, aligner, keep=True)
     estimates = []
     recent_images = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
+    if starts and iter(clip) is clip:
+        clip = list(clip)  # it can be read only once
 
-    count = getattr(clip, "count", None)
+    count = len(clip) if isinstance(clip, list) else getattr(clip, "count", None)
+    if count is not None:
+        _check_frame_numbers(starts, count)
     for frame in tqdm(clip, "tracking", count, unit="frame", disable=not progress):
-        tracked = tracker.update(frame.image, frame.seconds, frame.fault)
+        index = len(estimates)
+        if index in starts:
+            tracked = _start(tracker, frame, index, starts[index])
+        else:
+            tracked = tracker.update(frame.image, frame.seconds, frame.fault)
         estimates.append(tracker.steps[-1].estimate)
         recent_images.append(frame.image)
         has_settled = tracked.status != "lost" and tracker.age == START_FRAMES
-        if has_settled and aligner is not None:
+        is_found = index + 1 - START_FRAMES not in starts
+        if has_settled and is_found and aligner is not None:
             _track_backwards(tracker, recent_images, estimates)
+
+    _check_frame_numbers(starts, len(estimates))
+    for index in sorted(starts):
+        _follow_backwards(tracker, clip, starts, index, estimates, progress)
 
     # With an aligner, estimates may have been replaced, so the filter runs again. Without one, none
     # was replaced, and only the live filter knows which tracks were dropped.
     if aligner is not None:
         tracker = _filter_again(tracker, estimates)
     return _without_open_gaps(tracker.smoothed(), fps)
+
+
+def _check_starts(starts, detector, aligner):
+    """The starts {number of a frame: pose (4, 4) float64}, or a ValueError."""
+    if detector is None and not starts:
+        raise ValueError(
+            "nothing finds the target: give a detector (trained weights), or starts, "
+            "{number of a frame: pose (4, 4)}"
+        )
+    if aligner is None and starts:
+        raise ValueError("starts are followed on the pixels: give an aligner too")
+    return {
+        index: xu.rigid_matrix(pose, f"starts, frame {index}") for index, pose in starts.items()
+    }
+
+
+def _check_frame_numbers(starts, count):
+    """Raise ValueError where a start is in none of the clip's frames."""
+    outside = [index for index in starts if index not in range(count)]
+    if outside:
+        raise ValueError(f"starts, frame {outside[0]}: the clip has the frames 0 to {count - 1}")
+
+
+def _start(tracker, frame, index, pose):
+    """The `TrackedPose` of a frame in which the user gives the pose."""
+    try:
+        return tracker.start(frame.image, pose, frame.seconds)
+    except ValueError as error:
+        raise ValueError(f"starts, frame {index}: {error}") from None
+
+
+def _follow_backwards(live, clip, starts, start, estimates, progress):
+    """Follow a target back from a start to the one before, or to the clip's first frame.
+
+    A second live tracker takes the frames in reverse order. Its estimates replace those that are
+    missing, and those of frames that are nearer to this start than to the one before.
+    """
+    before = max((index for index in starts if index < start), default=None)
+    first = 0 if before is None else before + 1
+    if first == start:
+        return
+
+    tracker = Tracker(live.K, live.fps, None, live.aligner)
+    frames = _reversed_frames(clip, first, start)
+    for index, frame in tqdm(
+        frames, "backwards", start - first + 1, unit="frame", disable=not progress
+    ):
+        seconds = live.steps[start].seconds - live.steps[index].seconds
+        if index == start:
+            tracker.start(frame.image, starts[start], seconds)
+            continue
+
+        tracker.update(frame.image, seconds, frame.fault)
+        if tracker.motion is None:
+            break
+        found = tracker.steps[-1].estimate
+        is_nearer = before is None or start - index < index - before
+        if found.accepted and (is_nearer or not estimates[index].accepted):
+            estimates[index] = found
+
+
+def _reversed_frames(clip, first, last):
+    """Yield number and `Frame`, from the last to the first; a clip is read forwards, in parts."""
+    end = last + 1
+    count = 1
+    while end > first:
+        begin = max(first, end - count)
+        frames = list(itertools.islice(clip, begin, end))
+        yield from zip(reversed(range(begin, end)), reversed(frames))
+
+        end = begin
+        image = frames[-1].image
+        if image is not None:
+            count = max(1, int(BACKWARD_BYTES / image.nbytes))
 
 
 def _track_backwards(tracker, recent_images, estimates):
@@ -626,7 +829,7 @@ def _track_backwards(tracker, recent_images, estimates):
 
         earlier = steps[index].seconds
         predicted, _ = tracker.model.predict(motion, earlier - seconds)
-        estimate = _align(tracker.aligner, image, tracker.K, predicted, usual_contrast)
+        estimate = _align(tracker, image, predicted, usual_contrast)
         if not (estimate.accepted and _is_better(estimate, estimates[index])):
             break
 
@@ -681,3 +884,149 @@ def summary(track: Sequence[TrackedPose]) -> str:
     if with_second:
         parts.append(f"a second target in sight in {with_second}")
     return f"{len(track)} frames: {', '.join(parts)}"
+
+
+# ------------------------------------------------------------ the command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; ends with one line on the error stream where something is wrong.
+
+    Args:
+        arguments: words of the command, or None for those of the shell.
+    """
+    options = _parse(arguments)
+    try:
+        track = _track_to_files(options)
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    print(f"{options.out}: {summary(track)}")
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        "python -m xwing.tracking",
+        description="Follow an object through a clip; writes track.csv, track.json, overlay.mp4.",
+    )
+    parser.add_argument("source", type=Path, help="a video, a GIF or a folder of frames")
+    parser.add_argument(
+        "--target", type=Path, required=True, metavar="FILE", help="a mesh, or a target's JSON file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="is made if missing")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help='{"frame": number from 0, "pose": 4 x 4, model to OpenCV camera}, or a list of them',
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network that finds it")
+    parser.add_argument(
+        "--fps", type=float, default=30.0, help="where the source does not say (default: 30)"
+    )
+    lens = parser.add_mutually_exclusive_group()
+    lens.add_argument(
+        "--focal", type=float, default=35.0, metavar="MM", help="of a 36 mm sensor (default: 35)"
+    )
+    lens.add_argument(
+        "--camera",
+        type=Path,
+        metavar="FILE",
+        help='{"K": 3 x 3, "width", "height", optional "distortion": k1 k2 p1 p2 ...}',
+    )
+    return parser.parse_args(arguments)
+
+
+def _track_to_files(options):
+    """The track that the command line asks for, once its files are written."""
+    if options.start is None and options.weights is None:
+        raise ValueError(
+            "nothing finds the target: give --start (a pose that you know), "
+            "--weights (of a trained network), or both"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        raise FileExistsError(f"--out: expected a folder, got the file {options.out}")
+
+    target = xu.load_target(options.target)
+    starts = {} if options.start is None else read_starts(options.start)
+    clip = Clip(options.source)
+    if options.camera is None:
+        K = xu.lens_camera(clip.width, clip.height, options.focal)
+    else:
+        K = _read_camera(options.camera, clip)
+
+    fps = clip.fps or options.fps
+    detector = None if options.weights is None else Detector(options.weights)
+    aligner = Aligner(target)
+    options.out.mkdir(parents=True, exist_ok=True)
+    track = track_clip(clip, K, detector, aligner, fps, starts=starts)
+
+    for name in ("track.csv", "track.json"):
+        export_track(options.out / name, track, K, clip.width, clip.height)
+    pictures = _overlays(clip, track, K, target)
+    write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
+    return track
+
+
+def read_starts(path: str | Path) -> dict[int, np.ndarray]:
+    """Read the poses that a user knows of a clip, for `track_clip`.
+
+    Args:
+        path: of a JSON file: {"frame": number from 0, "pose": 4 x 4 model -> OpenCV camera}, or a
+            list of them. Other keys are ignored.
+
+    Returns:
+        {number of the frame: pose (4, 4)}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, no start, or two of one frame.
+    """
+    rows = xu.read_json(path)
+    rows = rows if isinstance(rows, list) else [rows]
+    starts = {}
+    for row in rows:
+        if not (isinstance(row, dict) and {"frame", "pose"} <= set(row)):
+            raise ValueError(f'{path}: expected {{"frame": 0, "pose": 4 x 4}} or a list of them')
+        index = row["frame"]
+        if type(index) is not int or index < 0:
+            raise ValueError(f"{path}: frame: expected a number from 0, got {index!r}")
+        if index in starts:
+            raise ValueError(f"{path}: there are two starts in frame {index}; keep one")
+        starts[index] = xu.rigid_matrix(row["pose"], f"{path}, frame {index}")
+
+    if not starts:
+        raise ValueError(f"{path}: there is no start in it")
+    return starts
+
+
+def _read_camera(path, clip):
+    """K (3, 3) of a camera file; its distortion is removed from the clip."""
+    camera = xu.read_json(path)
+    if not (isinstance(camera, dict) and {"K", "width", "height"} <= set(camera)):
+        raise ValueError(f'{path}: expected {{"K": 3 x 3, "width": ..., "height": ...}}')
+
+    if (camera["width"], camera["height"]) != (clip.width, clip.height):
+        raise ValueError(
+            f"{path}: is of frames of {camera['width']}x{camera['height']} pixels, "
+            f"the clip has {clip.width}x{clip.height}; calibrate at this size"
+        )
+    try:
+        K = xu.check_camera_matrix(camera["K"])
+        if camera.get("distortion") is not None:
+            clip.undistort(K, camera["distortion"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return K
+
+
+def _overlays(clip, track, K, target) -> Iterator[np.ndarray]:
+    """Yield each frame with its pose; one that cannot be read shows the last one before it."""
+    image = np.zeros((clip.height, clip.width, 3), np.uint8)
+    for frame, tracked in zip(clip, track):
+        if frame.image is not None:
+            image = frame.image
+        yield draw_tracked(image, tracked, K, target)
+
+
+if __name__ == "__main__":
+    main()
