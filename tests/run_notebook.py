@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 
 KERNEL_SECONDS = 120  # in which a kernel must have started
+STARTUP_LOG = "absl::InitializeLog()"  # in what TensorFlow prints before it can be silenced
 
 
 def run_notebook(path: Path, target: Path, limit: int) -> str:
@@ -39,9 +40,19 @@ def run_notebook(path: Path, target: Path, limit: int) -> str:
     except Exception as error:
         return f"{path}: {_fault(client, notebook, error, limit)}"
 
+    _drop_startup_log(notebook)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
     return ""
+
+
+def _drop_startup_log(notebook):
+    """Remove what TensorFlow prints when it starts: it says nothing of the notebook."""
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        cell_text = [output.get("text", "") for output in outputs]
+        if any(STARTUP_LOG in text for text in cell_text):
+            cell.outputs = [o for o, text in zip(outputs, cell_text) if STARTUP_LOG not in text]
 
 
 def _fault(client, notebook, error, limit):

@@ -54,6 +54,16 @@ def test_execution_counts_run_from_one(root, name):
     assert counts == list(range(1, len(counts) + 1))
 
 
+def test_the_start_up_log_of_tensorflow_is_not_stored(tmp_path):
+    warn = "import sys\nprint('{}', file=sys.stderr)"
+    log = warn.format("messages before absl::InitializeLog() are written to STDERR")
+    path = notebook(tmp_path / "log.ipynb", log, warn.format("this is meant"), "print('fine')")
+    assert run_notebook.run_notebook(path, tmp_path / "out.ipynb", limit=60) == ""
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    texts = [[output.text.strip() for output in cell.outputs] for cell in cells]
+    assert texts == [[], ["this is meant"], ["fine"]]
+
+
 def test_viewer_runs_ten_times_without_a_browser(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     path = notebook(tmp_path / "viewer.ipynb", *VIEWER.split("\n\n"))
