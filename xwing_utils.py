@@ -1938,7 +1938,11 @@ def weights_target(path: str | Path) -> Target:
     Raises:
         FileNotFoundError, ValueError: as `weights_settings`.
     """
-    info = weights_settings(path)
+    return _trained_target(weights_settings(path), path)
+
+
+def _trained_target(info, path):
+    """The target that settings of weights name; weights older than targets are the X-wing's."""
     if "target" not in info:
         return XWING
     return target_from_record(info["target"], weights_files(path)[1], ROOT)
@@ -1963,8 +1967,9 @@ def load_model(path: str | Path, size: int | None = None, target: Target | None 
         ValueError: the files are foreign, damaged, do not belong together, or are those of another
             target.
     """
-    settings = weights_settings(path)["model"]
-    trained_target = weights_target(path)
+    info = weights_settings(path)
+    settings = info["model"]
+    trained_target = _trained_target(info, path)
     if target is not None:
         check_same_target(trained_target, target, f"{path}: these weights")
     if size and size % 32:

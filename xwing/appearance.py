@@ -337,6 +337,21 @@ def _samples_of_pixels(picture):
     return [picture[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps]
 
 
+def sample_picture(picture: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the colours (P, 3) of a picture between its pixels (bicubic).
+
+    Args:
+        picture: (h, w, 3) float32.
+        positions: (P, 2) float32 pixels; beyond the edge the nearest pixel counts.
+    """
+    # In OpenCV the centre of a pixel has whole coordinates. A map of positions must be narrower
+    # than 32,768, so the points are looked up in rows of 1,024.
+    rows = int(np.ceil(len(positions) / 1024))
+    centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
+    found = cv2.remap(picture, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return found.reshape(-1, 3)[: len(positions)]
+
+
 def near_target(coverage: np.ndarray) -> np.ndarray:
     """Return a mask (h, w) of the pixels that show the target or touch one that does.
 

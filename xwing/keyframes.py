@@ -13,7 +13,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from xwing.appearance import Drawing, Painting, camera_points, fill_gaps, to_light
+from xwing.appearance import Drawing, Painting, camera_points, fill_gaps, sample_picture, to_light
 from xwing.mesh import Mesh
 
 NEW_ANGLE = 20.0  # degrees by which a view is turned against all key frames, to be a new one
@@ -61,16 +61,7 @@ class KeyFrame:
 
         tolerance = tolerance + DEPTH_TOLERANCE_PIXELS * z / np.float32(self.K[0, 0])
         known = inside & (np.abs(self.depth[row, column] - z) < tolerance)
-        return _sample(self.albedo, pixels), known
-
-
-def _sample(picture, pixels):
-    """A picture (h, w, 3) between its pixels, at positions (P, 2)."""
-    # A picture in OpenCV is at most 32767 wide, so the points are looked up in rows of 1024.
-    rows = -(-len(pixels) // 1024)
-    centres = np.resize(np.float32(pixels) - np.float32(0.5), (rows, 1024, 2))
-    found = cv2.remap(picture, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    return found.reshape(-1, 3)[: len(pixels)]
+        return sample_picture(self.albedo, np.float32(pixels)), known
 
 
 class KeyFrames:

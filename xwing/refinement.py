@@ -33,6 +33,7 @@ from xwing.appearance import (
     grey_slope,
     mean_square,
     near_target,
+    sample_picture,
     solve_coefficients,
     to_light,
 )
@@ -156,14 +157,7 @@ class Template:
 
     def residual(self, positions: np.ndarray) -> np.ndarray:
         """Return the frame at some positions (P, 2) less the colours: (P, 3) grey levels."""
-        # In OpenCV the centre of a pixel has whole coordinates. A map of positions must be narrower
-        # than 32,768, so the points are looked up in rows of 1,024.
-        rows = int(np.ceil(len(positions) / 1024))
-        centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
-        seen = cv2.remap(
-            self.view.image, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-        )
-        return seen.reshape(-1, 3)[: len(positions)] - self.colours
+        return sample_picture(self.view.image, positions) - self.colours
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,6 @@ SUPERSAMPLING = 2  # samples per pixel and direction
 MIN_DETAIL = 0.1  # samples: triangles whose visible area is smaller from everywhere are not drawn
 SHADOW_SIZE = 160  # pixels, width of the shadow map
 SHADOW_BIAS = 0.012771  # diameters: see `mesh.sunlit`
-MAX_TRIANGLES = 200_000  # a larger mesh takes too long for training
 # Tame squares are like the rendered frames: true paint, soft light and a night sky.
 TAME_FRACTION = 0.3
 DISTANCE = 2.1285  # diameters from the camera to the target in the rendered frames
@@ -218,13 +217,13 @@ class _Exterior:
         mesh: `xwing.mesh.Mesh`, about its own origin.
 
     Raises:
-        ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
+        ValueError: more than `mesh.MAX_TRIANGLES`, or vertices that are not finite.
     """
 
     def __init__(self, mesh):
-        if len(mesh.faces) > MAX_TRIANGLES or not np.isfinite(mesh.vertices).all():
+        if len(mesh.faces) > meshes.MAX_TRIANGLES or not np.isfinite(mesh.vertices).all():
             raise ValueError(
-                f"mesh: expected at most {MAX_TRIANGLES:,} triangles, all finite; got "
+                f"mesh: expected at most {meshes.MAX_TRIANGLES:,} triangles, all finite; got "
                 f"{len(mesh.faces):,}, {(~np.isfinite(mesh.vertices)).any(1).sum()} not finite; "
                 "simplify it, or export it again"
             )
@@ -311,7 +310,7 @@ class Synthesiser:
         mesh: `xwing.mesh.Mesh`, about its own origin.
 
     Raises:
-        ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
+        ValueError: more than `mesh.MAX_TRIANGLES`, or vertices that are not finite.
     """
 
     def __init__(self, mesh: meshes.Mesh):
@@ -485,7 +484,7 @@ class Randomiser:
         mesh: `xwing.mesh.Mesh`, about its own origin.
 
     Raises:
-        ValueError: more than MAX_TRIANGLES, or vertices that are not finite.
+        ValueError: more than `mesh.MAX_TRIANGLES`, or vertices that are not finite.
     """
 
     def __init__(self, mesh: meshes.Mesh):
