@@ -105,7 +105,7 @@ class TrackedPose:
         velocity: (6,) rotation in camera axes, rad/s, then translation, model units/s, or None.
         explained_contrast: fraction of the frame's contrast that the target explains, 0 to 1, or
             NaN.
-        reason: why the pose was not measured.
+        reason: why the pose was not measured, or what speaks against it.
         probability: that the pose is within 5 degrees and 0.106 diameters of the true one.
         second_target: (4, 4) pose of a second target, if the network saw one lately, or None. It is
             only reported, not followed.

@@ -33,6 +33,11 @@ __all__ = ["TrackedPose", "Tracker", "export_track", "summary", "track_clip", "t
 # Bytes of the frames that are kept at a time where a clip is read backwards.
 BACKWARD_BYTES = 2e8
 
+# Two poses of one frame that are right, within 5 degrees and 0.106 diameters each, differ by no
+# more than this: degrees, and diameters.
+MAX_DISAGREEMENT_TURN = 10.0
+MAX_DISAGREEMENT_SHIFT = 0.21285
+
 
 def track_clip(
     clip: Iterable,
@@ -53,7 +58,8 @@ def track_clip(
         fps: frames a second where the clip does not say.
         progress: show a bar.
         starts: {number of a frame: pose (4, 4)} that the user knows. The target is followed from
-            each one forwards and backwards. Between two starts, the nearer one counts.
+            each one forwards and backwards. Between two starts, the nearer one counts. Where the
+            tracks from both differ, `reason` says so, and the probability is at most one half.
 
     Returns:
         list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked frames are
@@ -89,14 +95,16 @@ def track_clip(
             _track_backwards(tracker, recent_images, estimates)
 
     _check_frame_numbers(starts, len(estimates))
+    doubts = {}
     for index in sorted(starts):
-        _follow_backwards(tracker, clip, starts, index, estimates, progress)
+        doubts |= _follow_backwards(tracker, clip, starts, index, estimates, progress)
 
     # With an aligner, estimates may have been replaced, so the filter runs again. Without one, none
     # was replaced, and only the live filter knows which tracks were dropped.
     if aligner is not None:
         tracker = _filter_again(tracker, estimates)
-    return _without_open_gaps(tracker.smoothed(), fps)
+    track = _without_open_gaps(tracker.smoothed(), fps)
+    return [_doubted(tracked, doubts.get(index)) for index, tracked in enumerate(track)]
 
 
 def _check_starts(starts, detector, aligner):
@@ -133,12 +141,16 @@ def _follow_backwards(live, clip, starts, start, estimates, progress):
 
     A second live tracker takes the frames in reverse order. Its estimates replace those that are
     missing, and those of frames that are nearer to this start than to the one before.
+
+    Returns:
+        {number of a frame: how the tracks from both starts differ there}, where they do.
     """
     before = max((index for index in starts if index < start), default=None)
     first = 0 if before is None else before + 1
     if first == start:
-        return
+        return {}
 
+    doubts = {}
     tracker = Tracker(live.K, live.fps, None, live.aligner)
     frames = _reversed_frames(clip, first, start)
     for index, frame in tqdm(
@@ -150,12 +162,38 @@ def _follow_backwards(live, clip, starts, start, estimates, progress):
             continue
 
         tracker.update(frame.image, seconds, frame.fault)
-        if tracker.motion is None:
-            break
         found = tracker.steps[-1].estimate
+        known = estimates[index]
+        if not found.accepted:
+            continue
+
+        if before is not None and known.accepted:
+            difference = _difference(known.pose, found.pose, live.target)
+            if difference:
+                doubts[index] = f"the tracks from frames {before} and {start} {difference}"
         is_nearer = before is None or start - index < index - before
-        if found.accepted and (is_nearer or not estimates[index].accepted):
+        if is_nearer or not known.accepted:
             estimates[index] = found
+
+    return doubts
+
+
+def _difference(one, other, target):
+    """How two poses differ, in words; empty where both may be right."""
+    equivalent = [other @ symmetry for symmetry in target.symmetries]
+    turn = min(xu.rotation_error(one, pose) for pose in equivalent)
+    centre = np.append(target.box.mean(0), 1)
+    shift = np.linalg.norm((one - other)[:3] @ centre) / target.diameter
+    if turn <= MAX_DISAGREEMENT_TURN and shift <= MAX_DISAGREEMENT_SHIFT:
+        return ""
+    return f"differ by {turn:.0f} degrees and {shift:.2f} diameters"
+
+
+def _doubted(tracked, doubt):
+    """A `TrackedPose` of which two starts disagree: at most one of them is right."""
+    if doubt is None or tracked.pose is None:
+        return tracked
+    return dataclasses.replace(tracked, probability=min(tracked.probability, 0.5), reason=doubt)
 
 
 def _reversed_frames(clip, first, last):
@@ -240,13 +278,17 @@ def _without_open_gaps(track, fps):
 def summary(track: Sequence[TrackedPose]) -> str:
     """Return a line that says how many frames of a track are tracked, predicted and lost.
 
-    It also says in how many frames a second target was seen, if in any.
+    It also says in how many frames the starts disagree, and a second target was seen, if in any.
 
     Args:
         track: one `TrackedPose` a frame.
     """
     counts = collections.Counter(tracked.status for tracked in track)
     parts = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
+
+    doubted = sum(tracked.status == "tracked" and bool(tracked.reason) for tracked in track)
+    if doubted:
+        parts.append(f"the starts disagree in {doubted}")
 
     with_second = sum(tracked.second_target is not None for tracked in track)
     if with_second:
