@@ -46,19 +46,21 @@ CONTRADICTION_TURN = 30.0
 # The network is asked where the explained contrast falls below this fraction of its usual value.
 MIN_CONTRAST_RATIO = 0.7
 
-# A track that the user has started learns how its target looks, so a right pose explains nearly as
-# much as the track did lately, whatever that is. On clips of printed boxes and of a figure, right
-# poses explained at least 0.90 of it, and at least 0.45 of the contrast. Wrong poses explained at
-# most 0.47 of it, except those that were nearly right. The limit lies between them, because an
-# occluder takes a part from what a right pose explains.
-MIN_LEARNT_CONTRAST_RATIO = 0.6
+# Log-odds that an aligned pose of a track is right, from 1, the fraction of the contrast that it
+# explains, and the separation of the colours inside and outside of its outline.
+EVIDENCE = (-7.5, 14.3, 6.4)
 
-# The explained contrast that a started track needs at least, however little is usual.
-MIN_LEARNT_CONTRAST = 0.25
+# The separation that stands for an unknown one: it is neither evidence for a pose nor against it.
+USUAL_SEPARATION = 0.4
 
-# The fraction of the usual explained contrast from which a pose is learnt from. It leaves room for
-# a side that comes into view: as long as nobody knows how it looks, less is explained every frame.
-CONFIDENT_CONTRAST_RATIO = 0.8
+# The log-odds from which a pose is learnt from, and from which one that was found again is used.
+CONFIDENT_EVIDENCE = 1.0
+
+# A target that is lost is looked for in one frame of so many.
+SEARCH_FRAMES = 5
+
+# Poses of a search that are aligned and judged.
+SEARCHED_POSES = 3
 
 # Standard deviations of a pose that the user gives: radians, and diameters.
 START_TURN = 0.03
@@ -259,6 +261,8 @@ class Tracker:
         self.age = 0
         self.learns = False
         self.second_target = None
+        self._last_pose = None  # (4, 4) of the last frame with a pose
+        self._searches = 0  # frames without a pose in which the key frames could be asked
         self.steps = collections.deque(maxlen=None if keep else 1)
 
         self._redetection = _Redetection()
@@ -281,14 +285,14 @@ class Tracker:
         if image is None:
             estimate = xu.PoseEstimate(None, reason=fault or "the frame is missing")
         elif self.motion is None:
-            estimate = self._detect(image)
+            estimate = self._find(image)
         elif self.aligner is None:
             estimate = self._measure_without_pixels(image, seconds)
         else:
             estimate = self._measure_on_pixels(image, seconds)
         tracked = self.update_pose(estimate, seconds)
         if self.learns and tracked.status == "tracked":
-            self._learn(image, tracked)
+            self._learn(image, tracked.pose)
         return tracked
 
     def start(
@@ -351,7 +355,9 @@ class Tracker:
 
         self.motion = motion
         self.seconds = seconds
-        if motion is None:
+        if motion is not None:
+            self._last_pose = motion.pose
+        else:
             self.second_target = None
             self._redetection.pending = None
 
@@ -375,7 +381,7 @@ class Tracker:
         covariance = predicted.covariance[:6, :6]
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
-            accepted = _explains_as_learnt(estimate, usual_contrast)
+            accepted = evidence(estimate) > 0
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
@@ -407,10 +413,10 @@ class Tracker:
                 "is it in mesh units, model to OpenCV camera, and is K that of the clip?"
             )
 
-    def _learn(self, image, tracked):
-        """Let the aligner learn from a frame that the target explains as well as usual."""
-        if tracked.explained_contrast >= CONFIDENT_CONTRAST_RATIO * self.usual_contrast:
-            self.aligner.learn(image, tracked.pose, self.K)
+    def _learn(self, image, pose):
+        """Let the aligner learn from a frame whose pose is beyond doubt."""
+        if evidence(self.steps[-1].estimate) >= CONFIDENT_EVIDENCE:
+            self.aligner.learn(image, pose, self.K)
 
     # ---------------------------------------------------------------- filter
 
@@ -490,8 +496,28 @@ class Tracker:
             return self._check_by_redetection(image, aligned, seconds)
 
         self._redetection.last = seconds
-        detected = self._detect(image, near=predicted.pose, prior=predicted.pose)
-        return detected if detected.accepted else aligned
+        found = self._find(image, near=predicted.pose, prior=predicted.pose)
+        return found if found.accepted else aligned
+
+    def _find(self, image, near=None, prior=None):
+        """The `PoseEstimate` of a target without a track, by the network or by the key frames."""
+        detected = self._detect(image, near, prior)
+        if detected.accepted or not self.learns:
+            return detected
+
+        self._searches += 1
+        if self._searches % SEARCH_FRAMES:
+            return detected
+        return self._find_by_key_frames(image) or detected
+
+    def _find_by_key_frames(self, image):
+        """The most probable `PoseEstimate` to which the key frames lead, or None."""
+        poses = self.aligner.find(image, self.K, self._last_pose)[:SEARCHED_POSES]
+        found = [self.aligner.track(image, pose, self.K) for pose in poses]
+        best = max(found, key=evidence, default=None)
+        if best is None or evidence(best) < CONFIDENT_EVIDENCE:
+            return None
+        return dataclasses.replace(best, accepted=True, reason="")
 
     def _measure_without_pixels(self, image, seconds):
         """The network's `PoseEstimate` near the prediction.
@@ -648,7 +674,18 @@ def _is_near(estimate, predicted):
     return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
 
 
-def _explains_as_learnt(estimate, usual_contrast):
-    """Whether an estimate explains about as much as the target did since it was started."""
-    enough = max(MIN_LEARNT_CONTRAST, MIN_LEARNT_CONTRAST_RATIO * usual_contrast)
-    return estimate.explained_contrast >= enough  # also false for NaN
+def evidence(estimate: xu.PoseEstimate) -> float:
+    """Return the log-odds that an aligned pose is right, as far as its frame says.
+
+    Args:
+        estimate: `PoseEstimate` of `Aligner.track`.
+
+    Returns:
+        log-odds; minus infinity where nothing of the frame is explained.
+    """
+    if not _is_aligned(estimate):
+        return -np.inf
+    separation = estimate.colour_separation
+    if np.isnan(separation):
+        separation = USUAL_SEPARATION
+    return float(np.dot(EVIDENCE, (1, estimate.explained_contrast, separation)))
