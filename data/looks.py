@@ -765,7 +765,7 @@ class Stage:
         self.behind = self._render({}, (0, 0, size, size), 96, seed)
 
     def image(self, matrix: np.ndarray, index: int) -> np.ndarray:
-        """Return frame `index` of the flight, (size, size, 3) uint8 RGB, with the ship at a pose."""
+        """Return frame `index` of the flight, the ship at a pose: (size, size, 3) uint8 RGB."""
         linear = self.behind.copy()
         mask = self._silhouette(matrix)
         rows, columns = np.nonzero(mask)
