@@ -63,6 +63,8 @@ OUTSIDERS = {  # module that is imported without its package -> file or folder
     "render": "data/render",
     "looks": "data/looks",
     "make_xwing": "data/make_xwing",
+    "make_objects": "data/make_objects",
+    "render_objects": "data/render_objects",
     "conftest": "tests",
     "bench": "tests",
 }
