@@ -211,7 +211,9 @@ class Aligner:
             judged; none where nothing was learnt.
         """
         near = None if near is None else xu.scale_pose(near, self.scale)
-        poses = self.key_frames.find(image, K, near=near)
+        colours = self.outline.colours
+        posterior = colours.posterior if colours.known else None
+        poses = self.key_frames.find(image, K, posterior, near)
         return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
 
     def forget(self) -> None:
