@@ -58,7 +58,7 @@ SILHOUETTE_SPAN = 24  # pixels of its picture that the diameter spans
 DISTANCE_STEP = 1.15  # ratio of two distances at which a silhouette is searched
 DISTANCE_RANGE = 1.33  # the target may be nearer and further than in all key frames by this factor
 RARE = -1.0  # log odds that a pixel shows the target, before its colour is known
-MAX_SEARCHED_SIZE = 320  # pixels of the picture in which silhouettes are searched
+MAX_SEARCHED_SIZE = 240  # pixels of the picture in which silhouettes are searched
 PLACES = 100  # in it, where they are compared
 MAX_SILHOUETTES = 4  # poses that silhouettes propose
 SAME_TURN = 20.0  # degrees, and
@@ -82,23 +82,19 @@ class Landmarks:
         return len(self.points)
 
     @classmethod
-    def in_picture(cls, picture: np.ndarray, count: int) -> "Landmarks":
-        """Find the most distinctive points (N, 2) of a picture.
-
-        Args:
-            picture: (h, w) uint8.
-            count: how many at most.
-        """
+    def in_picture(cls, picture: np.ndarray) -> "Landmarks":
+        """Find the most distinctive points (N, 2) of a picture (h, w) uint8, those first."""
         sift = cv2.SIFT_create(
-            count, contrastThreshold=WEAKEST_LANDMARK, enable_precise_upscale=True
+            FRAME_LANDMARKS, contrastThreshold=WEAKEST_LANDMARK, enable_precise_upscale=True
         )
         found, descriptors = sift.detectAndCompute(picture, None)
         if descriptors is None:
             return cls(np.empty((0, 2), np.float32), np.empty((0, 128), np.uint8))
+        order = np.argsort([-one.response for one in found], kind="stable")
         # For SIFT the centre of a pixel has whole coordinates.
         points = cv2.KeyPoint_convert(found) + np.float32(0.5)
-        # OpenCV returns the eight bits of each number as a float.
-        return cls(points, np.uint8(descriptors))
+        # OpenCV returns whole numbers, 0 to 255, as floats.
+        return cls(points[order], np.uint8(descriptors[order]))
 
     def match(self, other: "Landmarks") -> tuple[np.ndarray, np.ndarray]:
         """Match each landmark with the other one that is clearly most like it.
@@ -142,7 +138,7 @@ def surface_landmarks(
     crop = cv2.cvtColor(image[top : top + height, left : left + width], cv2.COLOR_RGB2GRAY)
     crop, scale = _resize(crop, 2 if max(crop.shape) < SMALL_TARGET else 1)
 
-    found = Landmarks.in_picture(crop, LANDMARKS)
+    found = Landmarks.in_picture(crop)
     pixels = found.points / np.float32(scale * shrink)  # of the view
     known_depth = np.where(np.isfinite(depth), depth, np.float32(np.nan))
     centres = pixels[:, None] - np.float32(0.5)  # as in `sample_picture`
@@ -150,8 +146,8 @@ def surface_landmarks(
 
     rays = np.column_stack([pixels, np.ones(len(z))]) @ np.linalg.inv(view_K).T
     points = (rays * z[:, None] - pose[:3, 3]) @ pose[:3, :3]
-    known = np.isfinite(z)
-    return Landmarks(np.float32(points[known]), found.descriptors[known])
+    kept = np.flatnonzero(np.isfinite(z))[:LANDMARKS]
+    return Landmarks(np.float32(points[kept]), found.descriptors[kept])
 
 
 def _resize(picture, scale):
@@ -243,7 +239,7 @@ def find_landmarks(places: list, image: np.ndarray, K: np.ndarray) -> list:
     scale = np.sqrt(SEARCHED_PIXELS / (image.shape[0] * image.shape[1]))
     picture, scales = _resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), scale)
     K = np.diag([*scales, 1]) @ K
-    seen = Landmarks.in_picture(picture, FRAME_LANDMARKS)
+    seen = Landmarks.in_picture(picture)
 
     matched = [_Matches.of(surface, seen, K) for surface in places]
     matched.sort(key=lambda one: len(one.points), reverse=True)
@@ -285,8 +281,8 @@ class Silhouette:
         ahead[:3, :3] = rotation
         ahead[:3, 3] = distance * AHEAD - rotation @ centre
 
-        size = 4 * SILHOUETTE_SIZE
-        focal = 4 * SILHOUETTE_SPAN * distance / mesh.diameter
+        size = 2 * SILHOUETTE_SIZE
+        focal = 2 * SILHOUETTE_SPAN * distance / mesh.diameter
         K = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
         ids, _ = rasterise(mesh.triangles, ahead, K, size, size, mesh.near)
         mask = 255 * np.uint8(ids >= 0)
@@ -312,23 +308,13 @@ def _turn(one, other):
 
 
 def _roll(mask, roll):
-    """A mask (4 S, 4 S), turned about its middle and shrunk to (S, S)."""
+    """A mask (2 S, 2 S), turned about its middle and shrunk to (S, S)."""
     size = mask.shape[0]
     middle = size / 2 - 0.5, size / 2 - 0.5
     # OpenCV counts the angle from x towards the top, the camera's axes from x towards the bottom.
     turn = cv2.getRotationMatrix2D(middle, -360 * roll / ROLLS, 1)
     rolled = cv2.warpAffine(mask, turn, (size, size))
     return cv2.resize(rolled, (SILHOUETTE_SIZE, SILHOUETTE_SIZE), interpolation=cv2.INTER_AREA)
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class _Placed:
-    """A silhouette at a place in a frame."""
-
-    log_likelihood: float  # compared with the frame without the target
-    row: int  # among the rolls of all silhouettes
-    distance: float
-    pixel: tuple  # (2,) of the frame
 
 
 def find_silhouettes(
@@ -350,23 +336,23 @@ def find_silhouettes(
     """
     if not silhouettes:
         return []
-    masks = np.concatenate([one.masks for one in silhouettes])
+    kernels = np.concatenate([one.masks for one in silhouettes]) / np.float32(255)
     log_odds = np.log(probability / (1 - probability)) + np.float32(RARE)
     distances = _distances([one.distance for one in silhouettes])
-    placed = [
-        one
-        for distance in distances
-        for one in _place(masks, log_odds, K[0, 0] * diameter / distance, distance)
-    ]
+    spans = K[0, 0] * diameter / distances
+    placed = [_place(kernels, log_odds, span) for span in spans]
+    likelihoods = np.concatenate([one for one, _ in placed])
+    pixels = np.concatenate([one for _, one in placed])
 
     poses = []
-    for one in sorted(placed, reverse=True):
-        silhouette = silhouettes[one.row // ROLLS]
-        pose = silhouette.pose(one.row % ROLLS, one.distance, one.pixel, K)
+    for best in np.argsort(-likelihoods, kind="stable"):
+        if len(poses) == MAX_SILHOUETTES or likelihoods[best] == -np.inf:
+            break
+        at, row = divmod(best, len(kernels))
+        silhouette = silhouettes[row // ROLLS]
+        pose = silhouette.pose(row % ROLLS, distances[at], pixels[best], K)
         if not any(_is_same(pose, other, silhouette.centre, diameter) for other in poses):
             poses.append(pose)
-        if len(poses) == MAX_SILHOUETTES:
-            break
     return poses
 
 
@@ -378,30 +364,35 @@ def _distances(seen):
     return np.geomspace(nearest, furthest, int(steps) + 1)
 
 
-def _place(masks, log_odds, span, distance):
-    """Each of some masks (T, S, S) at its best place in a frame (H, W): T `_Placed`.
+def _place(kernels, log_odds, span):
+    """The best place of each silhouette in a frame where the diameter spans `span` pixels.
 
-    The diameter of the target spans `span` pixels of the frame.
+    Args:
+        kernels: (T, S, S) float32, 1 inside.
+        log_odds: (H, W) float32 of the frame.
+        span: pixels.
+
+    Returns:
+        log-likelihoods (T,) and pixels (T, 2).
     """
     scale = SILHOUETTE_SPAN / span
-    if scale * max(log_odds.shape) > MAX_SEARCHED_SIZE:
-        return []  # so small in the frame that it shows no shape
+    if scale * max(log_odds.shape) > MAX_SEARCHED_SIZE:  # so small that it has no shape
+        return np.full(len(kernels), -np.inf), np.zeros((len(kernels), 2))
     small, scales = _resize(log_odds, scale)
     border = [SILHOUETTE_SIZE // 2] * 4
     small = cv2.copyMakeBorder(small, *border, cv2.BORDER_CONSTANT, value=RARE)
 
-    # Most places are far from fitting, whatever the silhouette: the mean of all of them tells.
-    kernels = np.float32(masks) / 255
+    # At most places no silhouette fits. The mean of all tells which these are.
     rough = cv2.matchTemplate(small, kernels.mean(0), cv2.TM_CCORR)
-    places = np.argsort(-rough.ravel())[:PLACES]
+    count = min(PLACES, rough.size)
+    places = np.argpartition(-rough.ravel(), count - 1)[:count]
     row, column = np.divmod(places, rough.shape[1])
-    windows = np.lib.stride_tricks.sliding_window_view(small, masks.shape[1:])[row, column]
+    windows = np.lib.stride_tricks.sliding_window_view(small, kernels.shape[1:])[row, column]
 
-    sums = kernels.reshape(len(kernels), -1) @ windows.reshape(len(windows), -1).T
-    best = sums.argmax(1)
-    likelihoods = sums.max(1) / np.prod(scales)  # a pixel here is several pixels of the frame
-    pixels = np.column_stack([column, row])[best] / scales
-    return [_Placed(likelihoods[i], i, distance, tuple(pixels[i])) for i in range(len(likelihoods))]
+    sums = kernels.reshape(len(kernels), -1) @ windows.reshape(count, -1).T
+    pixels = np.column_stack([column, row])[sums.argmax(1)] / scales
+    # A pixel of the small picture counts as several of the frame.
+    return sums.max(1) / np.prod(scales), pixels
 
 
 def _is_same(pose, other, centre, diameter):
