@@ -32,9 +32,11 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/overlay": {"xwing_utils", "xwing/detector", "xwing/footage"},
     "xwing/export": {"xwing_utils"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
+    "xwing/tracker": {"xwing_utils", "xwing/motion"},
     "xwing/tracking": {
         "xwing_utils",
         "xwing/motion",
+        "xwing/tracker",
         "xwing/footage",
         "xwing/detector",
         "xwing/alignment",
@@ -56,6 +58,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     # data/render imports itself in its worker processes.
     "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
     "data/make_xwing": set(),
+    "data/make_objects": set(),
+    "data/render_objects": {"xwing_utils", "xwing/mesh", "data/render"},
 }
 OUTSIDERS = {  # module that is imported without its package -> file or folder
     "render": "data/render",
