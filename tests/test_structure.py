@@ -16,6 +16,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/appearance": {"xwing_utils", "xwing/mesh"},
     "xwing/refinement": {"xwing_utils", "xwing/mesh", "xwing/appearance"},
     "xwing/verification": {"xwing_utils", "xwing/appearance", "xwing/refinement"},
+    "xwing/edges": {"xwing_utils", "xwing/mesh", "xwing/metrics"},
+    "xwing/templates": {"xwing_utils", "xwing/mesh", "xwing/edges", "xwing/scenery"},
     "xwing/keyframes": {"xwing/mesh", "xwing/appearance"},
     "xwing/alignment": {
         "xwing_utils",

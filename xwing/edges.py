@@ -383,7 +383,7 @@ class EdgeMatcher:
         pixels = _project(edges.points @ pose[:3, :3].T + pose[:3, 3], field.K)
         return float(_agreements(field, pixels, edges.angles, edges.weights))
 
-    def polish(self, field: EdgeField, pose: np.ndarray) -> tuple[np.ndarray, float, float] | None:
+    def polish(self, field: EdgeField, pose: np.ndarray) -> tuple[np.ndarray, float] | None:
         """Move, scale and roll the drawing of a pose until its edges agree best with the frame.
 
         Args:
@@ -391,19 +391,15 @@ class EdgeMatcher:
             pose: (4, 4) model -> OpenCV camera, off by a tenth of the diameter and 10 degrees.
 
         Returns:
-            pose (4, 4), its edge agreement, and by how much this is more than the median of the
-            poses around the first one; None where too little of the target shows.
+            pose (4, 4) and its edge agreement, or None where too little of the target shows.
         """
         pose = self.model.to_working(pose)
-        usual = None
         for reach in POLISH_REACHES:
             edges = self.model.edges(pose, field.K, POLISH_SIZE)
             if edges is None:
                 return None
-            pose, agreements = _best_neighbour(field, edges.thinned(POLISH_POINTS), pose, reach)
-            usual = np.median(agreements) if usual is None else usual
-        best = float(agreements.max())
-        return self.model.to_model(pose), best, best - float(usual)
+            pose, agreement = _best_neighbour(field, edges.thinned(POLISH_POINTS), pose, reach)
+        return self.model.to_model(pose), agreement
 
     def refine(self, field: EdgeField, pose: np.ndarray) -> np.ndarray | None:
         """Move a pose until its edges are nearest to those of the frame.
@@ -528,7 +524,7 @@ def _look_up(field, edges, pose):
 
 
 def _best_neighbour(field, edges, pose, reach):
-    """The best of the poses whose drawings are rolled, scaled and shifted, and all agreements."""
+    """The best pose whose drawing is rolled, scaled and shifted, and its edge agreement."""
     rolls = reach * ROLL_STEPS
     scales = np.exp(reach * SIZE_STEPS)
     steps = reach * SHIFT_STEPS * field.K[0, 0] / pose[2, 3]
@@ -546,7 +542,8 @@ def _best_neighbour(field, edges, pose, reach):
     best = np.unravel_index(agreements.argmax(), agreements.shape)
     roll, scale, shift = (steps[i] for steps, i in zip((rolls, scales, shifts), best))
     facing = _roll(roll) @ _towards(pose[:3, 3]).T @ pose[:3, :3]
-    return pose_at(middle + shift, pose[2, 3] / scale, facing, field.K), agreements
+    best_pose = pose_at(middle + shift, pose[2, 3] / scale, facing, field.K)
+    return best_pose, float(agreements.max())
 
 
 def _roll(angle):

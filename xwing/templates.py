@@ -66,14 +66,14 @@ PADDING = 0.35  # greater sides of the box that are searched around it
 FIELD_SIZE = 125  # pixels that the greater side of the box spans where edges are compared, at most
 MAX_POLISHED = 110  # templates that are polished
 TEMPLATE_ANGLE = 13.0  # degrees between two of them
-MAX_REFINED = 12  # polished poses that are refined
+MAX_REFINED = 16  # polished poses that are refined
 POLISHED_ANGLE = 12.0  # degrees between two of them
 
-# What counts against the edge agreement of a pose, as long as it is one of many.
+# What counts beside the edge agreement of a pose, as long as it is one of many.
 OVERLAP_WEIGHT = 10.0  # of the overlap of outline and box, against the score of a template
-SCORE_WEIGHT = 0.05  # of both
-SHARPNESS_WEIGHT = 0.8  # of how much better a pose is than those around it
-REFINED_OVERLAP_WEIGHT = 0.2  # of the overlap, once a pose is refined
+SCORE_WEIGHT = 0.02  # of both, against the agreement of a polished pose
+POLISHED_OVERLAP_WEIGHT = 0.5  # of the overlap of a polished pose
+REFINED_OVERLAP_WEIGHT = 0.2  # of the overlap of a refined pose
 
 
 # ============================================================ cells of a frame
@@ -295,7 +295,7 @@ class Templates:
         region = _Region(image, xu.check_camera_matrix(K), _check_box(box, image))
         field = EdgeField(image, region.K, region.padded, FIELD_SIZE / region.side)
         ranked = []
-        for pose in self._polish(field, self._search(region)):
+        for pose in self._polish(region, field, self._search(region)):
             pose = self.matcher.refine(field, pose)
             if pose is None:
                 continue
@@ -303,7 +303,7 @@ class Templates:
             overlap = REFINED_OVERLAP_WEIGHT * self._overlap(region, pose)
             ranked.append((start.edge_agreement + overlap, start))
         ranked.sort(key=lambda item: -item[0])
-        return self._distinct([start for _, start in ranked])[:count]
+        return self._distinct([start for _, start in ranked], count)
 
     def _search(self, region):
         """(score, pose) of the templates that fit best, MAX_POLISHED at most, the best first."""
@@ -341,15 +341,15 @@ class Templates:
             left[flat @ flat[rows[-1]] > limit] = -np.inf
         return rows
 
-    def _polish(self, field, candidates):
+    def _polish(self, region, field, candidates):
         """Polished poses, MAX_REFINED at most, the best first, none close to a better one."""
         polished = []
         for score, pose in candidates:
             found = self.matcher.polish(field, pose)
             if found is not None:
-                pose, agreement, sharpness = found
-                total = agreement + SHARPNESS_WEIGHT * sharpness + SCORE_WEIGHT * score
-                polished.append((total, pose))
+                pose, agreement = found
+                overlap = POLISHED_OVERLAP_WEIGHT * self._overlap(region, pose)
+                polished.append((agreement + overlap + SCORE_WEIGHT * score, pose))
         polished.sort(key=lambda item: -item[0])
 
         kept = []
@@ -364,10 +364,12 @@ class Templates:
         pixels = xu.project_pose(self.matcher.model.extremes, working, region.K)
         return float(region.overlaps(pixels.min(0), pixels.max(0)))
 
-    def _distinct(self, starts):
-        """The starts without those that are about the same as a better one."""
+    def _distinct(self, starts, count):
+        """The first starts, `count` at most, without those that are about the same as another."""
         kept = []
         for start in starts:
+            if len(kept) == count:
+                break
             if not any(self.matcher.is_same(start.pose, other.pose) for other in kept):
                 kept.append(start)
         return kept
