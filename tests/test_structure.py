@@ -14,7 +14,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/__init__": set(),
     "xwing/mesh": {"xwing_utils"},
     "xwing/appearance": {"xwing_utils", "xwing/mesh"},
-    "xwing/refinement": {"xwing_utils", "xwing/mesh", "xwing/appearance"},
+    "xwing/contour": {"xwing_utils", "xwing/mesh"},
+    "xwing/refinement": {"xwing_utils", "xwing/mesh", "xwing/appearance", "xwing/contour"},
     "xwing/verification": {"xwing_utils", "xwing/appearance", "xwing/refinement"},
     "xwing/edges": {"xwing_utils", "xwing/mesh", "xwing/metrics"},
     "xwing/templates": {"xwing_utils", "xwing/mesh", "xwing/edges", "xwing/scenery"},
@@ -22,6 +23,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/alignment": {
         "xwing_utils",
         "xwing/mesh",
+        "xwing/contour",
         "xwing/refinement",
         "xwing/keyframes",
         "xwing/verification",
@@ -58,7 +60,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/training": {"xwing_utils", "xwing/metrics"},
     "data/looks": set(),
     # data/render imports itself in its worker processes.
-    "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
+    "data/render": {"xwing_utils", "xwing/mesh", "xwing/film", "data/looks", "data/render"},
     "data/make_xwing": set(),
     "data/make_objects": set(),
     "data/render_objects": {"xwing_utils", "xwing/mesh", "data/render"},
@@ -67,6 +69,8 @@ OUTSIDERS = {  # module that is imported without its package -> file or folder
     "render": "data/render",
     "looks": "data/looks",
     "make_xwing": "data/make_xwing",
+    "make_objects": "data/make_objects",
+    "render_objects": "data/render_objects",
     "conftest": "tests",
     "bench": "tests",
 }
