@@ -41,6 +41,7 @@ from xwing.film import write_clip
 from xwing.footage import Clip
 from xwing.motion import FilteredMotion, MotionModel, smooth
 from xwing.overlay import draw_tracked
+from xwing.starts import read_starts  # users import it from here, too
 
 # The longest gap in the measurements that the prediction bridges, seconds.
 MAX_GAP_SECONDS = 0.5
@@ -965,38 +966,6 @@ def _track_to_files(options):
     pictures = _overlays(clip, track, K, target)
     write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
     return track
-
-
-def read_starts(path: str | Path) -> dict[int, np.ndarray]:
-    """Read the poses that a user knows of a clip, for `track_clip`.
-
-    Args:
-        path: of a JSON file: {"frame": number from 0, "pose": 4 x 4 model -> OpenCV camera}, or a
-            list of them. Other keys are ignored.
-
-    Returns:
-        {number of the frame: pose (4, 4)}.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else, no start, or two of one frame.
-    """
-    rows = xu.read_json(path)
-    rows = rows if isinstance(rows, list) else [rows]
-    starts = {}
-    for row in rows:
-        if not (isinstance(row, dict) and {"frame", "pose"} <= set(row)):
-            raise ValueError(f'{path}: expected {{"frame": 0, "pose": 4 x 4}} or a list of them')
-        index = row["frame"]
-        if type(index) is not int or index < 0:
-            raise ValueError(f"{path}: frame: expected a number from 0, got {index!r}")
-        if index in starts:
-            raise ValueError(f"{path}: there are two starts in frame {index}; keep one")
-        starts[index] = xu.rigid_matrix(row["pose"], f"{path}, frame {index}")
-
-    if not starts:
-        raise ValueError(f"{path}: there is no start in it")
-    return starts
 
 
 def _read_camera(path, clip):
