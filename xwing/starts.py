@@ -26,7 +26,7 @@ SAME_PIXEL = 1.0  # pixels that are nearer to each other are one
 
 # The largest residual of a pin that fits, as a fraction of how far the pins reach in the frame.
 MAX_RESIDUAL = 0.25
-USUAL_RESIDUAL = 0.08  # of a hasty click, likewise
+USUAL_RESIDUAL = 0.05  # of a hasty click, likewise
 
 TURN = 10.0  # degrees by which the starts around a pose are turned
 FIXED = 1e-4  # radians, and diameters: the standard deviations of a pose that is only judged
