@@ -184,6 +184,20 @@ WIDE = dataclasses.replace(
 )
 
 
+def random_flight(rng: np.random.Generator) -> Flight:
+    """Draw a flight that stays in the frame, about as fast as CALM; it has no sky of its own."""
+    seconds = np.arange(11.0)
+    angle = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * 0.9 * seconds  # about the frame
+    centres = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.3, 0.6, (11, 1))
+    distances = 1.05 + 0.3 * np.sin(rng.uniform(0, 2 * np.pi) + rng.uniform(0.5, 1.2) * seconds)
+    rolls = np.cumsum(rng.normal(0, 50, 11))
+    return dataclasses.replace(
+        CALM,
+        waypoints=tuple(map(tuple, np.column_stack([seconds, centres, distances]))),
+        rolls=tuple(map(tuple, np.column_stack([seconds, rolls]))),
+    )
+
+
 def flight_poses(flight: Flight = CALM, count: int = 300, fps: float = 30) -> np.ndarray:
     """Return the (count, 4, 4) model matrices of a smooth flight.
 
@@ -779,6 +793,19 @@ def flight_frame(
     matrix = flight_poses(flight)[index]
     image = ship.frame(matrix, look, flight.width, flight.height, flight.samples)
     return image, matrix, look.quality
+
+
+@functools.lru_cache(maxsize=1)
+def _stage(seed, mesh_path):
+    ship = renderer(mesh_path)
+    return looks.Stage(ship.mi, ship.mesh, seed, SIZE, FOCAL)
+
+
+def staged_frame(seed: int, index: int, mesh_path: str | Path = SHIP) -> Frame:
+    """Render frame `index` of a flight in a scene; the seed draws scene, paint and path."""
+    flight = random_flight(np.random.default_rng([seed, 1]))
+    matrix = flight_poses(flight)[index]
+    return _stage(seed, mesh_path).image(matrix, index), matrix, 95
 
 
 FLIGHTS = {"flight": CALM, "wild": WILD, "wide": WIDE}

@@ -59,6 +59,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     # data/render imports itself in its worker processes.
     "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
     "data/make_xwing": set(),
+    "data/make_objects": set(),
+    "data/render_objects": {"xwing_utils", "xwing/mesh", "data/render"},
 }
 OUTSIDERS = {  # module that is imported without its package -> file or folder
     "render": "data/render",
