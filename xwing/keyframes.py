@@ -90,12 +90,14 @@ class KeyFrames:
         """Keep what a view shows as a key frame.
 
         Args:
-            painting: `Painting` of the view at its pose, drawn without an albedo.
+            painting: `Painting` of the view at its pose, drawn without what was learnt.
         """
         view = painting.view
         drawing = painting.drawing
         plain = to_light(painting.picture.clip(0))
         albedo = (view.light + np.float32(DARK_LIGHT)) / (plain + np.float32(DARK_LIGHT))
+        if drawing.albedo is not None:
+            albedo = albedo * drawing.albedo  # of the texture, which was seen through this light
         depth = np.where(self._is_surface(drawing), drawing.depth, np.float32(np.inf))
         self.frames.append(KeyFrame(drawing.pose, view.K, albedo.clip(*ALBEDO_RANGE), depth))
 
@@ -107,8 +109,8 @@ class KeyFrames:
             K: (3, 3) camera matrix of its view.
 
         Returns:
-            (h, w, 3) float32, guessed from the pixels around where no key frame knows it; None
-            where there are no key frames.
+            (h, w, 3) float32; where no key frame knows it, that of the mesh's texture, or guessed
+            from the pixels around. None where there are no key frames.
         """
         if not self.frames:
             return None
@@ -130,7 +132,9 @@ class KeyFrames:
             known.ravel()[seen] = 1
             left = left[~is_known]
 
-        filled = fill_gaps(albedo, known, unknown=1.0)
+        filled = drawing.albedo  # of the texture
+        if filled is None:
+            filled = fill_gaps(albedo, known, unknown=1.0)
         return np.where(known[..., None] > 0, albedo, filled).clip(*ALBEDO_RANGE)
 
     def _differences(self, pose):
