@@ -13,6 +13,7 @@ import numpy as np
 import xwing_utils as xu
 from xwing.detector import Detector, letterbox
 from xwing.footage import Clip, frames_at
+from xwing.mesh import Mesh, rasterise, triangle_normals
 
 GREEN = (90, 255, 90)
 YELLOW = (255, 220, 60)
@@ -21,6 +22,8 @@ PINK = (255, 160, 255)
 
 NEAR = 0.10643  # diameters: the path ahead is drawn no closer to the camera's plane
 AXES_LENGTH = 0.31928  # diameters
+CREASE_COSINE = 0.9  # of the angle between two surfaces, below which their edge is drawn
+DEPTH_JUMP = 0.05  # diameters between neighbouring pixels, from which an edge is drawn
 SECONDS_AHEAD = 0.5  # of the path that is drawn
 ELLIPSE_SIGMAS = 2  # standard deviations that an ellipse shows
 
@@ -59,6 +62,66 @@ def draw_tracked(
     if tracked.velocity is not None:
         _draw_path(image, pose[:3, 3], tracked.velocity[3:], K, NEAR * target.diameter)
     return image
+
+
+def draw_outline(
+    image: np.ndarray, mesh: Mesh, pose: np.ndarray, K: np.ndarray, colour: tuple = GREEN
+) -> np.ndarray:
+    """Draw the outline and the creases of a mesh over a frame.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mesh: `Mesh` of the target.
+        pose: (4, 4) model -> OpenCV camera.
+        K: (3, 3) camera matrix.
+        colour: RGB.
+    Returns:
+        (H, W, 3) uint8, a copy.
+    """
+    height, width = image.shape[:2]
+    ids, depth = rasterise(mesh.triangles, pose, K, width, height, mesh.near)
+    normals = triangle_normals(mesh.triangles)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-300)
+    shown = np.where(ids[..., None] >= 0, normals[ids], 0)
+    depth = np.where(ids >= 0, depth, 0)
+
+    lines = np.zeros((height, width), bool)
+    for axis in (0, 1):
+        agrees = np.abs((shown * np.roll(shown, -1, axis)).sum(-1)) > CREASE_COSINE
+        covered = (ids >= 0) | (np.roll(ids, -1, axis) >= 0)
+        jumps = np.abs(depth - np.roll(depth, -1, axis)) > DEPTH_JUMP * mesh.diameter
+        lines |= covered & (~agrees | jumps)
+    lines = cv2.dilate(np.uint8(lines), np.ones((2, 2)))
+    alpha = cv2.GaussianBlur(np.float32(lines), (0, 0), 0.6)[..., None]
+    return np.uint8(image * (1 - alpha) + alpha * np.float32(colour))
+
+
+def contact_sheet(
+    pictures: Iterable[np.ndarray], titles: Iterable[str], columns: int = 3, inches: float = 4.6
+):
+    """Return a matplotlib figure of some pictures side by side, with a title over each.
+
+    Args:
+        pictures: (H, W, 3) uint8 each, all of one size.
+        titles: one for each.
+        columns: number of pictures in a row.
+        inches: width of a picture.
+    """
+    import matplotlib.pyplot as plt
+
+    pictures = list(pictures)
+    rows = -(-len(pictures) // columns)
+    height, width = pictures[0].shape[:2]
+    size = columns * inches, rows * (inches * height / width + 0.35)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, dpi=60, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, title in zip(axes.flat, pictures, titles):
+        axis.imshow(picture)
+        axis.set_title(title)
+    return figure
 
 
 def _draw_ellipse(image, centre, covariance):
@@ -178,7 +241,7 @@ def viewer(
     """
     import ipywidgets
 
-    jpegs = [_jpeg(picture, width) for picture in pictures]
+    jpegs = [encode_jpeg(picture, width) for picture in pictures]
     if not jpegs:
         raise ValueError("expected at least one picture, got none")
 
@@ -198,9 +261,10 @@ def viewer(
     return ipywidgets.VBox([image, ipywidgets.HBox([play, slider])])
 
 
-def _jpeg(picture, width):
-    """A picture (H, W, 3) uint8 as a JPEG (bytes), at most `width` pixels wide."""
-    scale = min(width / picture.shape[1], 1.0)
-    small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+def encode_jpeg(picture: np.ndarray, width: int | None = None) -> bytes:
+    """Return a picture (H, W, 3) uint8 as a JPEG, at most `width` pixels wide."""
+    if width is not None and width < picture.shape[1]:
+        scale = width / picture.shape[1]
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    _, jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return jpeg.tobytes()
