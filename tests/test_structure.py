@@ -34,9 +34,11 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/overlay": {"xwing_utils", "xwing/detector", "xwing/footage", "xwing/mesh"},
     "xwing/export": {"xwing_utils"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
+    "xwing/tracker": {"xwing_utils", "xwing/motion"},
     "xwing/tracking": {
         "xwing_utils",
         "xwing/motion",
+        "xwing/tracker",
         "xwing/footage",
         "xwing/detector",
         "xwing/alignment",

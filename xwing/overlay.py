@@ -191,9 +191,10 @@ def tracked_pictures(
     clip: Clip | Iterable,
     track: Sequence,
     K: np.ndarray,
-    detector: Detector,
+    detector: Detector | None,
     indices: Sequence[int],
     size: int = xu.FRAME_SIZE,
+    target: xu.Target = xu.XWING,
 ) -> Iterator[np.ndarray]:
     """Yield frames of a clip with their overlay, beside the heatmaps of the network.
 
@@ -201,16 +202,21 @@ def tracked_pictures(
         clip: see `footage.frames_at`.
         track: `TrackedPose` of each of its frames.
         K: (3, 3) camera matrix of its frames.
-        detector: its target is drawn, and its network makes the heatmaps.
+        detector: its network makes the heatmaps; None: there are none.
         indices: numbers of the frames, in ascending order.
         size: pixels, height of the pictures.
+        target: whose box is drawn.
     Yields:
-        (size, 2 size, 3) uint8: `draw_tracked` beside `draw_heatmaps` of the box's corners.
+        (size, 2 size, 3) uint8: `draw_tracked` beside `draw_heatmaps` of the box's corners; without
+        a detector (size, size, 3).
     """
     for i, frame in zip(indices, frames_at(clip, indices)):
         square, scale, (x, y) = letterbox(frame, size)
         moved = xu.crop_camera(K, -x / scale, -y / scale, scale)
-        overlay = draw_tracked(square, track[i], moved, detector.target)
+        overlay = draw_tracked(square, track[i], moved, target)
+        if detector is None:
+            yield overlay
+            continue
 
         heatmaps = detector.heatmaps(square[None])[0, ..., :8]
         yield np.hstack([overlay, draw_heatmaps(heatmaps, size)])
