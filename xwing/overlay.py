@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 import xwing_utils as xu
+from xwing.appearance import TextureAlbedo, to_grey, to_light
 from xwing.detector import Detector, letterbox
 from xwing.footage import Clip, frames_at
 from xwing.mesh import Mesh, rasterise, triangle_normals
@@ -22,6 +23,7 @@ PINK = (255, 160, 255)
 
 NEAR = 0.10643  # diameters: the path ahead is drawn no closer to the camera's plane
 AXES_LENGTH = 0.31928  # diameters
+DAYLIGHT = np.array([0.25, 0.4, -0.88])  # from where it comes, in camera axes: above the camera
 CREASE_COSINE = 0.9  # of the angle between two surfaces, below which their edge is drawn
 DEPTH_JUMP = 0.05  # diameters between neighbouring pixels, from which an edge is drawn
 SECONDS_AHEAD = 0.5  # of the path that is drawn
@@ -64,10 +66,40 @@ def draw_tracked(
     return image
 
 
+def draw_mesh(
+    mesh: Mesh, pose: np.ndarray, K: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a mesh in its colours and textures, in plain daylight.
+
+    Args:
+        mesh: `Mesh`.
+        pose: (4, 4) model -> OpenCV camera.
+        K: (3, 3) camera matrix.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+    Returns:
+        picture (height, width, 3) uint8, and depth (height, width) as of `mesh.rasterise`.
+    """
+    ids, depth = rasterise(mesh.triangles, pose, K, width, height, mesh.near)
+    facing = np.abs(_unit_normals(mesh) @ pose[:3, :3].T @ DAYLIGHT)
+    light = to_light(np.float32(255 * mesh.colours))[mesh.face_materials]
+    light = (light * (0.3 + 0.8 * facing[:, None]))[ids]
+
+    if mesh.textures is not None:
+        texture = TextureAlbedo(mesh, np.arange(len(mesh.faces)))
+        light = light * texture.draw(ids, depth, pose, K, blur=0.5)
+    return np.uint8(to_grey(np.float32(light)).clip(0, 255)), depth
+
+
 def draw_outline(
-    image: np.ndarray, mesh: Mesh, pose: np.ndarray, K: np.ndarray, colour: tuple = GREEN
+    image: np.ndarray,
+    mesh: Mesh,
+    pose: np.ndarray,
+    K: np.ndarray,
+    colour: tuple = GREEN,
+    opacity: float = 0.0,
 ) -> np.ndarray:
-    """Draw the outline and the creases of a mesh over a frame.
+    """Draw the outline and the creases of a mesh over a frame, and its surface if wanted.
 
     Args:
         image: (H, W, 3) uint8.
@@ -75,25 +107,54 @@ def draw_outline(
         pose: (4, 4) model -> OpenCV camera.
         K: (3, 3) camera matrix.
         colour: RGB.
+        opacity: of the surface, 0 to 1.
     Returns:
         (H, W, 3) uint8, a copy.
     """
     height, width = image.shape[:2]
+    image = np.float32(image)
+    if opacity:
+        surface, depth = draw_mesh(mesh, pose, K, width, height)
+        image += opacity * np.isfinite(depth)[..., None] * (surface - image)
+    lines = np.float32(_lines(mesh, pose, K, width, height))
+    alpha = cv2.GaussianBlur(lines, (0, 0), 0.6)[..., None]
+    return np.uint8(image + alpha * (np.float32(colour) - image))
+
+
+def _lines(mesh, pose, K, width, height):
+    """Where outline and creases of a mesh show: (height, width) uint8, 1 or 0."""
     ids, depth = rasterise(mesh.triangles, pose, K, width, height, mesh.near)
-    normals = triangle_normals(mesh.triangles)
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-300)
-    shown = np.where(ids[..., None] >= 0, normals[ids], 0)
-    depth = np.where(ids >= 0, depth, 0)
+    covered = ids >= 0
+    normals = np.where(covered[..., None], _unit_normals(mesh)[ids], 0)
+    depth = np.where(covered, depth, 0)
 
     lines = np.zeros((height, width), bool)
     for axis in (0, 1):
-        agrees = np.abs((shown * np.roll(shown, -1, axis)).sum(-1)) > CREASE_COSINE
-        covered = (ids >= 0) | (np.roll(ids, -1, axis) >= 0)
-        jumps = np.abs(depth - np.roll(depth, -1, axis)) > DEPTH_JUMP * mesh.diameter
-        lines |= covered & (~agrees | jumps)
-    lines = cv2.dilate(np.uint8(lines), np.ones((2, 2)))
-    alpha = cv2.GaussianBlur(np.float32(lines), (0, 0), 0.6)[..., None]
-    return np.uint8(image * (1 - alpha) + alpha * np.float32(colour))
+        cosine = np.abs((normals * np.roll(normals, -1, axis)).sum(-1))
+        jump = np.abs(depth - np.roll(depth, -1, axis)) > DEPTH_JUMP * mesh.diameter
+        lines |= (covered | np.roll(covered, -1, axis)) & (jump | (cosine < CREASE_COSINE))
+    return cv2.dilate(np.uint8(lines), np.ones((2, 2)))
+
+
+def _unit_normals(mesh):
+    """(F, 3) unit normals; zero where a triangle has no area."""
+    normals = triangle_normals(mesh.triangles)
+    return normals / np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-300)
+
+
+def part_around(picture: np.ndarray, box: tuple, margin: float = 0.4) -> np.ndarray:
+    """Return the part (h, w, 3) of a picture around a box.
+
+    Args:
+        picture: (H, W, 3).
+        box: (x0, y0, x1, y1) pixels.
+        margin: on each side, in greater sides of the box.
+    """
+    x0, y0, x1, y1 = box
+    margin = margin * max(x1 - x0, y1 - y0)
+    low = np.floor([y0 - margin, x0 - margin]).clip(0).astype(int)
+    high = np.ceil([y1 + margin, x1 + margin]).astype(int)
+    return picture[low[0] : high[0], low[1] : high[1]]
 
 
 def contact_sheet(

@@ -13,9 +13,8 @@ import ipywidgets
 import numpy as np
 
 import xwing_utils as xu
-from xwing.appearance import TextureAlbedo, to_grey, to_light
-from xwing.mesh import Mesh, rasterise, triangle_normals
-from xwing.overlay import encode_jpeg
+from xwing.mesh import Mesh
+from xwing.overlay import draw_mesh, encode_jpeg
 
 YELLOW = (255, 220, 60)
 BLACK = (0, 0, 0)
@@ -63,14 +62,12 @@ def numbered_views(
     Returns:
         Six `NumberedView`.
     """
-    texture = None
-    if mesh.textures is not None:
-        texture = TextureAlbedo(mesh, np.arange(len(mesh.faces)))
     views = []
     for axis, title in enumerate(SIDES):
         direction = np.roll(TILT, axis % 3) * (1 if axis < 3 else -1)
         pose, K = _camera(mesh, direction, np.asarray(up, float), size)
-        picture, depth = _draw_mesh(mesh, texture, pose, K, size)
+        picture, depth = draw_mesh(mesh, pose, K, size, size)
+        picture[~np.isfinite(depth)] = BACKGROUND
         pixels = _visible_pixels(points, pose, K, depth, HIDDEN * mesh.diameter)
         views.append(NumberedView(f"from {title}", _numbered(picture, pixels), pixels))
     return views
@@ -91,24 +88,6 @@ def _camera(mesh, direction, up, size):
     reach = np.abs(xu.project_pose(corners, pose, np.eye(3))).max()
     focal = FILLED * size / 2 / reach
     return pose, np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
-
-
-def _draw_mesh(mesh, texture, pose, K, size):
-    """A drawing (size, size, 3) uint8 in daylight, and its depth (size, size)."""
-    ids, depth = rasterise(mesh.triangles, pose, K, size, size, mesh.near)
-    normals = triangle_normals(mesh.triangles)
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-300)
-    facing = np.abs(
-        normals @ (pose[:3, :3].T @ [0.25, 0.4, -0.88])
-    )  # the light is above the camera
-
-    light = to_light(np.float32(255 * mesh.colours))[mesh.face_materials]
-    light = (light * (0.3 + 0.8 * facing[:, None]))[ids]
-    if texture is not None:
-        light = light * texture.draw(ids, depth, pose, K, 0.5)
-    picture = to_grey(np.float32(light)).clip(0, 255)
-    picture[ids < 0] = BACKGROUND
-    return np.uint8(picture), depth
 
 
 def _visible_pixels(points, pose, K, depth, tolerance):

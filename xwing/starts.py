@@ -4,8 +4,9 @@ A target without a network is followed from a pose that somebody knows. It can b
 points of the mesh that the user also finds in the frame. Clicks are off by several pixels, and a
 start that is wrong by a few degrees is learnt and then followed with confidence. So a start is
 refined from several poses around it, and the one whose edges agree best with those of the frame
-wins. How much contrast a pose explains is no good judge here: a plain drawing that is turned a
-little too far explains nearly as much. In a file, starts belong to frames of a clip.
+wins. How much contrast a pose explains is no good judge as long as nobody knows what is printed on
+the target: a plain drawing that is turned a little too far explains nearly as much. It is the
+better judge where the mesh has a texture. In a file, starts belong to frames of a clip.
 """
 
 import itertools
@@ -215,8 +216,8 @@ def refine_start(aligner, image: np.ndarray, pose: np.ndarray, K: np.ndarray) ->
         K: (3, 3) camera matrix, pixels.
 
     Returns:
-        `Start` by falling edge agreement, all different. It is empty where too little of the
-        target is in sight.
+        `Start`, the best first, all different: by edge agreement, or by explained contrast where
+        the mesh has a texture. It is empty where too little of the target is in sight.
 
     Raises:
         ValueError: the pose is no rigid motion.
@@ -226,12 +227,36 @@ def refine_start(aligner, image: np.ndarray, pose: np.ndarray, K: np.ndarray) ->
     field = matcher.field(image, pose, K)
     around = _turned_poses(pose, aligner.target.box.mean(0))
     on_edges = _different([matcher.refine(field, turned) for turned in around], matcher)
-    aligned = [aligner.align(image, start, K) for start in around + on_edges]
-    found = on_edges + [refined[0] for refined in aligned if refined is not None]
+    found = on_edges + _align_all(aligner, image, around + on_edges, K)
+    judged = [_judge(aligner, matcher, field, image, one, K) for one in found]
+    return _ranked(judged, aligner, matcher)
 
-    found = sorted(found, key=lambda pose: -matcher.agreement(field, pose))
-    judged = [_judge(aligner, matcher, field, image, p, K) for p in _different(found, matcher)]
-    return [start for start in judged if np.isfinite(start.explained_contrast)]
+
+def refine_proposals(
+    aligner, image: np.ndarray, proposals: list[Start], K: np.ndarray, count: int = 5
+) -> list[Start]:
+    """Refine the poses that `Templates.find` proposes on the pixels, and rank them again.
+
+    They were found by the edges of the mesh. A box whose sides are printed has the same edges from
+    several sides, and only its texture says which is the right one.
+
+    Args:
+        aligner: `Aligner` of the target.
+        image: (H, W, 3) uint8.
+        proposals: `Start`s in this frame.
+        K: (3, 3) camera matrix, pixels.
+        count: how many are returned at most.
+
+    Returns:
+        `Start`, the best first, all different; ranked as by `refine_start`.
+    """
+    matcher = EdgeMatcher(aligner.target)
+    judged = []
+    for proposal in proposals:
+        field = matcher.field(image, proposal.pose, K)
+        poses = [proposal.pose, *_align_all(aligner, image, [proposal.pose], K)]
+        judged += [_judge(aligner, matcher, field, image, pose, K) for pose in poses]
+    return _ranked(judged, aligner, matcher)[:count]
 
 
 def _turned_poses(pose, centre):
@@ -254,6 +279,24 @@ def _different(poses, matcher):
     for pose in poses:
         if pose is not None and not any(matcher.is_same(pose, other) for other in kept):
             kept.append(pose)
+    return kept
+
+
+def _align_all(aligner, image, poses, K):
+    """What the pixels make of some poses, where they determine one."""
+    aligned = [aligner.align(image, pose, K) for pose in poses]
+    return [refined[0] for refined in aligned if refined is not None]
+
+
+def _ranked(judged, aligner, matcher):
+    """The different ones of some `Start`s, best first, without those out of sight."""
+    by = "edge_agreement" if aligner.mesh.textures is None else "explained_contrast"
+    seen = [start for start in judged if np.isfinite(start.explained_contrast)]
+    seen.sort(key=lambda start: -getattr(start, by))
+    kept = []
+    for start in seen:
+        if not any(matcher.is_same(start.pose, better.pose) for better in kept):
+            kept.append(start)
     return kept
 
 

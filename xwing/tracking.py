@@ -391,8 +391,8 @@ def read_camera(path: str | Path, clip: Clip) -> np.ndarray:
     """Read the camera of a clip, and remove its distortion from the clip.
 
     Args:
-        path: of a JSON file {"K": 3 x 3, "width", "height", optional "distortion": k1 k2 p1 p2 ...}.
-            Other keys are ignored.
+        path: of a JSON file {"K": 3 x 3, "width", "height"}, and "distortion" (k1, k2, p1, p2, ...)
+            if it is known. Other keys are ignored.
         clip: `Clip` that it has taken.
 
     Returns:
