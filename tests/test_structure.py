@@ -28,7 +28,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/keyframes",
         "xwing/verification",
     },
-    "xwing/starts": {"xwing_utils", "xwing/templates"},
+    "xwing/starts": {"xwing_utils", "xwing/edges"},
     "xwing/picking": {"xwing_utils", "xwing/mesh", "xwing/overlay"},
     "xwing/motion": {"xwing_utils"},
     "xwing/detector": {"xwing_utils"},
