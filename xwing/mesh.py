@@ -478,8 +478,9 @@ def _moved_coordinates(mesh, simple, row):
     weights = trimesh.triangles.points_to_barycentric(
         triangles[near].repeat(3, axis=0), corners.reshape(-1, 3)
     )
-    weights = weights.reshape(-1, 3, 3).clip(-MAX_CONTINUED, MAX_CONTINUED)
-    return weights @ mesh.texture_coordinates[own][near]
+    along = weights.reshape(-1, 3, 3)[..., 1:].clip(-MAX_CONTINUED, MAX_CONTINUED)
+    coordinates = mesh.texture_coordinates[own][near]
+    return coordinates[:, :1] + along @ (coordinates[:, 1:] - coordinates[:, :1])
 
 
 def _simplify_faces(vertices, faces, limit, keep_border):
