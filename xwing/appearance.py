@@ -329,16 +329,18 @@ class TextureAlbedo:
         coordinates = mesh.texture_coordinates[rows]
         normals = triangle_normals(triangles)
         area = np.linalg.norm(normals, axis=1) / 2
-        self.normals = normals / (2 * area[:, None])
-        self.corners = triangles[:, 0]
+        normals = normals / (2 * area[:, None])
+        self.normals = np.float32(normals)
+        self.corners = np.float32(triangles[:, 0])
         self.materials = mesh.face_materials[rows]
 
         # Edges and normal are a basis of space: its inverse gives the two coordinates on the plane.
         edges = triangles[:, 1:] - triangles[:, :1]
-        basis = np.concatenate([edges, self.normals[:, None]], axis=1).swapaxes(1, 2)
+        basis = np.concatenate([edges, normals[:, None]], axis=1).swapaxes(1, 2)
         texture_edges = coordinates[:, 1:] - coordinates[:, :1]  # (N, 2 edges, 2)
-        self.origins = coordinates[:, 0]
-        self.maps = texture_edges.swapaxes(1, 2) @ np.linalg.inv(basis)[:, :2]  # (N, 2, 3)
+        self.origins = np.float32(coordinates[:, 0])
+        maps = texture_edges.swapaxes(1, 2) @ np.linalg.inv(basis)[:, :2]
+        self.maps = np.float32(maps)  # (N, 2, 3)
 
         self.pyramids = {}
         self.tiled = {}
@@ -382,10 +384,12 @@ class TextureAlbedo:
                 pixel = np.median(depth.ravel()[pixels[own]]) / K[0, 0]  # model units
                 albedo.reshape(-1, 3)[pixels[own]] = self._look_up(row, places[own], pixel)
 
-        known = np.float32(triangles >= 0)
-        layers = np.dstack([albedo * known[..., None], known])
-        layers = cv2.GaussianBlur(layers, (0, 0), blur)
-        return np.where(known[..., None] > 0, layers[..., :3] / layers[..., 3:].clip(1e-6), 1)
+        # What shows no triangle must not mix with what does.
+        layers = np.dstack([albedo, np.ones(depth.shape, np.float32)])
+        layers[triangles < 0] = 0
+        layers = cv2.GaussianBlur(layers, (0, 0), blur).reshape(-1, 4)[pixels]
+        albedo.reshape(-1, 3)[pixels] = layers[:, :3] / layers[:, 3:]
+        return albedo
 
     def _pyramid(self, picture, colour):
         """The ratios of a picture's light to that of a colour (3,), in ever smaller pictures."""
@@ -403,8 +407,9 @@ class TextureAlbedo:
         The nearest sample of a pixel lies beside its centre, so its depth gives a point beside the
         ray. It is used where the triangle is seen so steeply that the ray may miss it by far.
         """
-        camera = -pose[:3, :3].T @ pose[:3, 3]
-        samples = np.column_stack(camera_points(pixels, depth, K)) @ pose[:3, :3]  # from the camera
+        rotation = np.float32(pose[:3, :3])
+        camera = np.float32(-pose[:3, :3].T @ pose[:3, 3])
+        samples = np.column_stack(camera_points(pixels, depth, K)) @ rotation  # from the camera
         normals = self.normals[shown]
         towards = np.einsum("pj,pj->p", normals, samples)
         to_plane = np.einsum("pj,pj->p", normals, self.corners[shown] - camera)
@@ -422,8 +427,8 @@ class TextureAlbedo:
             places = places - np.floor(places)
             border = cv2.BORDER_WRAP
         height, width = picture.shape[:2]
-        positions = np.float32(np.column_stack([places[:, 0], 1 - places[:, 1]]) * [width, height])
-        return sample_picture(picture, positions, border).clip(0)
+        positions = np.column_stack([places[:, 0] * width, (1 - places[:, 1]) * height])
+        return sample_picture(picture, np.float32(positions), border).clip(0)
 
 
 def solve_coefficients(
