@@ -63,6 +63,8 @@ class Aligner:
         is_mesh = isinstance(target, Mesh)
         self.target = xu.XWING if is_mesh else target
         self.mesh = target if is_mesh else load_mesh(target.mesh)
+        if not is_mesh:
+            _check_size(target, self.mesh)
         self.scale = WORKING_DIAMETER / self.mesh.diameter
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
@@ -257,6 +259,15 @@ class Aligner:
         """
         poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)
+
+
+def _check_size(target, mesh):
+    """Raise ValueError where a target's box is not that of its mesh, as in another unit."""
+    if not 0.5 < target.diameter / mesh.diameter < 2:
+        raise ValueError(
+            f"{target.mesh}: the box of the target {target.name!r} measures {target.diameter:.4g} "
+            f"from corner to corner, its mesh {mesh.diameter:.4g}; give both in mesh units"
+        )
 
 
 def _scale_covariance(covariance, factor):

@@ -499,7 +499,7 @@ class KeyFrames:
         """Keep what a view shows as a key frame.
 
         Args:
-            painting: `Painting` of the view at its pose, drawn without an albedo.
+            painting: `Painting` of the view at its pose, drawn without what was learnt.
             image: (H, W, 3) uint8, the frame that the view was cut out of.
             K: (3, 3) camera matrix of the frame.
         """
@@ -507,6 +507,8 @@ class KeyFrames:
         drawing = painting.drawing
         plain = to_light(painting.picture.clip(0))
         albedo = (view.light + np.float32(DARK_LIGHT)) / (plain + np.float32(DARK_LIGHT))
+        if drawing.albedo is not None:
+            albedo = albedo * drawing.albedo  # of the texture, which was seen through this light
         depth = np.where(self._is_surface(drawing), drawing.depth, np.float32(np.inf))
         landmarks = surface_landmarks(image, K, depth, view.K, drawing.pose)
         silhouette = Silhouette.at(self.mesh, self.centre, drawing.pose)
@@ -552,8 +554,8 @@ class KeyFrames:
             K: (3, 3) camera matrix of its view.
 
         Returns:
-            (h, w, 3) float32, guessed from the pixels around where no key frame knows it; None
-            where there are no key frames.
+            (h, w, 3) float32; where no key frame knows it, that of the mesh's texture, or guessed
+            from the pixels around. None where there are no key frames.
         """
         if not self.frames:
             return None
@@ -575,7 +577,9 @@ class KeyFrames:
             known.ravel()[seen] = 1
             left = left[~is_known]
 
-        filled = fill_gaps(albedo, known, unknown=1.0)
+        filled = drawing.albedo  # of the texture
+        if filled is None:
+            filled = fill_gaps(albedo, known, unknown=1.0)
         return np.where(known[..., None] > 0, albedo, filled).clip(*ALBEDO_RANGE)
 
     def _searched(self, near):
