@@ -20,7 +20,7 @@ import xwing_utils as xu
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
-from xwing.verification import VerificationSettings, Verifier, verify_frames
+from xwing.verification import VerificationSettings, Verifier, local_agreement, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
@@ -146,6 +146,7 @@ class Aligner:
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         self._tracked = image, refined
         lines = refined.lines
+        is_learnt = self.outline.colours.known
         found = xu.PoseEstimate(
             refined.pose,
             refined.covariance,
@@ -153,6 +154,7 @@ class Aligner:
             reason,
             explained_contrast=explained,
             colour_separation=np.nan if lines is None else lines.separation(refined.pose),
+            local_agreement=local_agreement(refined) if is_learnt else np.nan,
         )
         return _scale_estimate(found, 1 / self.scale)
 
