@@ -5,7 +5,8 @@ like at a pose. `keyframes` remembers how the surface looked at poses that were 
 moves a pose until its drawing and the frame agree. `verification` compares rival poses and says how
 probable it is that the best one is right. `align` refines a pose that is known roughly. `track`
 refines a pose that is predicted from the frames before. `verify` decides on a frame alone. `learn`
-remembers the surface in a frame whose pose is known.
+remembers the surface in a frame whose pose is known, and `find` finds it again in a frame where it
+was lost.
 
 Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
 that compare radians with lengths mean the same, and single precision rounds in the same places.
