@@ -28,6 +28,11 @@ __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_fram
 # PnP has a constant of its own, because it scales by the target's box, which is slightly smaller.
 WORKING_DIAMETER = 0.4698348885512867
 
+# A frame whose pose differs from the one that was tracked by less than this many radians and
+# diameters is not drawn again when its colours are learnt.
+SAME_TURN = 0.03
+SAME_SHIFT = 0.01
+
 
 class Aligner:
     """Refines poses on the pixels of a frame, and decides between rival ones.
@@ -48,6 +53,7 @@ class Aligner:
         scale: working units for one model unit.
         key_frames: `KeyFrames`, what was learnt, in working units; none to begin with.
         refiner: `Refiner`, in working units.
+        outline: `Outline` of the refiner; it has learnt no colours to begin with.
         verifier: `Verifier`, in working units.
     """
 
@@ -61,12 +67,16 @@ class Aligner:
         is_mesh = isinstance(target, Mesh)
         self.target = xu.XWING if is_mesh else target
         self.mesh = target if is_mesh else load_mesh(target.mesh)
+        if not is_mesh:
+            _check_size(target, self.mesh)
         self.scale = WORKING_DIAMETER / self.mesh.diameter
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
         self.key_frames = KeyFrames(working_mesh)
         self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo)
+        self.outline = self.refiner.outline
         self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
+        self._tracked = None  # the last frame that was tracked, and its `Refined`
 
     def align(
         self,
@@ -91,6 +101,8 @@ class Aligner:
         pose = xu.scale_pose(pose, self.scale)
         covariance = _scale_covariance(covariance, self.scale)
         refined = self.refiner.align(image, pose, K, covariance)
+        if self.outline.colours.known:
+            refined, _ = self._improve(image, pose, K, covariance, refined)
         if refined is None:
             return None
 
@@ -125,21 +137,37 @@ class Aligner:
         explained = self.verifier.explained_contrast(refined)
 
         if explained < min(settings.well_explained, settings.usual_ratio * usual):
-            from_coarse = self.refiner.align(image, start, K, prior)
-            explained_from_coarse = self.verifier.explained_contrast(from_coarse)
-            if explained_from_coarse > explained:
-                refined = from_coarse
-                explained = explained_from_coarse
+            refined, explained = self._improve(image, start, K, prior, refined)
 
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the target is in sight")
 
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
+        self._tracked = image, refined
+        lines = refined.lines
         found = xu.PoseEstimate(
-            refined.pose, refined.covariance, enough, reason, explained_contrast=explained
+            refined.pose,
+            refined.covariance,
+            enough,
+            reason,
+            explained_contrast=explained,
+            colour_separation=np.nan if lines is None else lines.separation(refined.pose),
         )
         return _scale_estimate(found, 1 / self.scale)
+
+    def _improve(self, image, start, K, prior, refined):
+        """The better of a `Refined` pose and of what the start leads to by way of the outline.
+
+        Returns it with the fraction of the contrast that it explains.
+        """
+        sought = self.outline.seek(image, start, K)
+        coarse = self.refiner.refine(image, sought, K, prior, coarse=True, expected=start)
+        if coarse is not None:
+            sought = coarse.pose
+        other = self.refiner.refine(image, sought, K, prior, expected=start)
+        candidates = [(one, self.verifier.explained_contrast(one)) for one in (refined, other)]
+        return max(candidates, key=lambda candidate: candidate[1])
 
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
@@ -160,10 +188,12 @@ class Aligner:
         return _scale_estimate(found, 1 / self.scale)
 
     def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
-        """Learn how the surface of the target looks, from a frame whose pose is known.
+        """Learn how the target looks, from a frame whose pose is known.
 
-        From then on the target is drawn with the albedo that was learnt. Nothing is learnt where
-        the target was seen from nearly the same place before, or where too little of it shows.
+        From then on the target is drawn with the albedo that was learnt, and its outline is sought
+        between the colours that were seen on both sides of it. Every frame adds to these colours.
+        The albedo is learnt only where the target was not seen from nearly the same place before.
+        Where too little of it shows, nothing is learnt.
 
         Args:
             image: (H, W, 3) uint8.
@@ -171,15 +201,47 @@ class Aligner:
             K: (3, 3) pixels.
         """
         pose = xu.scale_pose(pose, self.scale)
+        self._learn_colours(image, pose, K)
         if not self.key_frames.is_new(pose):
             return
         painting = self.refiner.paint_plain(image, pose, K)
         if painting is not None:
-            self.key_frames.add(painting)
+            self.key_frames.add(painting, image, K)
+
+    def find(self, image: np.ndarray, K: np.ndarray, near: np.ndarray | None = None) -> list:
+        """Find where a target may be that was lost, from what was learnt; see `KeyFrames.find`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            K: (3, 3) pixels.
+            near: (4, 4) pose that the target had lately, or None.
+
+        Returns:
+            poses (4, 4) model -> OpenCV camera, the most probable one first, neither refined nor
+            judged; none where nothing was learnt.
+        """
+        near = None if near is None else xu.scale_pose(near, self.scale)
+        colours = self.outline.colours
+        posterior = colours.posterior if colours.known else None
+        poses = self.key_frames.find(image, K, posterior, near)
+        return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
+
+    def _learn_colours(self, image, pose, K):
+        """Learn the colours around the outline, without drawing it again where it was tracked."""
+        tracked_image, refined = self._tracked or (None, None)
+        if tracked_image is image and refined.lines is not None:
+            turn, shift = np.linalg.norm(
+                xu.pose_step(pose, refined.lines.pose).reshape(2, 3), axis=1
+            )
+            if turn < SAME_TURN and shift < SAME_SHIFT * WORKING_DIAMETER:
+                self.outline.learn_from_lines(image, K, refined.lines)
+                return
+        self.outline.learn(image, pose, K)
 
     def forget(self) -> None:
         """Forget all that was learnt: the target is drawn as its mesh says again."""
         self.key_frames.clear()
+        self.outline.colours.clear()
 
     def picture(
         self, image: np.ndarray, pose: np.ndarray, K: np.ndarray
@@ -217,6 +279,15 @@ class Aligner:
         """
         poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)
+
+
+def _check_size(target, mesh):
+    """Raise ValueError where a target's box is not that of its mesh, as in another unit."""
+    if not 0.5 < target.diameter / mesh.diameter < 2:
+        raise ValueError(
+            f"{target.mesh}: the box of the target {target.name!r} measures {target.diameter:.4g} "
+            f"from corner to corner, its mesh {mesh.diameter:.4g}; give both in mesh units"
+        )
 
 
 def _scale_covariance(covariance, factor):

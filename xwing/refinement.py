@@ -34,9 +34,11 @@ from xwing.appearance import (
     mean_square,
     near_target,
     sample_picture,
+    solve_channels,
     solve_coefficients,
     to_light,
 )
+from xwing.contour import ContourLines, Outline
 from xwing.mesh import NEAR, Mesh
 
 MAX_DISTANCE = 21285.0  # diameters: with a point further away the pose has diverged
@@ -50,6 +52,7 @@ class RefinementSettings:
 
     noise: float = 4.0  # grey levels, lower limit of the spread of the differences
     effective_sample_ratio: float = 0.09  # fraction of the pixels that count as independent
+    learnt_pixels: int = 4000  # of a drawing with a learnt albedo that are used, about
     working_size: int = 150  # pixels: a target that spans more is refined on a smaller picture
     min_pixels: int = 50  # of the target, in the picture that is worked on
     coarse_factor: int = 2  # by how much more the coarse picture is shrunk
@@ -59,6 +62,7 @@ class RefinementSettings:
     max_steps: int = 6  # of Gauss-Newton on one drawing
     max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn again
     negligible_gain: float = 0.02  # log-likelihood that is not worth another step
+    outline_weight: float = 0.2  # of what the lines across the outline say
 
 
 # ============================================================ robust costs
@@ -135,6 +139,7 @@ class Template:
     view: View
     pose: np.ndarray  # (4, 4) at which it was painted
     spread: float  # grey levels, standard deviation of what the painting does not explain
+    sample_ratio: float  # fraction of the P points that count as independent
     diameter: float  # model units, of the target
     pixels: np.ndarray  # (P,) indices of pixels in the flattened view
     points: np.ndarray  # (P, 3) camera axes, from the position of the target
@@ -185,6 +190,7 @@ class Refined:
     template: Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels, the frame less the template at this pose
     shift: float  # pixels, root mean square, from where the template was drawn
+    lines: ContourLines | None = None  # across the outline of the last drawing
     cost: float = np.inf  # negative log-likelihood, once it is compared with that of other poses
 
     @property
@@ -203,14 +209,16 @@ class _Fit:
     pose: np.ndarray  # (4, 4)
     positions: np.ndarray  # (P, 2) pixels of the view
     residual: np.ndarray  # (P, 3) grey levels
+    outline: tuple  # information (6, 6), gradient (6,) and cost of the lines across the outline
     cost: float  # negative log-likelihood, except for a constant
 
 
 class _Descent:
-    """Levenberg-Marquardt: the steps of a pose on one template, under a prior."""
+    """Levenberg-Marquardt: the steps of a pose on one template and its lines, under a prior."""
 
-    def __init__(self, template, prior, settings):
+    def __init__(self, template, lines, prior, settings):
         self.template = template
+        self.lines = lines
         self.prior = prior
         self.settings = settings
         self.damping = 1e-3
@@ -231,7 +239,7 @@ class _Descent:
 
         shift = np.sqrt(np.square(fit.positions - start.positions).sum(1).mean())
         information = (information + information.T) / 2
-        return Refined(fit.pose, information, self.template, fit.residual, float(shift))
+        return Refined(fit.pose, information, self.template, fit.residual, float(shift), self.lines)
 
     def _fit(self, pose):
         """The `_Fit` at a pose, or None where points would lie behind the camera."""
@@ -240,20 +248,28 @@ class _Descent:
             return None
 
         residual = self.template.residual(positions)
-        ratio = self.settings.effective_sample_ratio
-        cost = robust_cost(residual, self.template.spread, ratio)
-        return _Fit(pose, positions, residual, cost + self.prior.cost(pose))
+        cost = robust_cost(residual, self.template.spread, self.template.sample_ratio)
+        cost += self.prior.cost(pose)
+        outline = self._outline_system(pose)
+        return _Fit(pose, positions, residual, outline, cost + outline[2])
+
+    def _outline_system(self, pose):
+        """What the lines say at a pose, with their weight; zeros where there are none."""
+        if self.lines is None:
+            return 0.0, 0.0, 0.0
+        weight = self.settings.outline_weight
+        return tuple(weight * part for part in self.lines.system(pose))
 
     def _normal_equations(self, fit):
         """Information (6, 6) about a step from a fit, and gradient (6,) of the log-likelihood."""
-        ratio = self.settings.effective_sample_ratio
-        weight = robust_weight(fit.residual, self.template.spread, ratio)
+        weight = robust_weight(fit.residual, self.template.spread, self.template.sample_ratio)
         jacobian = self.template.jacobian
         weighted = jacobian * np.tile(weight, 3)
 
         information = np.float64(weighted @ jacobian.T) + self.prior.information
         gradient = weighted @ fit.residual.T.ravel() - self.prior.slope(fit.pose)
-        return information, gradient
+        outline_information, outline_gradient, _ = fit.outline
+        return information + outline_information, gradient + outline_gradient
 
     def _improve(self, fit, information, gradient):
         """The `_Fit` after a step that lowers the cost, or None where no step gains enough.
@@ -291,6 +307,9 @@ class Refiner:
         settings: `RefinementSettings`; None: the defaults.
         albedo: callable, drawing and K of its view -> albedo (h, w, 3) or None, such as
             `KeyFrames.albedo`; None where nothing is known but the mesh.
+
+    Attributes:
+        outline: `Outline` of the target, which joins in once it has learnt colours.
     """
 
     def __init__(
@@ -306,6 +325,7 @@ class Refiner:
         self.blur = blur
         self.settings = settings or RefinementSettings()
         self.albedo = albedo
+        self.outline = Outline(self.hull, self.diameter, self.shader.draw_depth)
 
     def align(
         self,
@@ -352,7 +372,8 @@ class Refiner:
                 return None
 
             template = self._template(self.paint(view, drawing))
-            refined = _Descent(template, prior, self.settings).run()
+            lines = self.outline.lines(image, K, pose, view.K, drawing.coverage, drawing.depth)
+            refined = _Descent(template, lines, prior, self.settings).run()
             if refined is None:
                 return None
 
@@ -395,15 +416,22 @@ class Refiner:
             extra_blur = self.settings.coarse_blur
         return cut_view(image, pixels.reshape(-1, 2), K, shrink, self.blur, extra_blur)
 
-    def draw(self, view: View, pose: np.ndarray, true_paint: bool = True) -> Drawing | None:
-        """Draw a pose (see `LinearShader.draw`); None where too little shows or it is too near."""
+    def draw(
+        self, view: View, pose: np.ndarray, true_paint: bool = True, learnt: bool = True
+    ) -> Drawing | None:
+        """Draw a pose, with the albedo that was learnt or with that of the mesh's texture.
+
+        See `LinearShader.draw`; None where too little shows or the target is too near.
+        """
         drawing = self.shader.draw(view, pose, true_paint)
         enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
         far_enough = drawing.depth.min() > NEAR * self.diameter
         if not (enough and far_enough):
             return None
 
-        albedo = None if self.albedo is None else self.albedo(drawing, view.K)
+        albedo = None
+        if learnt and self.albedo is not None:
+            albedo = self.albedo(drawing, view.K)
         return drawing if albedo is None else dataclasses.replace(drawing, albedo=albedo)
 
     def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
@@ -426,15 +454,13 @@ class Refiner:
         return None if drawing is None else self.paint(view, drawing)
 
     def paint_plain(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> Painting | None:
-        """Draw a pose as the materials of the mesh say, without the albedo that was learnt.
+        """Draw a pose as the mesh says, without the albedo that was learnt.
 
         The arguments and the result are those of `paint_pose`.
         """
         view = self.view(image, pose, K)
-        drawing = None if view is None else self.draw(view, pose)
-        if drawing is None:
-            return None
-        return self.paint(view, dataclasses.replace(drawing, albedo=None))
+        drawing = None if view is None else self.draw(view, pose, learnt=False)
+        return None if drawing is None else self.paint(view, drawing)
 
     def _template(self, painting):
         """The `Template` of a painting.
@@ -445,6 +471,7 @@ class Refiner:
         drawing = painting.drawing
         depth = _depth_around(drawing.depth)
         pixels = np.flatnonzero(near_target(drawing.coverage) & np.isfinite(depth))
+        pixels, sample_ratio = self._thinned(pixels, drawing)
         colours = painting.picture.reshape(-1, 3)[pixels]
 
         position = np.float32(drawing.pose[:3, 3])
@@ -452,11 +479,12 @@ class Refiner:
         slope_x, slope_y = _slopes(painting.picture, pixels)
         jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
         jacobian = jacobian.reshape(18, len(pixels))  # rows: each component of a step, channel
-        jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
+        jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels, sample_ratio)
         return Template(
             view,
             drawing.pose,
             painting.spread,
+            sample_ratio,
             self.diameter,
             pixels,
             points,
@@ -464,33 +492,41 @@ class Refiner:
             jacobian.reshape(6, -1),
         )
 
-    def _explained_by_colours(self, jacobian, colours, painting, pixels):
+    def _thinned(self, pixels, drawing):
+        """Some of the pixels (P,), and the fraction of them that count as independent.
+
+        A drawing with a learnt albedo explains so much that a part of its pixels is enough.
+        """
+        step = 1
+        if drawing.albedo is not None:
+            step = max(1, round(len(pixels) / self.settings.learnt_pixels))
+        return pixels[::step], step * self.settings.effective_sample_ratio
+
+    def _explained_by_colours(self, jacobian, colours, painting, pixels, sample_ratio):
         """The part of a jacobian (18, P) that other colours and another light explain as well.
 
         This part says nothing about the pose, because the colours and the light that fit best are
         found again at every pose (variable projection).
         """
-        ratio = self.settings.effective_sample_ratio
         residual = painting.view.image.reshape(-1, 3)[pixels] - colours
-        weight = robust_weight(residual, painting.spread, ratio)
+        weight = robust_weight(residual, painting.spread, sample_ratio)
 
         slope = grey_slope(to_light(colours.clip(0)))
         basis = painting.drawing.shading_basis
         basis = basis.reshape(-1, basis.shape[-1])[pixels] * slope[:, None]
-        regularisation = self.shader.regularisation * np.float32(ratio / painting.spread**2)
+        ratio = np.float32(sample_ratio / painting.spread**2)
+        regularisation = self.shader.regularisation * ratio
 
         albedo = painting.drawing.albedo
         if albedo is None:
             coefficients = solve_coefficients(jacobian.T, basis, weight, regularisation)
             return coefficients.T @ basis.T
 
-        explained = np.empty_like(jacobian)
-        for channel in range(3):
-            lit = basis * albedo.reshape(-1, 3)[pixels, channel, None]
-            rows = jacobian[channel::3]  # one for each of six parameters, see `_template`
-            coefficients = solve_coefficients(rows.T, lit, weight, regularisation)
-            explained[channel::3] = coefficients.T @ lit.T
-        return explained
+        albedo = albedo.reshape(-1, 3)[pixels]
+        slopes = jacobian.reshape(6, 3, -1).swapaxes(1, 2)  # (6, P, 3)
+        coefficients = solve_channels(slopes, basis, albedo, weight, regularisation)
+        explained = (basis @ coefficients) * albedo
+        return explained.swapaxes(1, 2).reshape(18, -1)
 
 
 def _depth_around(depth):

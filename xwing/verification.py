@@ -227,8 +227,10 @@ class Verifier:
         if refined is None:
             return 0.0
         template = refined.template
-        sky = self._sky_cost(template.view.image, template.pixels)
-        return (sky - self._cost(refined.residual)) / max(sky, self.settings.min_contrast)
+        thinning = template.sample_ratio / self.refiner.settings.effective_sample_ratio
+        sky = thinning * self._sky_cost(template.view.image, template.pixels)
+        cost = thinning * self._cost(refined.residual)
+        return (sky - cost) / max(sky, self.settings.min_contrast)
 
     def photometric_costs(
         self, image: np.ndarray, poses: list, K: np.ndarray, coarse: bool = False
