@@ -263,7 +263,7 @@ class Templates:
     To prepare the templates takes 6 to 10 seconds, and a search 1 to 4 seconds.
 
     Args:
-        target: `Target`, or the `Mesh` of one without declared symmetries.
+        target: `Target`, or the `Mesh` of one without symmetries.
 
     Attributes:
         matcher: `EdgeMatcher` of the target.
