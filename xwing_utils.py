@@ -22,6 +22,7 @@ Conventions:
 * Angles are in degrees; the entries of rotation vectors, of steps and of covariances in radians.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -267,7 +268,8 @@ def setting(name: str, default: object) -> object:
 
     Args:
         name: of the constant.
-        default: the value where the variable is not set; the result has its type.
+        default: the value where the variable is not set; the result has its type. Tuples and
+            dictionaries are written as in Python.
 
     Raises:
         ValueError: the variable cannot be read as the default's type, or is not finite.
@@ -277,12 +279,17 @@ def setting(name: str, default: object) -> object:
         return default
 
     try:
-        value = type(default)(text)
-        if isinstance(value, float) and not np.isfinite(value):
+        if isinstance(default, tuple | dict):
+            value = ast.literal_eval(text)
+        else:
+            value = type(default)(text)
+        wrong_type = not isinstance(value, type(default))
+        if wrong_type or (isinstance(value, float) and not np.isfinite(value)):
             raise ValueError
-    except ValueError:
-        expected = f"expected a number such as {default:g}, got {text!r}"
-        raise ValueError(f"XWING_{name}: {expected}") from None
+    except (ValueError, SyntaxError):
+        is_number = isinstance(default, int | float)
+        example = f"a number such as {default:g}" if is_number else f"a value such as {default}"
+        raise ValueError(f"XWING_{name}: expected {example}, got {text!r}") from None
 
     print(f"{name} = {value!r}, from the environment variable XWING_{name}")
     return value

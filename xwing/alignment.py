@@ -198,7 +198,25 @@ class Aligner:
             return
         painting = self.refiner.paint_plain(image, pose, K)
         if painting is not None:
-            self.key_frames.add(painting)
+            self.key_frames.add(painting, image, K)
+
+    def find(self, image: np.ndarray, K: np.ndarray, near: np.ndarray | None = None) -> list:
+        """Find where a target may be that was lost, from what was learnt; see `KeyFrames.find`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            K: (3, 3) pixels.
+            near: (4, 4) pose that the target had lately, or None.
+
+        Returns:
+            poses (4, 4) model -> OpenCV camera, the most probable one first, neither refined nor
+            judged; none where nothing was learnt.
+        """
+        near = None if near is None else xu.scale_pose(near, self.scale)
+        colours = self.outline.colours
+        posterior = colours.posterior if colours.known else None
+        poses = self.key_frames.find(image, K, posterior, near)
+        return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
 
     def forget(self) -> None:
         """Forget all that was learnt: the target is drawn as its mesh says again."""
