@@ -264,7 +264,7 @@ class Templates:
         templates = Templates(target)
         starts = templates.find(image, K, box)
 
-    To prepare the templates takes 4 to 6 seconds, and a search 2 to 3 seconds.
+    To prepare the templates takes 4 to 6 seconds, and a search 2 to 4 seconds.
 
     Args:
         target: `Target`, or the `Mesh` of one without symmetries.
@@ -300,12 +300,10 @@ class Templates:
         field = EdgeField(image, region.K, region.padded, FIELD_SIZE / region.side)
         ranked = []
         for pose in self._polish(region, field, self._search(region)):
-            pose = self.matcher.refine(field, pose)
-            if pose is None:
-                continue
-            start = Start(pose, self.matcher.agreement(field, pose))
-            overlap = REFINED_OVERLAP_WEIGHT * self._overlap(region, pose)
-            ranked.append((start.edge_agreement + overlap, start))
+            start = self._refine(field, pose)
+            if start is not None:
+                overlap = REFINED_OVERLAP_WEIGHT * self._overlap(region, start.pose)
+                ranked.append((start.edge_agreement + overlap, start))
         ranked.sort(key=lambda item: -item[0])
         return self._distinct([start for _, start in ranked], count)
 
@@ -361,6 +359,21 @@ class Templates:
             if all(xu.rotation_error(pose, other) > POLISHED_ANGLE for other in kept):
                 kept.append(pose)
         return kept[:MAX_REFINED]
+
+    def _refine(self, field, pose):
+        """The `Start` at a polished pose after refinement; None where too little shows.
+
+        Where the refinement ends in a local minimum, polishing once more often leaves it.
+        """
+        found = []
+        refined = self.matcher.refine(field, pose)
+        if refined is not None:
+            found.append(refined)
+            polished = self.matcher.polish(field, refined)
+            if polished is not None:
+                found.append(self.matcher.refine(field, polished[0]))
+        starts = [Start(p, self.matcher.agreement(field, p)) for p in found if p is not None]
+        return max(starts, key=lambda start: start.edge_agreement, default=None)
 
     def _overlap(self, region, pose):
         """The overlap of a box and the outline at a pose."""
