@@ -18,7 +18,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/refinement": {"xwing_utils", "xwing/mesh", "xwing/appearance", "xwing/contour"},
     "xwing/verification": {"xwing_utils", "xwing/appearance", "xwing/refinement"},
     "xwing/keyframes": {"xwing_utils", "xwing/mesh", "xwing/appearance"},
-    "xwing/edges": {"xwing_utils", "xwing/mesh", "xwing/metrics"},
+    "xwing/edges": {"xwing_utils", "xwing/mesh", "xwing/appearance", "xwing/metrics"},
     "xwing/templates": {"xwing_utils", "xwing/mesh", "xwing/edges", "xwing/scenery"},
     "xwing/alignment": {
         "xwing_utils",
