@@ -148,7 +148,6 @@ class Aligner:
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         self._tracked = image, refined
         lines = refined.lines
-        is_learnt = self.outline.colours.known
         found = xu.PoseEstimate(
             refined.pose,
             refined.covariance,
@@ -156,7 +155,7 @@ class Aligner:
             reason,
             explained_contrast=explained,
             colour_separation=np.nan if lines is None else lines.separation(refined.pose),
-            local_agreement=local_agreement(refined) if is_learnt else np.nan,
+            local_agreement=local_agreement(refined) if self.key_frames.frames else np.nan,
         )
         return _scale_estimate(found, 1 / self.scale)
 
@@ -172,7 +171,7 @@ class Aligner:
             sought = coarse.pose
         other = self.refiner.refine(image, sought, K, prior, expected=start)
         quality = self.verifier.explained_contrast
-        if self.outline.colours.known:
+        if self.key_frames.frames:
             quality = local_agreement
         best = max((one for one in (refined, other) if one is not None), key=quality, default=None)
         return best, self.verifier.explained_contrast(best)
@@ -195,7 +194,9 @@ class Aligner:
         found = self.verifier.verify(image, first, K, others)
         return _scale_estimate(found, 1 / self.scale)
 
-    def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
+    def learn(
+        self, image: np.ndarray, pose: np.ndarray, K: np.ndarray, outline: bool = True
+    ) -> None:
         """Learn how the target looks, from a frame whose pose is known.
 
         From then on the target is drawn with the albedo that was learnt, and its outline is sought
@@ -207,9 +208,12 @@ class Aligner:
             image: (H, W, 3) uint8.
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) pixels.
+            outline: whether the colours are learnt. A target that a network finds again can do
+                without; the outline takes a third of the time of `track`.
         """
         pose = xu.scale_pose(pose, self.scale)
-        self._learn_colours(image, pose, K)
+        if outline:
+            self._learn_colours(image, pose, K)
         if not self.key_frames.is_new(pose):
             return
         painting = self.refiner.paint_plain(image, pose, K)

@@ -14,6 +14,7 @@ picture that says how probable it is, by its colour, that a pixel shows the targ
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import cv2
@@ -43,6 +44,7 @@ CLEAR_INLIERS = 20  # with so many matches that agree, no silhouettes are search
 LANDMARKS = 300  # of one key frame, at most
 FRAME_LANDMARKS = 500  # of the frame that is searched, at most
 SEARCHED_PIXELS = 160_000  # of the frame that is searched, which is scaled: SIFT takes 30 ms
+MAX_CROP = 500  # pixels of the part of a frame that is kept for its landmarks
 SMALL_TARGET = 150  # pixels: a key frame that is smaller is enlarged before landmarks are found
 WEAKEST_LANDMARK = 0.02  # contrast, of the range of the grey levels
 MATCH_RATIO = 0.8  # the best match is nearer than the second best by this factor
@@ -120,22 +122,18 @@ class Landmarks:
 
 
 def surface_landmarks(
-    image: np.ndarray, K: np.ndarray, depth: np.ndarray, view_K: np.ndarray, pose: np.ndarray
+    crop: np.ndarray, depth: np.ndarray, K: np.ndarray, pose: np.ndarray
 ) -> Landmarks:
     """Find the landmarks (N, 3) of the surface that a view shows.
 
     Args:
-        image: (H, W, 3) uint8, the whole frame.
-        K: (3, 3) camera matrix of the frame.
-        depth: (h, w) float32 of a view that was cut out of it; inf where there shall be no
-            landmark, as near the outline: the background is a part of the surroundings there.
-        view_K: (3, 3) camera matrix of the view.
+        crop: (s h, s w) uint8 brightness of the part of the frame that the view shows, s >= 1.
+        depth: (h, w) float32 of the view; inf where there shall be no landmark, as near the
+            outline: the background is a part of the surroundings there.
+        K: (3, 3) camera matrix of the view.
         pose: (4, 4).
     """
-    shrink = K[0, 0] / view_K[0, 0]
-    left, top = np.round(K[:2, 2] - shrink * view_K[:2, 2]).astype(int)
-    height, width = np.round(shrink * np.array(depth.shape)).astype(int)
-    crop = cv2.cvtColor(image[top : top + height, left : left + width], cv2.COLOR_RGB2GRAY)
+    shrink = crop.shape[1] / depth.shape[1]
     crop, scale = _resize(crop, 2 if max(crop.shape) < SMALL_TARGET else 1)
 
     found = Landmarks.in_picture(crop)
@@ -144,10 +142,20 @@ def surface_landmarks(
     centres = pixels[:, None] - np.float32(0.5)  # as in `sample_picture`
     z = cv2.remap(known_depth, centres, None, cv2.INTER_LINEAR, borderValue=np.nan).ravel()
 
-    rays = np.column_stack([pixels, np.ones(len(z))]) @ np.linalg.inv(view_K).T
+    rays = np.column_stack([pixels, np.ones(len(z))]) @ np.linalg.inv(K).T
     points = (rays * z[:, None] - pose[:3, 3]) @ pose[:3, :3]
     kept = np.flatnonzero(np.isfinite(z))[:LANDMARKS]
     return Landmarks(np.float32(points[kept]), found.descriptors[kept])
+
+
+def _crop(image, K, view_K, size):
+    """The brightness of the part of a frame (H, W, 3) that a view of size (h, w) was cut out of."""
+    shrink = K[0, 0] / view_K[0, 0]
+    left, top = np.round(K[:2, 2] - shrink * view_K[:2, 2]).astype(int)
+    height, width = np.round(shrink * np.array(size)).astype(int)
+    crop = cv2.cvtColor(image[top : top + height, left : left + width], cv2.COLOR_RGB2GRAY)
+    scale = min(1, MAX_CROP / max(crop.shape))
+    return _resize(crop, scale)[0] if scale < 1 else crop
 
 
 def _resize(picture, scale):
@@ -445,8 +453,19 @@ class KeyFrame:
     K: np.ndarray  # (3, 3) camera matrix of this picture
     albedo: np.ndarray  # (h, w, 3) light that was seen / light of the plain materials
     depth: np.ndarray  # (h, w) model units; inf where the albedo is not known
-    landmarks: Landmarks
-    silhouette: Silhouette
+    crop: np.ndarray  # (s h, s w) uint8 brightness of the part of the frame that it shows
+    mesh: Mesh
+    centre: np.ndarray  # (3,) of the mesh
+
+    @functools.cached_property
+    def landmarks(self) -> Landmarks:
+        """Landmarks of the surface; found only when the target is lost."""
+        return surface_landmarks(self.crop, self.depth, self.K, self.pose)
+
+    @functools.cached_property
+    def silhouette(self) -> Silhouette:
+        """What the target covers; drawn only when the target is lost."""
+        return Silhouette.at(self.mesh, self.centre, self.pose)
 
     def look_up(self, points: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """Look up points of the surface.
@@ -510,10 +529,9 @@ class KeyFrames:
         if drawing.albedo is not None:
             albedo = albedo * drawing.albedo  # of the texture, which was seen through this light
         depth = np.where(self._is_surface(drawing), drawing.depth, np.float32(np.inf))
-        landmarks = surface_landmarks(image, K, depth, view.K, drawing.pose)
-        silhouette = Silhouette.at(self.mesh, self.centre, drawing.pose)
+        crop = _crop(image, K, view.K, drawing.depth.shape)
         albedo = albedo.clip(*ALBEDO_RANGE)
-        frame = KeyFrame(drawing.pose, view.K, albedo, depth, landmarks, silhouette)
+        frame = KeyFrame(drawing.pose, view.K, albedo, depth, crop, self.mesh, self.centre)
         self.frames.append(frame)
 
     def find(

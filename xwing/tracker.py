@@ -300,7 +300,8 @@ class Tracker:
             estimate = self._measure_on_pixels(image, seconds)
         tracked = self.update_pose(estimate, seconds)
         if tracked.status == "tracked" and self._is_confident(tracked):
-            self.aligner.learn(image, self.steps[-1].estimate.pose, self.K)
+            pose = self.steps[-1].estimate.pose
+            self.aligner.learn(image, pose, self.K, outline=self.detector is None)
             self.learns = True
         return tracked
 
