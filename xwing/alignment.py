@@ -5,7 +5,8 @@ like at a pose. `keyframes` remembers how the surface looked at poses that were 
 moves a pose until its drawing and the frame agree. `verification` compares rival poses and says how
 probable it is that the best one is right. `align` refines a pose that is known roughly. `track`
 refines a pose that is predicted from the frames before. `verify` decides on a frame alone. `learn`
-remembers the surface in a frame whose pose is known.
+remembers the surface in a frame whose pose is known, and `find` finds it again in a frame where it
+was lost.
 
 Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
 that compare radians with lengths mean the same, and single precision rounds in the same places.
@@ -20,7 +21,7 @@ import xwing_utils as xu
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
-from xwing.verification import VerificationSettings, Verifier, verify_frames
+from xwing.verification import VerificationSettings, Verifier, local_agreement, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
@@ -67,6 +68,8 @@ class Aligner:
         is_mesh = isinstance(target, Mesh)
         self.target = xu.XWING if is_mesh else target
         self.mesh = target if is_mesh else load_mesh(target.mesh)
+        if not is_mesh:
+            _check_size(target, self.mesh)
         self.scale = WORKING_DIAMETER / self.mesh.diameter
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
@@ -144,6 +147,7 @@ class Aligner:
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         self._tracked = image, refined
         lines = refined.lines
+        is_learnt = self.outline.colours.known
         found = xu.PoseEstimate(
             refined.pose,
             refined.covariance,
@@ -151,6 +155,7 @@ class Aligner:
             reason,
             explained_contrast=explained,
             colour_separation=np.nan if lines is None else lines.separation(refined.pose),
+            local_agreement=local_agreement(refined) if is_learnt else np.nan,
         )
         return _scale_estimate(found, 1 / self.scale)
 
@@ -204,7 +209,25 @@ class Aligner:
             return
         painting = self.refiner.paint_plain(image, pose, K)
         if painting is not None:
-            self.key_frames.add(painting)
+            self.key_frames.add(painting, image, K)
+
+    def find(self, image: np.ndarray, K: np.ndarray, near: np.ndarray | None = None) -> list:
+        """Find where a target may be that was lost, from what was learnt; see `KeyFrames.find`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            K: (3, 3) pixels.
+            near: (4, 4) pose that the target had lately, or None.
+
+        Returns:
+            poses (4, 4) model -> OpenCV camera, the most probable one first, neither refined nor
+            judged; none where nothing was learnt.
+        """
+        near = None if near is None else xu.scale_pose(near, self.scale)
+        colours = self.outline.colours
+        posterior = colours.posterior if colours.known else None
+        poses = self.key_frames.find(image, K, posterior, near)
+        return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
 
     def _learn_colours(self, image, pose, K):
         """Learn the colours around the outline, without drawing it again where it was tracked."""
@@ -259,6 +282,15 @@ class Aligner:
         """
         poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)
+
+
+def _check_size(target, mesh):
+    """Raise ValueError where a target's box is not that of its mesh, as in another unit."""
+    if not 0.5 < target.diameter / mesh.diameter < 2:
+        raise ValueError(
+            f"{target.mesh}: the box of the target {target.name!r} measures {target.diameter:.4g} "
+            f"from corner to corner, its mesh {mesh.diameter:.4g}; give both in mesh units"
+        )
 
 
 def _scale_covariance(covariance, factor):

@@ -416,15 +416,22 @@ class Refiner:
             extra_blur = self.settings.coarse_blur
         return cut_view(image, pixels.reshape(-1, 2), K, shrink, self.blur, extra_blur)
 
-    def draw(self, view: View, pose: np.ndarray, true_paint: bool = True) -> Drawing | None:
-        """Draw a pose (see `LinearShader.draw`); None where too little shows or it is too near."""
+    def draw(
+        self, view: View, pose: np.ndarray, true_paint: bool = True, learnt: bool = True
+    ) -> Drawing | None:
+        """Draw a pose, with the albedo that was learnt or with that of the mesh's texture.
+
+        See `LinearShader.draw`; None where too little shows or the target is too near.
+        """
         drawing = self.shader.draw(view, pose, true_paint)
         enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
         far_enough = drawing.depth.min() > NEAR * self.diameter
         if not (enough and far_enough):
             return None
 
-        albedo = None if self.albedo is None else self.albedo(drawing, view.K)
+        albedo = None
+        if learnt and self.albedo is not None:
+            albedo = self.albedo(drawing, view.K)
         return drawing if albedo is None else dataclasses.replace(drawing, albedo=albedo)
 
     def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
@@ -447,15 +454,13 @@ class Refiner:
         return None if drawing is None else self.paint(view, drawing)
 
     def paint_plain(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> Painting | None:
-        """Draw a pose as the materials of the mesh say, without the albedo that was learnt.
+        """Draw a pose as the mesh says, without the albedo that was learnt.
 
         The arguments and the result are those of `paint_pose`.
         """
         view = self.view(image, pose, K)
-        drawing = None if view is None else self.draw(view, pose)
-        if drawing is None:
-            return None
-        return self.paint(view, dataclasses.replace(drawing, albedo=None))
+        drawing = None if view is None else self.draw(view, pose, learnt=False)
+        return None if drawing is None else self.paint(view, drawing)
 
     def _template(self, painting):
         """The `Template` of a painting.

@@ -26,9 +26,19 @@ from xwing.film import write_clip
 from xwing.footage import Clip
 from xwing.motion import smooth
 from xwing.overlay import draw_tracked
+from xwing.starts import read_starts
 from xwing.tracker import MAX_GAP_SECONDS, START_FRAMES, TrackedPose, Tracker, trust_features
 
-__all__ = ["TrackedPose", "Tracker", "export_track", "summary", "track_clip", "trust_features"]
+__all__ = [
+    "TrackedPose",
+    "Tracker",
+    "export_track",
+    "read_camera",
+    "read_starts",
+    "summary",
+    "track_clip",
+    "trust_features",
+]
 
 # Bytes of the frames that are kept at a time where a clip is read backwards.
 BACKWARD_BYTES = 2e8
@@ -362,7 +372,7 @@ def _track_to_files(options):
     if options.camera is None:
         K = xu.lens_camera(clip.width, clip.height, options.focal)
     else:
-        K = _read_camera(options.camera, clip)
+        K = read_camera(options.camera, clip)
 
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
@@ -377,40 +387,21 @@ def _track_to_files(options):
     return track
 
 
-def read_starts(path: str | Path) -> dict[int, np.ndarray]:
-    """Read the poses that a user knows of a clip, for `track_clip`.
+def read_camera(path: str | Path, clip: Clip) -> np.ndarray:
+    """Read the camera of a clip, and remove its distortion from the clip.
 
     Args:
-        path: of a JSON file: {"frame": number from 0, "pose": 4 x 4 model -> OpenCV camera}, or a
-            list of them. Other keys are ignored.
+        path: of a JSON file {"K": 3 x 3, "width", "height"}, and "distortion" (k1, k2, p1, p2, ...)
+            if it is known. Other keys are ignored.
+        clip: `Clip` that it has taken.
 
     Returns:
-        {number of the frame: pose (4, 4)}.
+        K (3, 3), pixels.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, no start, or two of one frame.
+        ValueError: it holds something else, or is of frames of another size.
     """
-    rows = xu.read_json(path)
-    rows = rows if isinstance(rows, list) else [rows]
-    starts = {}
-    for row in rows:
-        if not (isinstance(row, dict) and {"frame", "pose"} <= set(row)):
-            raise ValueError(f'{path}: expected {{"frame": 0, "pose": 4 x 4}} or a list of them')
-        index = row["frame"]
-        if type(index) is not int or index < 0:
-            raise ValueError(f"{path}: frame: expected a number from 0, got {index!r}")
-        if index in starts:
-            raise ValueError(f"{path}: there are two starts in frame {index}; keep one")
-        starts[index] = xu.rigid_matrix(row["pose"], f"{path}, frame {index}")
-
-    if not starts:
-        raise ValueError(f"{path}: there is no start in it")
-    return starts
-
-
-def _read_camera(path, clip):
-    """K (3, 3) of a camera file; its distortion is removed from the clip."""
     camera = xu.read_json(path)
     if not (isinstance(camera, dict) and {"K", "width", "height"} <= set(camera)):
         raise ValueError(f'{path}: expected {{"K": 3 x 3, "width": ..., "height": ...}}')
