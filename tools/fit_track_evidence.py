@@ -90,7 +90,6 @@ def main():
     parser.add_argument("clips", type=Path, nargs="+")
     options = parser.parse_args()
     rows = pd.concat([judged_poses(path) for path in options.clips])
-    rows.to_csv("/tmp/w27/rows.csv")
     print(
         rows.groupby(["clip", "right"])[FEATURES[1:]].describe(percentiles=[0.05, 0.95]).to_string()
     )
