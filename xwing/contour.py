@@ -168,7 +168,8 @@ class ContourLines:
         """
         outline = STEPS // 2 + self.distances(pose)[:, None]
         reach = np.arange(1, FREE_STEPS + 1)
-        return float((self._at(outline - reach) - self._at(outline + reach)).mean())
+        inside = _interpolate(self.posterior, outline - reach)
+        return float((inside - _interpolate(self.posterior, outline + reach)).mean())
 
     def distances(self, pose: np.ndarray) -> np.ndarray:
         """Return the distances (L,) of the points at a pose (4, 4)."""
@@ -177,13 +178,14 @@ class ContourLines:
         moved = points @ self.K[:2].T / points[:, 2:] - self.centres
         return np.einsum("lc,lc->l", moved, self.normals) / self.scale
 
-    def _at(self, positions):
-        """The posterior at positions (L, N) along the lines, in segments from their inner ends."""
-        positions = positions.clip(0, STEPS - 1)
-        left = np.minimum(positions.astype(int), STEPS - 2)
-        part = positions - left
-        lines = np.arange(len(left))[:, None]
-        return (1 - part) * self.posterior[lines, left] + part * self.posterior[lines, left + 1]
+
+def _interpolate(values, positions):
+    """Values (L, STEPS) of lines at positions (L, N) along them, in segments from the first."""
+    positions = positions.clip(0, STEPS - 1)
+    left = np.minimum(positions.astype(int), STEPS - 2)
+    part = positions - left
+    lines = np.arange(len(left))[:, None]
+    return (1 - part) * values[lines, left] + part * values[lines, left + 1]
 
 
 def _find_outline(coverage):
@@ -244,6 +246,17 @@ def _look_up(picture, centres, normals, offsets, interpolation):
     positions = centres[:, None] + offsets[:, None] * normals[:, None]
     positions = np.float32(positions - 0.5)  # OpenCV counts from the centre of the first pixel
     return cv2.remap(picture, positions, None, interpolation, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _rounding(centres, normals, offsets):
+    """How far outward (L, N) the centres of the pixels lie that `_look_up` takes as the nearest.
+
+    In units of the normals (L, 2), which need not have length one.
+    """
+    positions = centres[:, None] + offsets[:, None] * normals[:, None]
+    rounded = np.floor(positions) + 0.5 - positions
+    squared = (normals * normals).sum(1)
+    return np.einsum("lnc,lc->ln", rounded, normals / squared[:, None])
 
 
 def _locate(posterior):
@@ -390,8 +403,12 @@ class Outline:
         if np.count_nonzero(used) < MIN_COUNT:
             return None
 
-        colours = _look_up(image, in_frame[used], along[used], offsets, cv2.INTER_NEAREST)
+        in_frame, along = in_frame[used], along[used]
+        colours = _look_up(image, in_frame, along, offsets, cv2.INTER_NEAREST)
         posterior = self._segments(colours, scale)
+        mean, variance = _locate(posterior)
+        rounded = _rounding(in_frame, along, offsets).reshape(-1, STEPS, scale).mean(-1) / scale
+        mean = mean + _interpolate(rounded, STEPS // 2 + mean[:, None])[:, 0]
         centres = centres[used]
         normals = normals[used]
         rays = centres @ to_drawing[:, :2].T + to_drawing[:, 2]
@@ -405,7 +422,8 @@ class Outline:
             centres,
             normals,
             posterior,
-            *_locate(posterior),
+            mean,
+            variance,
             _distance_jacobian(points, pose[:3, 3], drawn_K, normals / scale),
         )
 
