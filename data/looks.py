@@ -762,10 +762,10 @@ class Stage:
         self.scale = rng.uniform(1, 3)
         self.place = Place(mi, rng, np.zeros(3))
         self.camera = rng.spawn(1)[0]  # of the faults of the camera, the same in all frames
-        self.behind = self._render({}, (0, 0, size, size), 96, seed)
+        self.behind = self._render({}, (0, 0, size, size), 99, seed)
 
     def image(self, matrix: np.ndarray, index: int) -> np.ndarray:
-        """Return frame `index` of the flight, (size, size, 3) uint8 RGB, with the ship at a pose."""
+        """Return frame `index` of the flight, the ship at a pose: (size, size, 3) uint8 RGB."""
         linear = self.behind.copy()
         mask = self._silhouette(matrix)
         rows, columns = np.nonzero(mask)

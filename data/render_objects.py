@@ -17,10 +17,8 @@ import dataclasses
 import functools
 import json
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import joblib
 import numpy as np
@@ -38,7 +36,7 @@ K = np.array([[610.0, 0, 326], [0, 610, 236], [0, 0, 1]])  # the centre is not t
 SHUTTER = 1 / 100  # seconds
 INSTANTS = 3  # of each exposure
 SAMPLES = 4  # rays a pixel and instant
-ENCODING = {"preset": "slow", "crf": "18"}  # of x264
+CRF = 18  # of x264
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ CLAY = {"type": "roughplastic", "alpha": 0.35, "nonlinear": True}
 BRICK = {"type": "roughplastic", "alpha": 0.12, "nonlinear": True}
 LACQUER = {"type": "roughplastic", "alpha": 0.08, "nonlinear": True}
 BARE_METAL = {"type": "roughconductor", "alpha": 0.18}
-STEEL = {"type": "roughconductor", "alpha": 0.28}
+STEEL = {"type": "principled", "roughness": 0.4, "metallic": 0.5}  # galvanised
 
 FILMS = {
     "carton": Film(
@@ -130,14 +128,14 @@ FILMS = {
         mesh="bolt.obj",
         target="bolt_target.json",
         path=(
-            (0, 320, 240, 200, 0, 0, 0),
-            (0.8, 300, 225, 215, 20, 24, 20),
-            (1.6, 330, 240, 235, 50, 40, 44),
-            (2.4, 360, 255, 215, 20, 0, 62),
-            (3.2, 320, 235, 185, -14, -40, 30),
-            (3.9, 290, 245, 200, -40, -20, -16),
+            (0, 320, 240, 205, 0, 0, 0),
+            (0.8, 300, 225, 220, -12, 20, 30),
+            (1.6, 330, 240, 240, 8, 44, 70),
+            (2.4, 360, 255, 220, 30, 6, 96),
+            (3.2, 320, 235, 190, 10, -44, 60),
+            (3.9, 290, 245, 200, -20, -30, 10),
         ),
-        first_turn=(35, 30, 50),
+        first_turn=(30, 20, 60),
         surface={"": STEEL},
         picture="motorcycle_right.png",
         window=(1.38, 0.5),
@@ -339,6 +337,7 @@ def object_shapes(film: Film, pose: np.ndarray) -> dict:
 def _bsdf(surface, mesh, material):
     """Mitsuba's material, with the mesh's colour or texture."""
     key = {
+        "principled": "base_color",
         "roughplastic": "diffuse_reflectance",
         "roughconductor": "specular_reflectance",
     }[surface["type"]]
@@ -560,18 +559,6 @@ def _write_frame(name, index, path):
     xu.write_files({path: png.tobytes()})
 
 
-def encode(paths: list[Path], path: Path):
-    """Write pictures as an H.264 video."""
-    with xu.part_files(path) as (part,), part.open("w+b") as file:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", Fraction(FPS), ENCODING)
-            stream.width, stream.height = WIDTH, HEIGHT
-            for picture in paths:
-                image = cv2.imread(str(picture))[..., ::-1]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-
-
 def record(name: str) -> dict:
     """What the JSON file of a clip says."""
     film = FILMS[name]
@@ -599,7 +586,8 @@ def _rounded(pose):
 def write_clip(name: str, frames: Path, workers: int = 1):
     """Render a film and write data/objects/NAME.mp4 and .json."""
     paths = write_frames(name, frames / name, workers)
-    encode(paths, OBJECTS / f"{name}.mp4")
+    pictures = (xu.read_image(path) for path in paths)
+    render.encode(pictures, OBJECTS / f"{name}.mp4", FPS, CRF)
     lines = [f" {json.dumps(key)}: {_text(value)}" for key, value in record(name).items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     xu.write_files({OBJECTS / f"{name}.json": text})

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 import xwing_utils as xu
-from xwing.templates import EdgeMatcher, Start
+from xwing.edges import EdgeMatcher, Start
 
 MIN_PINS = 4  # three pins leave up to four poses
 FLAT = 0.02  # ratio of two extents of the pins, below which the smaller one is none
