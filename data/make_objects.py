@@ -123,10 +123,30 @@ SCALE = 2.4  # pixels of the print a millimetre
 def carton(printed: bool = True) -> Builder:
     """A box of tea; without its print it is grey."""
     width, height, depth = CARTON
-    # Of each side: the corner where its print begins, the edges along which its print runs to the
-    # right and down, and where it lies on the unfolded box, in millimetres from the upper left.
+    sheet = np.array([2 * width + 2 * depth, 2 * depth + height])
+    material = "print" if printed else "card"
+    pictures = {"print": carton_print()} if printed else {}
+    mesh = Builder({material: (0.62, 0.6, 0.56)}, pictures)
+    for corner, right, down, place in _sides():
+        start = np.array(corner) * CARTON / 2
+        vertices = [start, start + down, start + down + right, start + right]
+        size = np.array([abs(right).max(), abs(down).max()])
+        on_sheet = place + size * [(0, 0), (0, 1), (1, 1), (1, 0)]
+        coordinates = np.array([0, 1]) + [1, -1] * (on_sheet / sheet)
+        mesh.add(material, vertices, [(0, 1, 2), (0, 2, 3)], coordinates if printed else None)
+    return mesh
+
+
+def _sides():
+    """The six sides of the carton.
+
+    Of each: the corner where its print begins, in half-sizes; the edges (3,) along which its print
+    runs to the right and down; and where it lies on the unfolded box, millimetres from the upper
+    left.
+    """
+    width, height, depth = CARTON
     x, y, z = np.diag(CARTON).astype(float)
-    sides = [
+    return [
         ((-1, 1, 1), x, -y, (0, depth)),  # front
         ((1, 1, 1), -z, -y, (width, depth)),  # right
         ((1, 1, -1), -x, -y, (width + depth, depth)),  # back
@@ -134,20 +154,6 @@ def carton(printed: bool = True) -> Builder:
         ((-1, 1, -1), x, z, (0, 0)),  # top
         ((-1, -1, 1), x, -z, (0, depth + height)),  # bottom
     ]
-    sheet = np.array([2 * width + 2 * depth, 2 * depth + height])
-
-    pictures = {"print": carton_print()} if printed else {}
-    colour = (0.62, 0.6, 0.56)
-    mesh = Builder({"print" if printed else "card": colour}, pictures)
-    for corner, right, down, place in sides:
-        start = np.array(corner) * CARTON / 2
-        vertices = [start, start + down, start + down + right, start + right]
-        size = np.array([abs(right).max(), abs(down).max()])
-        on_sheet = place + size * [(0, 0), (0, 1), (1, 1), (1, 0)]
-        coordinates = np.array([0, 1]) + [1, -1] * (on_sheet / sheet)
-        faces = [(0, 1, 2), (0, 2, 3)]
-        mesh.add(next(iter(mesh.colours)), vertices, faces, coordinates if printed else None)
-    return mesh
 
 
 def carton_print() -> np.ndarray:
@@ -283,31 +289,33 @@ def _figure_distance(points):
 # ---------------------------------------------------------------- can
 
 CAN_RADIUS = 33.0  # mm
+CAN_SECTIONS = 72  # around its axis
 CAN_LABEL = 12.0, 104.0  # mm along z, of the printed wall
 
 
 def can() -> Builder:
     """A can of 0.33 l: a printed wall, bare metal above and below, and an opener."""
     mesh = Builder({"label": (0.5, 0.5, 0.5), "metal": (0.78, 0.78, 0.8)}, {"label": can_print()})
-    sections = 72
-    angles = np.linspace(0, 2 * np.pi, sections + 1)
-    ring = np.stack([np.cos(angles), np.sin(angles)], 1) * CAN_RADIUS
-    rows = [np.column_stack([ring, np.full(sections + 1, z)]) for z in CAN_LABEL]
-    across = np.linspace(0, 1, sections + 1)
-    coordinates = [np.column_stack([across, np.full(sections + 1, v)]) for v in (0, 1)]
-    i = np.arange(sections)
-    lower, upper = i, i + sections + 1
-    faces = np.concatenate(
-        [np.stack([lower, lower + 1, upper + 1], 1), np.stack([lower, upper + 1, upper], 1)]
-    )
-    mesh.add("label", np.concatenate(rows), faces, np.concatenate(coordinates))
-
+    mesh.add("label", *_wall(CAN_SECTIONS))
     foot = [(0, 7), (20, 6), (23, 0), (26, 0), (30, 6), (33, 12)]
     neck = [(33, 104), (30, 111), (27, 115), (27.5, 117), (26, 117), (25, 113), (0, 113)]
-    mesh.lathe("metal", foot, sections=sections)
-    mesh.lathe("metal", neck, sections=sections)
+    mesh.lathe("metal", foot, sections=CAN_SECTIONS)
+    mesh.lathe("metal", neck, sections=CAN_SECTIONS)
     mesh.box("metal", (-4, -6, 113), (16, 6, 114.5))
     return mesh
+
+
+def _wall(sections):
+    """Vertices, faces and texture coordinates of the printed wall; the print goes once around."""
+    across = np.linspace(0, 1, sections + 1)
+    ring = np.stack([np.cos(2 * np.pi * across), np.sin(2 * np.pi * across)], 1) * CAN_RADIUS
+    vertices = [np.column_stack([ring, np.full(sections + 1, z)]) for z in CAN_LABEL]
+    coordinates = [np.column_stack([across, np.full(sections + 1, v)]) for v in (0, 1)]
+
+    lower = np.arange(sections)
+    upper = lower + sections + 1
+    faces = [np.stack([lower, lower + 1, upper + 1], 1), np.stack([lower, upper + 1, upper], 1)]
+    return np.concatenate(vertices), np.concatenate(faces), np.concatenate(coordinates)
 
 
 def can_print() -> np.ndarray:

@@ -44,10 +44,10 @@ class Film:
     """A clip: an object, how it moves, what is around it."""
 
     mesh: str  # a file of data/objects
-    # Rows of second, centre in the frame (x, y in pixels), diameter in pixels, and the turn about
-    # the camera's x, y and z in degrees, from the first turn on.
+    # Rows of second, centre in the frame (x, y in pixels), diameter in pixels, and degrees by which
+    # the object is turned about x, y and z of the camera.
     path: tuple
-    first_turn: tuple  # degrees about x, y, z: how the object stands if nothing turns it
+    first_turn: tuple  # degrees about x, y, z, before those of the path
     surface: dict  # name of a material, or "" for all others -> Mitsuba's properties
     picture: str  # a file of skimage.data, behind the object
     window: tuple = (1.4, 0.5)  # where it is: angle about y in units of pi, height from -1 to 1
@@ -55,6 +55,7 @@ class Film:
     picture_mesh: str | None = None  # what is rendered, where the mesh of the target has no print
     hand: tuple = ()  # rows of second, x, y in pixels: where the middle of a hand is
     seconds: float = 3.3  # its length
+    upright: float = 90  # degrees about x from the camera's axes (y down) to a model whose z is up
     smooth: bool = False  # shade the mesh as a curved surface
 
 
@@ -67,6 +68,7 @@ STEEL = {"type": "principled", "roughness": 0.4, "metallic": 0.5}  # galvanised
 
 FILMS = {
     "carton": Film(
+        upright=180,  # y is up
         mesh="carton.obj",
         path=(
             (0, 300, 250, 215, 0, 0, 0),
@@ -141,6 +143,7 @@ FILMS = {
         window=(1.38, 0.5),
     ),
     "carton_hand": Film(
+        upright=180,  # y is up
         seconds=3.9,
         mesh="carton_grey.obj",
         picture_mesh="carton.obj",
@@ -219,9 +222,7 @@ def film_poses(film: Film, seconds: np.ndarray) -> np.ndarray:
     centre = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones_like(x)], 1)
 
     turns = Rotation.from_euler("yxz", path[:, [5, 4, 6]], degrees=True)
-    upright = Rotation.from_euler("x", 90, degrees=True)  # z of the model is up; y of a camera down
-    if film.mesh.startswith("carton"):
-        upright = Rotation.from_euler("x", 180, degrees=True)
+    upright = Rotation.from_euler("x", film.upright, degrees=True)
     first = Rotation.from_euler("xyz", film.first_turn, degrees=True) * upright
     shift, tremor = _tremor(film, seconds)
     rotations = tremor * RotationSpline(path[:, 0], turns)(seconds) * first

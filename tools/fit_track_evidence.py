@@ -9,6 +9,7 @@ all clips together, and judged on clips that are left out in turn.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -18,16 +19,16 @@ from fit_evidence import fit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing import metrics
+from xwing import metrics, tracker
 from xwing.alignment import Aligner
 from xwing.footage import Clip
 
-EVERY = 3  # frames between two of which poses are judged
-STARTS = 6  # poses that are refined in each of these frames
+EVERY = 4  # frames between two of which poses are judged
+STARTS = 4  # poses that are refined in each of these frames
 NEAR = 5.0, 0.03  # degrees and diameters, standard deviations of a start that is nearly right
 FAR = 40.0, 0.15  # of a start that is wrong
 MIN_VISIBLE = 0.25  # fraction of the target: with less of it in sight no pose is judged
-FEATURES = ["constant", "contrast", "separation", "relative"]
+FEATURES = ["constant", "contrast", "separation", "agreement"]
 SEED = 27
 
 
@@ -60,7 +61,7 @@ def judged_poses(path):
                 start = moved(pose, FAR if i % 2 else NEAR, target, rng)
                 estimate = aligner.track(frame.image, start, K, usual=usual)
                 right = metrics.recalled([estimate.pose], [pose], target=target)[0]
-                rows.append([path.stem, *features(estimate, usual), right])
+                rows.append([path.stem, *features(estimate), right])
 
         if clip["visible"][index] > 0.9:
             aligner.learn(frame.image, pose, K)
@@ -71,10 +72,10 @@ def judged_poses(path):
     return rows[np.isfinite(rows["contrast"])]
 
 
-def features(estimate, usual):
-    """One, the explained contrast, the separation of the colours, the contrast to the usual one."""
-    contrast = estimate.explained_contrast
-    return 1.0, contrast, estimate.colour_separation, contrast / usual
+def features(estimate):
+    """One, the explained contrast, the separation of the colours, the local agreement."""
+    measured = estimate.explained_contrast, estimate.colour_separation, estimate.local_agreement
+    return 1.0, *np.nan_to_num(measured, nan=tracker.USUAL_SEPARATION)
 
 
 def errors(rows, weights, used):
@@ -88,12 +89,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clips", type=Path, nargs="+")
     options = parser.parse_args()
-    rows = pd.concat([judged_poses(path) for path in options.clips])
+    rows = pd.concat([judged_poses(path) for path in options.clips]); rows.to_csv("/tmp/w27/rows.csv")
     print(
         rows.groupby(["clip", "right"])[FEATURES[1:]].describe(percentiles=[0.05, 0.95]).to_string()
     )
 
-    for used in (FEATURES[:2], FEATURES[:3], FEATURES):
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(FEATURES[1:], count) for count in (1, 2, 3)
+    )
+    for chosen in choices:
+        used = ["constant", *chosen]
         table = {}
         for clip, left_out in rows.groupby("clip"):
             others = rows[rows["clip"] != clip]

@@ -5,7 +5,8 @@ like at a pose. `keyframes` remembers how the surface looked at poses that were 
 moves a pose until its drawing and the frame agree. `verification` compares rival poses and says how
 probable it is that the best one is right. `align` refines a pose that is known roughly. `track`
 refines a pose that is predicted from the frames before. `verify` decides on a frame alone. `learn`
-remembers the surface in a frame whose pose is known.
+remembers the surface in a frame whose pose is known, and `find` finds it again in a frame where it
+was lost.
 
 Inside, every mesh has the same size, so results do not depend on the unit of the target: limits
 that compare radians with lengths mean the same, and single precision rounds in the same places.
@@ -17,17 +18,21 @@ import dataclasses
 import numpy as np
 
 import xwing_utils as xu
-from xwing.contour import Outline
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
-from xwing.verification import VerificationSettings, Verifier, verify_frames
+from xwing.verification import VerificationSettings, Verifier, local_agreement, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
 # The diameter of every mesh inside: that of the X-wing's mesh, whose numbers are thus left alone.
 # PnP has a constant of its own, because it scales by the target's box, which is slightly smaller.
 WORKING_DIAMETER = 0.4698348885512867
+
+# A frame whose pose differs from the one that was tracked by less than this many radians and
+# diameters is not drawn again when its colours are learnt.
+SAME_TURN = 0.03
+SAME_SHIFT = 0.01
 
 
 class Aligner:
@@ -48,8 +53,8 @@ class Aligner:
         mesh: `Mesh` of the target, in its own unit.
         scale: working units for one model unit.
         key_frames: `KeyFrames`, what was learnt, in working units; none to begin with.
-        outline: `Outline`, in working units; it has learnt no colours to begin with.
         refiner: `Refiner`, in working units.
+        outline: `Outline` of the refiner; it has learnt no colours to begin with.
         verifier: `Verifier`, in working units.
     """
 
@@ -69,9 +74,10 @@ class Aligner:
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
         self.key_frames = KeyFrames(working_mesh)
-        self.outline = Outline(working_mesh)
-        self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo, self.outline)
+        self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo)
+        self.outline = self.refiner.outline
         self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
+        self._tracked = None  # the last frame that was tracked, and its `Refined`
 
     def align(
         self,
@@ -139,7 +145,9 @@ class Aligner:
 
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
+        self._tracked = image, refined
         lines = refined.lines
+        is_learnt = self.outline.colours.known
         found = xu.PoseEstimate(
             refined.pose,
             refined.covariance,
@@ -147,6 +155,7 @@ class Aligner:
             reason,
             explained_contrast=explained,
             colour_separation=np.nan if lines is None else lines.separation(refined.pose),
+            local_agreement=local_agreement(refined) if is_learnt else np.nan,
         )
         return _scale_estimate(found, 1 / self.scale)
 
@@ -182,10 +191,12 @@ class Aligner:
         return _scale_estimate(found, 1 / self.scale)
 
     def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
-        """Learn how the surface of the target looks, from a frame whose pose is known.
+        """Learn how the target looks, from a frame whose pose is known.
 
-        From then on the target is drawn with the albedo that was learnt. Nothing is learnt where
-        the target was seen from nearly the same place before, or where too little of it shows.
+        From then on the target is drawn with the albedo that was learnt, and its outline is sought
+        between the colours that were seen on both sides of it. Every frame adds to these colours.
+        The albedo is learnt only where the target was not seen from nearly the same place before.
+        Where too little of it shows, nothing is learnt.
 
         Args:
             image: (H, W, 3) uint8.
@@ -193,7 +204,7 @@ class Aligner:
             K: (3, 3) pixels.
         """
         pose = xu.scale_pose(pose, self.scale)
-        self.outline.learn(image, pose, K)
+        self._learn_colours(image, pose, K)
         if not self.key_frames.is_new(pose):
             return
         painting = self.refiner.paint_plain(image, pose, K)
@@ -217,6 +228,18 @@ class Aligner:
         posterior = colours.posterior if colours.known else None
         poses = self.key_frames.find(image, K, posterior, near)
         return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
+
+    def _learn_colours(self, image, pose, K):
+        """Learn the colours around the outline, without drawing it again where it was tracked."""
+        tracked_image, refined = self._tracked or (None, None)
+        if tracked_image is image and refined.lines is not None:
+            turn, shift = np.linalg.norm(
+                xu.pose_step(pose, refined.lines.pose).reshape(2, 3), axis=1
+            )
+            if turn < SAME_TURN and shift < SAME_SHIFT * WORKING_DIAMETER:
+                self.outline.learn_from_lines(image, K, refined.lines)
+                return
+        self.outline.learn(image, pose, K)
 
     def forget(self) -> None:
         """Forget all that was learnt: the target is drawn as its mesh says again."""

@@ -22,6 +22,7 @@ from xwing.mesh import Mesh, draw_triangles, triangle_normals, visibility
 SUPERSAMPLING = 2  # samples per pixel and direction
 MIN_DETAIL = 0.25  # samples: a triangle that shows less from every side is not drawn
 OCCLUSION = 0.9  # fraction of the light that other parts of the target keep away
+FITTED_PIXELS = 4000  # that the colours of a learnt albedo are fitted to, about
 VIEW_MARGIN = 6  # pixels of a view around the target
 MIN_VIEW_SIZE = 8  # pixels: a view that is narrower or lower shows too little
 
@@ -203,7 +204,7 @@ class LinearShader:
             Drawing.
         """
         height, width = view.image.shape[:2]
-        rows, depth = self._rasterise(view.K, pose, SUPERSAMPLING * width, SUPERSAMPLING * height)
+        rows, depth = self._rasterise(view.K, pose, width, height, SUPERSAMPLING)
         rows = [part.astype(np.int32).ravel() for part in _samples_of_pixels(rows)]
         depths = _samples_of_pixels(depth)
         depth = np.minimum.reduce(depths)
@@ -226,22 +227,40 @@ class LinearShader:
             albedo = self.texture.draw(triangles.reshape(height, width), depth, pose, view.K, blur)
         return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth, albedo)
 
-    def _rasterise(self, K, pose, width, height):
-        """The row of a shading table for each sample (height, width), -1 for none; their depth."""
+    def draw_depth(self, pose: np.ndarray, K: np.ndarray, width: int, height: int) -> np.ndarray:
+        """Draw how far away the mesh is at the centre of each pixel.
+
+        Args:
+            pose: (4, 4) model -> OpenCV camera, with the whole mesh in front of the camera.
+            K: (3, 3) camera matrix of the picture.
+            width: of the picture, pixels.
+            height: of the picture, pixels.
+
+        Returns:
+            (height, width) float32 model units, inf where nothing shows.
+        """
+        return self._rasterise(K, pose, width, height, 1)[1]
+
+    def _rasterise(self, K, pose, width, height, samples):
+        """The row of a shading table for each sample, -1 for none, and their depth.
+
+        There are some samples for each pixel of a picture (height, width) and direction.
+        """
         rotation = np.float32(pose[:3, :3])
         translation = np.float32(pose[:3, 3])
         camera = -rotation.T @ translation  # in model axes
         back = self.normals @ camera < self.offsets  # (F,) whether the camera sees the back
 
-        samples_per_unit = SUPERSAMPLING * K[0, 0] / translation[2]
+        samples_per_unit = samples * K[0, 0] / translation[2]
         area = np.where(back, self.area[:, 1], self.area[:, 0]) * samples_per_unit**2
         chosen = np.flatnonzero(area > MIN_DETAIL)
 
         corners = self.triangles[chosen].reshape(-1, 3) @ rotation.T + translation
         corners = corners.reshape(-1, 3, 3)
         rows = chosen + len(self.triangles) * back[chosen]
-        K = xu.crop_camera(K, scale=SUPERSAMPLING)
-        picture, depth = draw_triangles(corners, rows[:, None], K, width, height)
+        K = xu.crop_camera(K, scale=samples)
+        size = samples * width, samples * height
+        picture, depth = draw_triangles(corners, rows[:, None], K, *size)
         return picture[..., 0], depth
 
     def paint(
@@ -281,31 +300,69 @@ class LinearShader:
         The albedo (P, 3), or None, multiplies the basis in each channel. Returns the fitted light
         (P, 3) and the spread of the rest in grey levels.
         """
+        if albedo is not None:
+            return self._fit_few_pixels(basis, light, grey_per_light, noise, albedo)
         to_grey_squared = np.square(grey_per_light)  # squares of light become squares of grey
         weight = to_grey_squared
 
         for _ in range(3):
-            painted = self._explain(light, basis, weight, albedo)
-
-            squared = mean_square(light - painted) * to_grey_squared
-            deviation = 1.4826 * float(np.sqrt(np.median(squared)))  # of a normal distribution
-            spread = max(noise, deviation)
-            weight = to_grey_squared / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2)
+            painted = basis @ solve_coefficients(light, basis, weight, self.regularisation)
+            weight, spread = _reweight(light - painted, to_grey_squared, noise)
 
         return painted, spread
 
-    def _explain(self, light, basis, weight, albedo):
-        """The part of light (P, 3) that a basis explains, with or without an albedo (P, 3)."""
-        if albedo is None:
-            return basis @ solve_coefficients(light, basis, weight, self.regularisation)
+    def _fit_few_pixels(self, basis, light, grey_per_light, noise, albedo):
+        """As `_fit_coefficients`, from FITTED_PIXELS pixels: there are few coefficients."""
+        step = max(1, round(len(light) / FITTED_PIXELS))
+        some_basis, some_albedo, some_light = basis[::step], albedo[::step], light[::step]
+        to_grey_squared = np.square(grey_per_light[::step])
+        weight = to_grey_squared
 
-        explained = np.empty_like(light)
-        for channel in range(3):
-            lit = basis * albedo[:, channel, None]
-            values = light[:, channel, None]
-            coefficients = solve_coefficients(values, lit, weight, self.regularisation)
-            explained[:, channel] = (lit @ coefficients)[:, 0]
-        return explained
+        for _ in range(3):
+            coefficients = solve_channels(
+                some_light, some_basis, some_albedo, weight, self.regularisation
+            )
+            rest = some_light - some_basis @ coefficients * some_albedo
+            weight, spread = _reweight(rest, to_grey_squared, noise)
+
+        return basis @ coefficients * albedo, spread
+
+
+def _reweight(residual, to_grey_squared, noise):
+    """New weights (P,) of differences in light (P, 3), and their spread in grey levels."""
+    squared = mean_square(residual) * to_grey_squared
+    deviation = 1.4826 * float(np.sqrt(np.median(squared)))  # of a normal distribution
+    spread = max(noise, deviation)
+    return to_grey_squared / (1 + squared / np.float32(xu.CAUCHY * spread) ** 2), spread
+
+
+def solve_channels(
+    values: np.ndarray,
+    basis: np.ndarray,
+    albedo: np.ndarray,
+    weight: np.ndarray,
+    regularisation: np.ndarray,
+) -> np.ndarray:
+    """Solve for the coefficients of each channel, where an albedo multiplies the basis.
+
+    Args:
+        values: (P, 3), or (N, P, 3) for N sets of coefficients.
+        basis: (P, M + 8).
+        albedo: (P, 3).
+        weight: (P,) of the pixels.
+        regularisation: (M + 8, M + 8), draws the coefficients towards zero.
+
+    Returns:
+        (M + 8, 3), or (N, M + 8, 3).
+    """
+    columns = np.ascontiguousarray(basis.T)
+    projected = (values * (albedo * weight[:, None])).swapaxes(-1, -2) @ basis  # (..., 3, M + 8)
+    solved = []
+    for channel in range(3):
+        weighted = columns * (weight * np.square(albedo[:, channel]))
+        rows = projected[..., channel, :]
+        solved.append(np.linalg.solve(weighted @ basis + regularisation, rows.T).T)
+    return np.stack(solved, axis=-1)
 
 
 class TextureAlbedo:
@@ -329,16 +386,18 @@ class TextureAlbedo:
         coordinates = mesh.texture_coordinates[rows]
         normals = triangle_normals(triangles)
         area = np.linalg.norm(normals, axis=1) / 2
-        self.normals = normals / (2 * area[:, None])
-        self.corners = triangles[:, 0]
+        normals = normals / (2 * area[:, None])
+        self.normals = np.float32(normals)
+        self.corners = np.float32(triangles[:, 0])
         self.materials = mesh.face_materials[rows]
 
         # Edges and normal are a basis of space: its inverse gives the two coordinates on the plane.
         edges = triangles[:, 1:] - triangles[:, :1]
-        basis = np.concatenate([edges, self.normals[:, None]], axis=1).swapaxes(1, 2)
+        basis = np.concatenate([edges, normals[:, None]], axis=1).swapaxes(1, 2)
         texture_edges = coordinates[:, 1:] - coordinates[:, :1]  # (N, 2 edges, 2)
-        self.origins = coordinates[:, 0]
-        self.maps = texture_edges.swapaxes(1, 2) @ np.linalg.inv(basis)[:, :2]  # (N, 2, 3)
+        self.origins = np.float32(coordinates[:, 0])
+        maps = texture_edges.swapaxes(1, 2) @ np.linalg.inv(basis)[:, :2]
+        self.maps = np.float32(maps)  # (N, 2, 3)
 
         self.pyramids = {}
         self.tiled = {}
@@ -382,10 +441,12 @@ class TextureAlbedo:
                 pixel = np.median(depth.ravel()[pixels[own]]) / K[0, 0]  # model units
                 albedo.reshape(-1, 3)[pixels[own]] = self._look_up(row, places[own], pixel)
 
-        known = np.float32(triangles >= 0)
-        layers = np.dstack([albedo * known[..., None], known])
-        layers = cv2.GaussianBlur(layers, (0, 0), blur)
-        return np.where(known[..., None] > 0, layers[..., :3] / layers[..., 3:].clip(1e-6), 1)
+        # What shows no triangle must not mix with what does.
+        layers = np.dstack([albedo, np.ones(depth.shape, np.float32)])
+        layers[triangles < 0] = 0
+        layers = cv2.GaussianBlur(layers, (0, 0), blur).reshape(-1, 4)[pixels]
+        albedo.reshape(-1, 3)[pixels] = layers[:, :3] / layers[:, 3:]
+        return albedo
 
     def _pyramid(self, picture, colour):
         """The ratios of a picture's light to that of a colour (3,), in ever smaller pictures."""
@@ -403,8 +464,9 @@ class TextureAlbedo:
         The nearest sample of a pixel lies beside its centre, so its depth gives a point beside the
         ray. It is used where the triangle is seen so steeply that the ray may miss it by far.
         """
-        camera = -pose[:3, :3].T @ pose[:3, 3]
-        samples = np.column_stack(camera_points(pixels, depth, K)) @ pose[:3, :3]  # from the camera
+        rotation = np.float32(pose[:3, :3])
+        camera = np.float32(-pose[:3, :3].T @ pose[:3, 3])
+        samples = np.column_stack(camera_points(pixels, depth, K)) @ rotation  # from the camera
         normals = self.normals[shown]
         towards = np.einsum("pj,pj->p", normals, samples)
         to_plane = np.einsum("pj,pj->p", normals, self.corners[shown] - camera)
@@ -422,8 +484,8 @@ class TextureAlbedo:
             places = places - np.floor(places)
             border = cv2.BORDER_WRAP
         height, width = picture.shape[:2]
-        positions = np.float32(np.column_stack([places[:, 0], 1 - places[:, 1]]) * [width, height])
-        return sample_picture(picture, positions, border).clip(0)
+        positions = np.column_stack([places[:, 0] * width, (1 - places[:, 1]) * height])
+        return sample_picture(picture, np.float32(positions), border).clip(0)
 
 
 def solve_coefficients(

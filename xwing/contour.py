@@ -21,20 +21,19 @@ Source: Prisacariu and Reid, PWP3D, IJCV 98, 2012 (colours inside and outside, p
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import cv2
 import numpy as np
-from scipy.spatial import ConvexHull
 from scipy.special import expit
 
 import xwing_utils as xu
-from xwing.mesh import Mesh, rasterise
 
 # ---- colours
 BITS = 4  # of each channel that count
 LEARNING_RATE = 0.1  # weight of a new frame in the histograms
-LEARNING_SPAN = 100  # pixels that the target spans in the drawing from which colours are learnt
-RING = 0.01, 0.12  # distances from the outline where colours are learnt, in those spans
+LEARNING_SPAN = 80  # pixels that the target spans in the drawing from which colours are learnt
+RING = 1.0, 10.0  # pixels of it, distances from the outline where colours are learnt
 MIN_RING = 100  # pixels, on each side: with fewer nothing is learnt
 POSTERIOR_RANGE = 0.02, 0.98  # no colour is certain
 
@@ -127,17 +126,22 @@ def _histogram(colours):
 
 @dataclasses.dataclass(frozen=True)
 class ContourLines:
-    """L lines across the outline of a drawing, and where the colours say that it should be."""
+    """L lines across the outline of a drawing, and where the colours say that it should be.
+
+    A distance is outward along a line, in segments from where the drawing has the outline.
+    """
 
     pose: np.ndarray  # (4, 4) of the drawing
     K: np.ndarray  # (3, 3) camera matrix of the drawing
-    points: np.ndarray  # (L, 3) of the outline, camera axes, from the position of the target
-    centres: np.ndarray  # (L, 2) pixels of the drawing: where they lie there
-    normals: np.ndarray  # (L, 2) outward unit normals of the outline
+    coverage: np.ndarray  # (h, w) fraction of each pixel of the drawing that the target covers
     scale: int  # pixels of a segment
+    points: np.ndarray  # (L, 3) of the outline, camera axes, from the position of the target
+    centres: np.ndarray  # (L, 2) pixels of the drawing where the points lie
+    normals: np.ndarray  # (L, 2) outward unit normals of the outline
     posterior: np.ndarray  # (L, STEPS) of the segments, from inside to outside
-    mean: np.ndarray  # (L,) segments outward from the centre: where the outline should be
-    variance: np.ndarray  # (L,) squared segments
+    mean: np.ndarray  # (L,) distance at which the outline should be
+    variance: np.ndarray  # (L,) of this distance
+    jacobian: np.ndarray  # (6, L) of the distances by a step of `xwing_utils.move_pose`
 
     def system(self, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the least-squares system for a step of `xwing_utils.move_pose` from a pose.
@@ -149,20 +153,11 @@ class ContourLines:
             information (6, 6), gradient (6,) of the log-likelihood, and the negative log-likelihood
             except for a constant. It is robust: the distances have a Cauchy distribution.
         """
-        points = self._turned(pose)
-        x, y, z = (points + pose[:3, 3]).T
-        error = self.mean - self._distance(x, y, z)
-        squared = np.square(error) / (self.variance * CAUCHY**2)
-        weight = 1 / (self.variance * (1 + squared))
-
-        # How the distance changes with the point, and the point with the step.
-        across, down = (self.normals * np.diag(self.K)[:2] / self.scale).T
-        slope = np.stack([across, down, -(across * x + down * y) / z], axis=1) / z[:, None]
-        jacobian = np.hstack([np.cross(points, slope), slope])
-
-        weighted = jacobian.T * weight
+        error = self.mean - self.distances(pose)
+        squared = error * error / (self.variance * CAUCHY**2)
+        weighted = self.jacobian / (self.variance * (1 + squared))
         cost = 0.5 * CAUCHY**2 * float(np.log1p(squared).sum())
-        return weighted @ jacobian, weighted @ error, cost
+        return weighted @ self.jacobian.T, weighted @ error, cost
 
     def separation(self, pose: np.ndarray) -> float:
         """Return how differently the colours on both sides of the outline look at a pose (4, 4).
@@ -171,21 +166,16 @@ class ContourLines:
             -1 to 1, the mean posterior just inside less that just outside: about 0 for a wrong
             pose, and below 1 for a right one where target and background share colours.
         """
-        moved = self._distance(*(self._turned(pose) + pose[:3, 3]).T)
+        outline = STEPS // 2 + self.distances(pose)[:, None]
         reach = np.arange(1, FREE_STEPS + 1)
-        middle = STEPS // 2 + moved[:, None]
-        return float(self._at(middle - reach).mean() - self._at(middle + reach).mean())
+        return float((self._at(outline - reach) - self._at(outline + reach)).mean())
 
-    def _turned(self, pose):
-        """The points (L, 3) at a pose, from the position of the target."""
-        return self.points @ (pose[:3, :3] @ self.pose[:3, :3].T).T
-
-    def _distance(self, x, y, z):
-        """Segments (L,) by which points in camera axes lie outward from the centres."""
-        (fx, skew, cx), (_, fy, cy) = self.K[:2]
-        column = (fx * x + skew * y) / z + cx - self.centres[:, 0]
-        row = fy * y / z + cy - self.centres[:, 1]
-        return (column * self.normals[:, 0] + row * self.normals[:, 1]) / self.scale
+    def distances(self, pose: np.ndarray) -> np.ndarray:
+        """Return the distances (L,) of the points at a pose (4, 4)."""
+        turn = pose[:3, :3] @ self.pose[:3, :3].T
+        points = self.points @ turn.T + pose[:3, 3]
+        moved = points @ self.K[:2].T / points[:, 2:] - self.centres
+        return np.einsum("lc,lc->l", moved, self.normals) / self.scale
 
     def _at(self, positions):
         """The posterior at positions (L, N) along the lines, in segments from their inner ends."""
@@ -197,39 +187,56 @@ class ContourLines:
 
 
 def _find_outline(coverage):
-    """Pixels (P, 2) that the outline of a coverage (h, w) passes, evenly spaced: column, row."""
+    """Pixels (P, 2) that the outline of a coverage (h, w) passes, evenly spaced: column, row.
+
+    Pixels at the edge of the drawing are left out, because the outline does not end there.
+    """
     mask = np.uint8(coverage > 0.5)
     contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     contours = [contour[:, 0] for contour in contours if len(contour) >= MIN_CONTOUR]
     if not contours:
         return np.zeros((0, 2), int)
-    return np.concatenate(contours)[:: max(1, sum(map(len, contours)) // COUNT)]
+
+    count = sum(len(contour) for contour in contours)
+    pixels = np.concatenate(contours)[:: max(1, count // COUNT)]
+    last = np.array(coverage.shape[::-1]) - 1
+    return pixels[(np.minimum(pixels, last - pixels) >= 2).all(1)]
+
+
+def _slope_kernel():
+    """(25, 2): the sum of 5 x 5 pixels times this is their slope to the right and down."""
+    offsets = np.arange(-2, 3)
+    smooth = np.exp(-(offsets**2) / 2.0)
+    right = np.outer(smooth, offsets * smooth)
+    return np.float32(np.stack([right.ravel(), right.T.ravel()], axis=1))
+
+
+_SLOPE_KERNEL = _slope_kernel()
 
 
 def _outward(coverage, pixels):
     """Unit normals (P, 2) of the outline of a coverage (h, w) at pixels (P, 2), outward."""
-    smooth = cv2.GaussianBlur(coverage, (5, 5), 1.0)
-    column, row = pixels.T
-    slopes = [cv2.Sobel(smooth, cv2.CV_32F, *axis)[row, column] for axis in ((1, 0), (0, 1))]
-    normals = -np.stack(slopes, axis=1).astype(float)
+    width = coverage.shape[1]
+    offsets = np.arange(-2, 3)
+    patch = (width * offsets[:, None] + offsets).ravel()
+    around = coverage.ravel()[(width * pixels[:, 1] + pixels[:, 0])[:, None] + patch]
+    normals = -(around @ _SLOPE_KERNEL).astype(float)
     return normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-9)
 
 
-def _settle(coverage, centres, normals, scale):
-    """Move points (P, 2) near the outline onto it, along its normals.
+def _settle(coverage, pixels, normals, scale):
+    """Find the outline of a coverage (h, w) near the centres of some pixels (P, 2).
 
-    Returns where they lie then (P, 2), and whether the line through each is free (P,): all inside
-    on one side, and all outside on the other.
+    Returns how far outward along the normals it is (P,), in pixels, and whether the line there is
+    free (P,): all inside on one side of the outline, and all outside on the other.
     """
     reach = FREE_STEPS * scale
     offsets = np.arange(-reach, reach + 1)
-    covered = _look_up(coverage, centres, normals, offsets, cv2.INTER_LINEAR)
+    covered = _look_up(coverage, pixels + 0.5, normals, offsets, cv2.INTER_LINEAR)
     inside = covered[:, : reach - 1].min(1) > 0.8
     outside = covered[:, reach + 2 :].max(1) < 0.2
-
     # The sum over a step from 1 to 0 says where the step is.
-    moved = covered.sum(1) - (reach + 0.5)
-    return centres + moved[:, None] * normals, inside & outside
+    return covered.sum(1) - (reach + 0.5), inside & outside
 
 
 def _look_up(picture, centres, normals, offsets, interpolation):
@@ -240,22 +247,40 @@ def _look_up(picture, centres, normals, offsets, interpolation):
 
 
 def _locate(posterior):
-    """Where on lines (L, STEPS) the outline lies: mean and variance (L,), segments, squared ones.
+    """Where on lines (L, STEPS) the outline lies: mean and variance (L,) of its distance.
 
     Source: SRT3D, equations 5 to 9: the posterior of the distance, with a smoothed step function.
     """
     steps = np.arange(STEP_WIDTH) - (STEP_WIDTH - 1) / 2
-    inside = np.float32(0.5 - STEP_AMPLITUDE * np.tanh(steps / (2 * STEP_SLOPE)))
-    windows = np.lib.stride_tricks.sliding_window_view(posterior, STEP_WIDTH, axis=1)
-    likelihood = (1 - inside) + windows * (2 * inside - 1)
-    log_likelihood = np.log(likelihood).sum(-1)
-
-    density = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
+    inside = 0.5 - STEP_AMPLITUDE * np.tanh(steps / (2 * STEP_SLOPE))
+    count = STEPS - STEP_WIDTH + 1
+    density = 1.0
+    for i, probability in enumerate(inside):
+        part = posterior[:, i : i + count]
+        density = density * (1 - probability + (2 * probability - 1) * part)
     density /= density.sum(1, keepdims=True)
-    distances = np.arange(density.shape[1]) - (density.shape[1] - 1) / 2
+
+    distances = np.arange(count) - (count - 1) / 2
     mean = density @ distances
     variance = density @ np.square(distances) - np.square(mean)
     return mean, np.maximum(variance, MIN_VARIANCE)
+
+
+def _distance_jacobian(points, position, K, directions):
+    """The derivatives (6, L) of distances by a step of `xwing_utils.move_pose`.
+
+    Args:
+        points: (L, 3) camera axes, from the position (3,) of the target.
+        position: (3,) camera axes.
+        K: (3, 3) camera matrix.
+        directions: (L, 2) derivatives of the distances by column and row.
+    """
+    x, y, z = (points + position).T
+    across, down = directions.T * [[K[0, 0]], [K[1, 1]]] / z
+    along = -(across * x + down * y) / z
+    px, py, pz = points.T
+    turns = [py * along - pz * down, pz * across - px * along, px * down - py * across]
+    return np.stack([*turns, across, down, along])
 
 
 # ============================================================ the outline of a target
@@ -265,18 +290,20 @@ class Outline:
     """What the outline of one target says about its pose.
 
     Args:
-        mesh: `Mesh` of the target.
+        hull: (V, 3) points around the target, model units.
+        diameter: of the target, model units.
+        draw_depth: callable, pose (4, 4), K (3, 3), width, height -> depth (height, width), inf
+            where the target does not show, such as `LinearShader.draw_depth`.
 
     Attributes:
         colours: `ColourStatistics`; nothing is known to begin with.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, hull: np.ndarray, diameter: float, draw_depth: Callable):
         self.colours = ColourStatistics()
-        self.triangles = np.float32(mesh.triangles)
-        self.hull = mesh.vertices[ConvexHull(mesh.vertices).vertices]
-        self.diameter = mesh.diameter
-        self.near = mesh.near
+        self.hull = hull
+        self.diameter = diameter
+        self.draw_depth = draw_depth
 
     def learn(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> None:
         """Learn the colours on both sides of the outline, from a frame whose pose is known.
@@ -288,20 +315,34 @@ class Outline:
             pose: (4, 4) model -> OpenCV camera.
             K: (3, 3) camera matrix.
         """
-        drawn = self._draw(image, pose, K, LEARNING_SPAN, RING[1] * LEARNING_SPAN)
-        if drawn is None:
-            return
-        depth, drawn_K = drawn
-        low, high = np.array(RING) * LEARNING_SPAN
-        target = np.uint8(np.isfinite(depth))
-        sides = []
-        for side in (target, 1 - target):
-            distance = cv2.distanceTransform(side, cv2.DIST_L2, 3)
-            sides.append((distance > low) & (distance < high))
+        drawn = self._draw(image, pose, K, LEARNING_SPAN, 0)
+        if drawn is not None:
+            depth, drawn_K = drawn
+            self._learn(image, K, np.isfinite(depth), drawn_K)
 
-        if min(map(np.count_nonzero, sides)) < MIN_RING:
-            return
-        self.colours.learn(*(_colours_of(image, K, side, drawn_K) for side in sides))
+    def learn_from_lines(self, image: np.ndarray, K: np.ndarray, lines: ContourLines) -> None:
+        """Learn the colours on both sides of the outline, where it has been drawn already.
+
+        Args:
+            image: (H, W, 3) uint8.
+            K: (3, 3) camera matrix.
+            lines: `ContourLines` of a drawing at the pose of the frame.
+        """
+        step = max(1, round(max(lines.coverage.shape) / LEARNING_SPAN))
+        target = lines.coverage[::step, ::step] > 0.5
+        first = (1 - step) / 2  # the centres of its pixels are those of every few pixels
+        self._learn(image, K, target, xu.crop_camera(lines.K, first, first, 1 / step))
+
+    def _learn(self, image, K, target, drawn_K):
+        """Learn the colours around a mask (h, w) of the target; drawn_K is its camera matrix."""
+        margin = int(RING[1]) + 1
+        target = cv2.copyMakeBorder(
+            np.uint8(target), margin, margin, margin, margin, cv2.BORDER_CONSTANT
+        )
+        drawn_K = xu.crop_camera(drawn_K, -margin, -margin)
+        sides = [_colours_near(image, K, side, drawn_K) for side in (target, 1 - target)]
+        if min(len(colours) for colours in sides) >= MIN_RING:
+            self.colours.learn(*sides)
 
     def lines(
         self,
@@ -330,36 +371,51 @@ class Outline:
         if not self.colours.known:
             return None
         pixels = _find_outline(coverage)
-        column, row = pixels.T
-        height, width = coverage.shape
-        within = (column > 1) & (row > 1) & (column < width - 2) & (row < height - 2)
-        pixels = pixels[within & np.isfinite(depth[row, column])]
         if len(pixels) < MIN_COUNT:
             return None
 
         normals = _outward(coverage, pixels)
-        centres, used = _settle(coverage, pixels + 0.5, normals, scale)
+        outward, used = _settle(coverage, pixels, normals, scale)
+        centres = pixels + 0.5 + outward[:, None] * normals
+        z = depth[pixels[:, 1], pixels[:, 0]].astype(float)
 
-        to_frame = K @ np.linalg.inv(drawn_K)
+        to_drawing = np.linalg.inv(drawn_K)
+        to_frame = K @ to_drawing
+        in_frame = centres @ to_frame[:2, :2].T + to_frame[:2, 2]
+        along = normals @ to_frame[:2, :2].T
         offsets = np.arange(STEPS * scale) - (STEPS * scale - 1) / 2
-        used &= _in_frame(image, centres, normals, offsets[-1], to_frame)
+        margin = offsets[-1] * np.abs(along)
+        used &= ((in_frame >= margin) & (in_frame + margin <= image.shape[1::-1])).all(1)
+        used &= np.isfinite(z)
         if np.count_nonzero(used) < MIN_COUNT:
             return None
 
-        centres, normals, pixels = centres[used], normals[used], pixels[used]
-        in_frame = centres @ to_frame[:2, :2].T + to_frame[:2, 2]
-        along = normals @ to_frame[:2, :2].T
-        colours = _look_up(image, in_frame, along, offsets, cv2.INTER_NEAREST)
-        posterior = self.colours.posterior(colours)
-        if scale > 1:
-            odds = np.log(posterior / (1 - posterior)).reshape(-1, STEPS, scale)
-            posterior = expit(odds.sum(-1))
+        colours = _look_up(image, in_frame[used], along[used], offsets, cv2.INTER_NEAREST)
+        posterior = self._segments(colours, scale)
+        centres = centres[used]
+        normals = normals[used]
+        rays = centres @ to_drawing[:, :2].T + to_drawing[:, 2]
+        points = rays * z[used, None] - pose[:3, 3]
+        return ContourLines(
+            pose,
+            drawn_K,
+            coverage,
+            scale,
+            points,
+            centres,
+            normals,
+            posterior,
+            *_locate(posterior),
+            _distance_jacobian(points, pose[:3, 3], drawn_K, normals / scale),
+        )
 
-        z = depth[pixels[:, 1], pixels[:, 0]].astype(float)
-        rays = np.column_stack([centres, np.ones(len(z))]) @ np.linalg.inv(drawn_K).T
-        points = rays * z[:, None] - pose[:3, 3]
-        located = _locate(posterior)
-        return ContourLines(pose, drawn_K, points, centres, normals, scale, posterior, *located)
+    def _segments(self, colours, scale):
+        """The posterior (L, STEPS) of segments that have some colours (L, STEPS * scale, 3)."""
+        posterior = self.colours.posterior(colours)
+        if scale == 1:
+            return posterior
+        log_odds = np.log(posterior / (1 - posterior)).reshape(-1, STEPS, scale).sum(-1)
+        return expit(log_odds)
 
     def seek(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> np.ndarray:
         """Move a pose by the outline alone, by up to about a third of the target.
@@ -424,25 +480,18 @@ class Outline:
         high = np.ceil(high + margin / zoom).clip(0, size)
         width, height = np.int32((high - low) * zoom)
         drawn_K = xu.crop_camera(K, *low, zoom)
-        _, depth = rasterise(self.triangles, pose, drawn_K, int(width), int(height), self.near)
-        return depth, drawn_K
+        return self.draw_depth(pose, drawn_K, int(width), int(height)), drawn_K
 
 
-def _colours_of(image, K, mask, drawn_K):
-    """Colours (P, 3) of a frame where the pixels of a mask (h, w), in another camera, lie."""
-    row, column = np.nonzero(mask)
+def _colours_near(image, K, side, drawn_K):
+    """Colours (P, 3) of the frame near the edge of one side of an outline, on that side.
+
+    The side is a mask (h, w) of a drawing that has the camera matrix drawn_K.
+    """
+    distance = cv2.distanceTransform(side, cv2.DIST_L2, 3)
+    row, column = np.nonzero((distance > RING[0]) & (distance < RING[1]))
     to_frame = K @ np.linalg.inv(drawn_K)
     pixels = np.stack([column + 0.5, row + 0.5], axis=1) @ to_frame[:2, :2].T + to_frame[:2, 2]
-    column, row = pixels.astype(int).T
-    height, width = image.shape[:2]
-    return image[row.clip(0, height - 1), column.clip(0, width - 1)]
-
-
-def _in_frame(image, centres, normals, reach, to_frame):
-    """Whether both ends (L,) of lines, at some pixels from their centres, lie in the frame."""
-    size = np.array(image.shape[1::-1])
-    inside = np.ones(len(centres), bool)
-    for side in (-reach, reach):
-        ends = (centres + side * normals) @ to_frame[:2, :2].T + to_frame[:2, 2]
-        inside &= (ends >= 0).all(1) & (ends <= size).all(1)
-    return inside
+    inside = ((pixels >= 0) & (pixels < image.shape[1::-1])).all(1)
+    column, row = pixels[inside].astype(int).T
+    return image[row, column]

@@ -41,7 +41,7 @@ SEARCHED = 30  # key frames at most that are compared with one frame; so a searc
 CLEAR_INLIERS = 20  # with so many matches that agree, no silhouettes are searched
 
 LANDMARKS = 300  # of one key frame, at most
-FRAME_LANDMARKS = 1000  # of the frame that is searched, at most
+FRAME_LANDMARKS = 500  # of the frame that is searched, at most
 SEARCHED_PIXELS = 160_000  # of the frame that is searched, which is scaled: SIFT takes 30 ms
 SMALL_TARGET = 150  # pixels: a key frame that is smaller is enlarged before landmarks are found
 WEAKEST_LANDMARK = 0.02  # contrast, of the range of the grey levels
@@ -57,9 +57,9 @@ SILHOUETTE_SIZE = 30  # pixels of its picture
 SILHOUETTE_SPAN = 24  # pixels of its picture that the diameter spans
 DISTANCE_STEP = 1.15  # ratio of two distances at which a silhouette is searched
 DISTANCE_RANGE = 1.33  # the target may be nearer and further than in all key frames by this factor
-RARE = -1.0  # log odds that a pixel shows the target, before its colour is known
+SURROUNDINGS = 3  # pixels: so far around a silhouette nothing should look like the target
 MAX_SEARCHED_SIZE = 240  # pixels of the picture in which silhouettes are searched
-PLACES = 100  # in it, where they are compared
+PLACES = 60  # in it, where they are compared
 MAX_SILHOUETTES = 4  # poses that silhouettes propose
 SAME_TURN = 20.0  # degrees, and
 SAME_SHIFT = 0.2  # diameters: poses that are nearer are proposed once
@@ -264,6 +264,7 @@ class Silhouette:
     centre: np.ndarray  # (3,) of the target, model axes
     distance: float  # model units, from the camera to the centre
     masks: np.ndarray  # (ROLLS, S, S) uint8, S = SILHOUETTE_SIZE; 255: the target
+    rims: np.ndarray  # (ROLLS, S, S) uint8; 255: around the target
 
     @classmethod
     def at(cls, mesh: Mesh, centre: np.ndarray, pose: np.ndarray) -> "Silhouette":
@@ -286,7 +287,11 @@ class Silhouette:
         K = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
         ids, _ = rasterise(mesh.triangles, ahead, K, size, size, mesh.near)
         mask = 255 * np.uint8(ids >= 0)
-        return cls(rotation, centre, distance, np.stack([_roll(mask, i) for i in range(ROLLS)]))
+        masks = [_roll(mask, i) for i in range(ROLLS)]
+        width = 2 * SURROUNDINGS + 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
+        rims = [cv2.dilate(mask, disc) - mask for mask in masks]
+        return cls(rotation, centre, distance, np.stack(masks), np.stack(rims))
 
     def pose(self, roll: int, distance: float, pixel: np.ndarray, K: np.ndarray) -> np.ndarray:
         """Return the pose (4, 4) at which it shows at a roll, around a pixel (2,) of a frame."""
@@ -317,13 +322,59 @@ def _roll(mask, roll):
     return cv2.resize(rolled, (SILHOUETTE_SIZE, SILHOUETTE_SIZE), interpolation=cv2.INTER_AREA)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """Weights of the pixels around the middle of each silhouette; float32."""
+
+    inside: np.ndarray  # (T, S, S), 1 where the target is
+    around: np.ndarray  # (T, S, S), what is around it; adds up to the area inside
+
+    @classmethod
+    def of(cls, silhouettes):
+        """All rolls of some silhouettes, one after the other."""
+        inside = np.concatenate([one.masks for one in silhouettes]) / np.float32(255)
+        around = np.concatenate([one.rims for one in silhouettes]) / np.float32(255)
+        areas = inside.sum((1, 2), keepdims=True)
+        return cls(inside, around * (areas / around.sum((1, 2), keepdims=True).clip(1e-6)))
+
+    def place(self, log_odds):
+        """The best place of each silhouette in a picture (h, w) of log odds.
+
+        Returns:
+            scores (T,) and pixels (T, 2) of the picture.
+        """
+        border = [SILHOUETTE_SIZE // 2] * 4
+        odds = cv2.copyMakeBorder(log_odds, *border, cv2.BORDER_CONSTANT, value=0)
+        # A background that looks like the target is expected to go on beyond the edge.
+        alike = cv2.copyMakeBorder(log_odds.clip(0), *border, cv2.BORDER_REPLICATE)
+
+        # At most places no silhouette fits. The mean of all tells which these are.
+        rough = cv2.matchTemplate(odds, self.inside.mean(0), cv2.TM_CCORR)
+        rough -= cv2.matchTemplate(alike, self.around.mean(0), cv2.TM_CCORR)
+        count = min(PLACES, rough.size)
+        places = np.argpartition(-rough.ravel(), count - 1)[:count]
+        row, column = np.divmod(places, rough.shape[1])
+
+        scores = _sums(self.inside, odds, row, column) - _sums(self.around, alike, row, column)
+        pixels = np.column_stack([column, row])
+        return scores.max(1), pixels[scores.argmax(1)]
+
+
+def _sums(kernels, picture, row, column):
+    """The sums (T, P) of a picture under T kernels (T, S, S) whose first pixels are at P places."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture, kernels.shape[1:])[row, column]
+    return kernels.reshape(len(kernels), -1) @ windows.reshape(len(windows), -1).T
+
+
 def find_silhouettes(
     silhouettes: list, probability: np.ndarray, K: np.ndarray, diameter: float
 ) -> list:
     """Find poses at which silhouettes cover what has the colours of the target.
 
-    The log-likelihood of a silhouette is the sum of the log odds of the pixels that it covers. It
-    is searched at all rolls, and at the sizes that the target had in the key frames, and some more.
+    The log odds of the pixels that a silhouette covers add up to its log-likelihood. In front of a
+    background in the same colours it would fit everywhere, so what is around it counts against it
+    where it looks like the target. A silhouette is searched at all rolls, and at the distances of
+    the key frames and some beyond.
 
     Args:
         silhouettes: `Silhouette`, seen from several places.
@@ -336,24 +387,25 @@ def find_silhouettes(
     """
     if not silhouettes:
         return []
-    kernels = np.concatenate([one.masks for one in silhouettes]) / np.float32(255)
-    log_odds = np.log(probability / (1 - probability)) + np.float32(RARE)
-    distances = _distances([one.distance for one in silhouettes])
-    spans = K[0, 0] * diameter / distances
-    placed = [_place(kernels, log_odds, span) for span in spans]
-    likelihoods = np.concatenate([one for one, _ in placed])
-    pixels = np.concatenate([one for _, one in placed])
+    kernels = _Kernels.of(silhouettes)
+    log_odds = np.log(probability / (1 - probability))
+    found = []  # score, number of silhouette and roll, distance, pixel
+    for distance in _distances([one.distance for one in silhouettes]):
+        span = K[0, 0] * diameter / distance  # pixels of the frame
+        if max(log_odds.shape) * SILHOUETTE_SPAN > span * MAX_SEARCHED_SIZE:
+            continue  # so small in the frame that it has no shape
+        small, scales = _resize(log_odds, SILHOUETTE_SPAN / span)
+        scores, pixels = kernels.place(small)
+        scores /= np.prod(scales)  # a pixel of the small picture is several of the frame
+        for row in np.argsort(-scores)[: ROLLS * MAX_SILHOUETTES]:
+            found.append((scores[row], row, distance, pixels[row] / scales))
 
-    poses = []
-    for best in np.argsort(-likelihoods, kind="stable"):
-        if len(poses) == MAX_SILHOUETTES or likelihoods[best] == -np.inf:
-            break
-        at, row = divmod(best, len(kernels))
-        silhouette = silhouettes[row // ROLLS]
-        pose = silhouette.pose(row % ROLLS, distances[at], pixels[best], K)
-        if not any(_is_same(pose, other, silhouette.centre, diameter) for other in poses):
-            poses.append(pose)
-    return poses
+    found.sort(key=lambda one: -one[0])
+    poses = (
+        silhouettes[row // ROLLS].pose(row % ROLLS, distance, pixel, K)
+        for _, row, distance, pixel in found
+    )
+    return _distinct(poses, silhouettes[0].centre, diameter)
 
 
 def _distances(seen):
@@ -364,39 +416,19 @@ def _distances(seen):
     return np.geomspace(nearest, furthest, int(steps) + 1)
 
 
-def _place(kernels, log_odds, span):
-    """The best place of each silhouette in a frame where the diameter spans `span` pixels.
-
-    Args:
-        kernels: (T, S, S) float32, 1 inside.
-        log_odds: (H, W) float32 of the frame.
-        span: pixels.
-
-    Returns:
-        log-likelihoods (T,) and pixels (T, 2).
-    """
-    scale = SILHOUETTE_SPAN / span
-    if scale * max(log_odds.shape) > MAX_SEARCHED_SIZE:  # so small that it has no shape
-        return np.full(len(kernels), -np.inf), np.zeros((len(kernels), 2))
-    small, scales = _resize(log_odds, scale)
-    border = [SILHOUETTE_SIZE // 2] * 4
-    small = cv2.copyMakeBorder(small, *border, cv2.BORDER_CONSTANT, value=RARE)
-
-    # At most places no silhouette fits. The mean of all tells which these are.
-    rough = cv2.matchTemplate(small, kernels.mean(0), cv2.TM_CCORR)
-    count = min(PLACES, rough.size)
-    places = np.argpartition(-rough.ravel(), count - 1)[:count]
-    row, column = np.divmod(places, rough.shape[1])
-    windows = np.lib.stride_tricks.sliding_window_view(small, kernels.shape[1:])[row, column]
-
-    sums = kernels.reshape(len(kernels), -1) @ windows.reshape(count, -1).T
-    pixels = np.column_stack([column, row])[sums.argmax(1)] / scales
-    # A pixel of the small picture counts as several of the frame.
-    return sums.max(1) / np.prod(scales), pixels
+def _distinct(poses, centre, diameter):
+    """The first MAX_SILHOUETTES of some poses that differ; others would be refined to the same."""
+    kept = []
+    for pose in poses:
+        if not any(_is_same(pose, other, centre, diameter) for other in kept):
+            kept.append(pose)
+        if len(kept) == MAX_SILHOUETTES:
+            break
+    return kept
 
 
 def _is_same(pose, other, centre, diameter):
-    """Whether two poses (4, 4) are so near that refinement makes them one."""
+    """Whether two poses (4, 4) are within SAME_TURN and SAME_SHIFT of each other."""
     shift = (pose[:3, :3] - other[:3, :3]) @ centre + pose[:3, 3] - other[:3, 3]
     near = np.linalg.norm(shift) < SAME_SHIFT * diameter
     return near and xu.rotation_error(pose, other) < SAME_TURN

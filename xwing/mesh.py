@@ -398,14 +398,17 @@ def _check_specks(path, mesh):
 
 def _without_doubles(mesh):
     """A `Mesh` without the faces that are the other side of an earlier one of their material."""
-    places = trimesh.grouping.unique_rows(mesh.vertices)[1]  # (V,) the same where vertices are
+    # trimesh rounds to 1e-8, so lengths are in diameters. Equal vertices have equal places (V,).
+    places = trimesh.grouping.unique_rows(mesh.vertices / mesh.diameter)[1]
     corners = places[mesh.faces]
     order = np.argsort(corners, axis=1)
     clockwise = (order[:, 1] - order[:, 0]) % 3 == 2
-    keys = np.column_stack([np.take_along_axis(corners, order, axis=1), mesh.face_materials])
-    first, same = trimesh.grouping.unique_rows(keys)
+    sorted_corners = np.take_along_axis(corners, order, axis=1)
+    first, same = trimesh.grouping.unique_rows(sorted_corners)
+    earlier = first[same]  # (F,) the first face with these corners
 
-    kept = clockwise == clockwise[first][same]
+    kept = clockwise == clockwise[earlier]
+    kept |= mesh.face_materials != mesh.face_materials[earlier]
     if kept.all():
         return mesh
     return dataclasses.replace(
@@ -478,8 +481,9 @@ def _moved_coordinates(mesh, simple, row):
     weights = trimesh.triangles.points_to_barycentric(
         triangles[near].repeat(3, axis=0), corners.reshape(-1, 3)
     )
-    weights = weights.reshape(-1, 3, 3).clip(-MAX_CONTINUED, MAX_CONTINUED)
-    return weights @ mesh.texture_coordinates[own][near]
+    along = weights.reshape(-1, 3, 3)[..., 1:].clip(-MAX_CONTINUED, MAX_CONTINUED)
+    coordinates = mesh.texture_coordinates[own][near]
+    return coordinates[:, :1] + along @ (coordinates[:, 1:] - coordinates[:, :1])
 
 
 def _simplify_faces(vertices, faces, limit, keep_border):

@@ -34,6 +34,7 @@ from xwing.appearance import (
     mean_square,
     near_target,
     sample_picture,
+    solve_channels,
     solve_coefficients,
     to_light,
 )
@@ -51,6 +52,7 @@ class RefinementSettings:
 
     noise: float = 4.0  # grey levels, lower limit of the spread of the differences
     effective_sample_ratio: float = 0.09  # fraction of the pixels that count as independent
+    learnt_pixels: int = 4000  # of a drawing with a learnt albedo that are used, about
     working_size: int = 150  # pixels: a target that spans more is refined on a smaller picture
     min_pixels: int = 50  # of the target, in the picture that is worked on
     coarse_factor: int = 2  # by how much more the coarse picture is shrunk
@@ -137,6 +139,7 @@ class Template:
     view: View
     pose: np.ndarray  # (4, 4) at which it was painted
     spread: float  # grey levels, standard deviation of what the painting does not explain
+    sample_ratio: float  # fraction of the P points that count as independent
     diameter: float  # model units, of the target
     pixels: np.ndarray  # (P,) indices of pixels in the flattened view
     points: np.ndarray  # (P, 3) camera axes, from the position of the target
@@ -245,8 +248,8 @@ class _Descent:
             return None
 
         residual = self.template.residual(positions)
-        ratio = self.settings.effective_sample_ratio
-        cost = robust_cost(residual, self.template.spread, ratio) + self.prior.cost(pose)
+        cost = robust_cost(residual, self.template.spread, self.template.sample_ratio)
+        cost += self.prior.cost(pose)
         outline = self._outline_system(pose)
         return _Fit(pose, positions, residual, outline, cost + outline[2])
 
@@ -259,8 +262,7 @@ class _Descent:
 
     def _normal_equations(self, fit):
         """Information (6, 6) about a step from a fit, and gradient (6,) of the log-likelihood."""
-        ratio = self.settings.effective_sample_ratio
-        weight = robust_weight(fit.residual, self.template.spread, ratio)
+        weight = robust_weight(fit.residual, self.template.spread, self.template.sample_ratio)
         jacobian = self.template.jacobian
         weighted = jacobian * np.tile(weight, 3)
 
@@ -305,7 +307,9 @@ class Refiner:
         settings: `RefinementSettings`; None: the defaults.
         albedo: callable, drawing and K of its view -> albedo (h, w, 3) or None, such as
             `KeyFrames.albedo`; None where nothing is known but the mesh.
-        outline: `Outline` of the target, which joins in once it has learnt colours; None: without.
+
+    Attributes:
+        outline: `Outline` of the target, which joins in once it has learnt colours.
     """
 
     def __init__(
@@ -314,7 +318,6 @@ class Refiner:
         blur: float = 0.4,
         settings: RefinementSettings | None = None,
         albedo: Callable | None = None,
-        outline: Outline | None = None,
     ):
         self.shader = LinearShader(mesh)
         self.hull = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # (V, 3), for `view`
@@ -322,7 +325,7 @@ class Refiner:
         self.blur = blur
         self.settings = settings or RefinementSettings()
         self.albedo = albedo
-        self.outline = outline
+        self.outline = Outline(self.hull, self.diameter, self.shader.draw_depth)
 
     def align(
         self,
@@ -369,7 +372,7 @@ class Refiner:
                 return None
 
             template = self._template(self.paint(view, drawing))
-            lines = self._lines(image, K, view, drawing)
+            lines = self.outline.lines(image, K, pose, view.K, drawing.coverage, drawing.depth)
             refined = _Descent(template, lines, prior, self.settings).run()
             if refined is None:
                 return None
@@ -379,12 +382,6 @@ class Refiner:
                 break
 
         return refined if np.linalg.cond(refined.information) < MAX_CONDITION else None
-
-    def _lines(self, image, K, view, drawing):
-        """The `ContourLines` of a drawing, or None where the outline says nothing."""
-        if self.outline is None:
-            return None
-        return self.outline.lines(image, K, drawing.pose, view.K, drawing.coverage, drawing.depth)
 
     def _prior(self, pose, covariance):
         information = np.zeros((6, 6))
@@ -474,6 +471,7 @@ class Refiner:
         drawing = painting.drawing
         depth = _depth_around(drawing.depth)
         pixels = np.flatnonzero(near_target(drawing.coverage) & np.isfinite(depth))
+        pixels, sample_ratio = self._thinned(pixels, drawing)
         colours = painting.picture.reshape(-1, 3)[pixels]
 
         position = np.float32(drawing.pose[:3, 3])
@@ -481,11 +479,12 @@ class Refiner:
         slope_x, slope_y = _slopes(painting.picture, pixels)
         jacobian = -(slope_x * column_flow[:, None] + slope_y * row_flow[:, None])
         jacobian = jacobian.reshape(18, len(pixels))  # rows: each component of a step, channel
-        jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels)
+        jacobian -= self._explained_by_colours(jacobian, colours, painting, pixels, sample_ratio)
         return Template(
             view,
             drawing.pose,
             painting.spread,
+            sample_ratio,
             self.diameter,
             pixels,
             points,
@@ -493,33 +492,41 @@ class Refiner:
             jacobian.reshape(6, -1),
         )
 
-    def _explained_by_colours(self, jacobian, colours, painting, pixels):
+    def _thinned(self, pixels, drawing):
+        """Some of the pixels (P,), and the fraction of them that count as independent.
+
+        A drawing with a learnt albedo explains so much that a part of its pixels is enough.
+        """
+        step = 1
+        if drawing.albedo is not None:
+            step = max(1, round(len(pixels) / self.settings.learnt_pixels))
+        return pixels[::step], step * self.settings.effective_sample_ratio
+
+    def _explained_by_colours(self, jacobian, colours, painting, pixels, sample_ratio):
         """The part of a jacobian (18, P) that other colours and another light explain as well.
 
         This part says nothing about the pose, because the colours and the light that fit best are
         found again at every pose (variable projection).
         """
-        ratio = self.settings.effective_sample_ratio
         residual = painting.view.image.reshape(-1, 3)[pixels] - colours
-        weight = robust_weight(residual, painting.spread, ratio)
+        weight = robust_weight(residual, painting.spread, sample_ratio)
 
         slope = grey_slope(to_light(colours.clip(0)))
         basis = painting.drawing.shading_basis
         basis = basis.reshape(-1, basis.shape[-1])[pixels] * slope[:, None]
-        regularisation = self.shader.regularisation * np.float32(ratio / painting.spread**2)
+        ratio = np.float32(sample_ratio / painting.spread**2)
+        regularisation = self.shader.regularisation * ratio
 
         albedo = painting.drawing.albedo
         if albedo is None:
             coefficients = solve_coefficients(jacobian.T, basis, weight, regularisation)
             return coefficients.T @ basis.T
 
-        explained = np.empty_like(jacobian)
-        for channel in range(3):
-            lit = basis * albedo.reshape(-1, 3)[pixels, channel, None]
-            rows = jacobian[channel::3]  # one for each of six parameters, see `_template`
-            coefficients = solve_coefficients(rows.T, lit, weight, regularisation)
-            explained[channel::3] = coefficients.T @ lit.T
-        return explained
+        albedo = albedo.reshape(-1, 3)[pixels]
+        slopes = jacobian.reshape(6, 3, -1).swapaxes(1, 2)  # (6, P, 3)
+        coefficients = solve_channels(slopes, basis, albedo, weight, regularisation)
+        explained = (basis @ coefficients) * albedo
+        return explained.swapaxes(1, 2).reshape(18, -1)
 
 
 def _depth_around(depth):
