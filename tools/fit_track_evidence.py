@@ -89,7 +89,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clips", type=Path, nargs="+")
     options = parser.parse_args()
-    rows = pd.concat([judged_poses(path) for path in options.clips]); rows.to_csv("/tmp/w27/rows.csv")
+    rows = pd.concat([judged_poses(path) for path in options.clips])
     print(
         rows.groupby(["clip", "right"])[FEATURES[1:]].describe(percentiles=[0.05, 0.95]).to_string()
     )

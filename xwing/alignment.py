@@ -55,7 +55,8 @@ class Aligner:
         key_frames: `KeyFrames`, what was learnt, in working units; none to begin with.
         refiner: `Refiner`, in working units.
         outline: `Outline` of the refiner; it has learnt no colours to begin with.
-        verifier: `Verifier`, in working units.
+        verifier: `Verifier`, in working units. It judges single frames, and nothing that was
+            learnt counts there: what was learnt from a wrong pose would confirm it.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Aligner:
         self.key_frames = KeyFrames(working_mesh)
         self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo)
         self.outline = self.refiner.outline
-        self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
+        self.verifier = Verifier(self.refiner.plain(), self.target, verification, self.scale)
         self._tracked = None  # the last frame that was tracked, and its `Refined`
 
     def align(
@@ -162,15 +163,19 @@ class Aligner:
     def _improve(self, image, start, K, prior, refined):
         """The better of a `Refined` pose and of what the start leads to by way of the outline.
 
-        Returns it with the fraction of the contrast that it explains.
+        Returns it with the fraction of the contrast that it explains. An occluder takes much from
+        that, so where it is known how the target looks, the local agreement decides.
         """
         sought = self.outline.seek(image, start, K)
         coarse = self.refiner.refine(image, sought, K, prior, coarse=True, expected=start)
         if coarse is not None:
             sought = coarse.pose
         other = self.refiner.refine(image, sought, K, prior, expected=start)
-        candidates = [(one, self.verifier.explained_contrast(one)) for one in (refined, other)]
-        return max(candidates, key=lambda candidate: candidate[1])
+        quality = self.verifier.explained_contrast
+        if self.outline.colours.known:
+            quality = local_agreement
+        best = max((one for one in (refined, other) if one is not None), key=quality, default=None)
+        return best, self.verifier.explained_contrast(best)
 
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()

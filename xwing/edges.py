@@ -22,10 +22,10 @@ import dataclasses
 
 import cv2
 import numpy as np
-from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
+from xwing.appearance import TextureAlbedo, to_grey, to_light
 from xwing.mesh import NEAR, Mesh, load_mesh, rasterise, triangle_normals
 from xwing.metrics import mssd_error, symmetry_transforms
 
@@ -33,7 +33,8 @@ DIRECTIONS = 8  # of edges, over 180 degrees
 
 # Edges of a drawing. A step of 1 in a layer is an edge of strength 0.5.
 NORMAL_WEIGHT = 0.5  # of the layers of the surface's normal, against that of the outline
-COLOUR_WEIGHT = 0.7  # of the layers of the materials' colours
+COLOUR_WEIGHT = 0.7  # of the layers of colours, materials' and textures'
+TEXTURE_BLUR = 0.5  # pixels of a drawing
 MAX_STRENGTH = 0.4  # of an edge: the outline's and a sharp crease's
 MIN_STRENGTH = 0.12  # of an edge that counts
 MIN_DEPTH_JUMP = 0.03  # diameters between neighbouring pixels
@@ -66,12 +67,7 @@ STEPS_PER_DRAWING = 3
 MAX_TURN = 0.3  # radians about one axis: a larger step is rejected
 MIN_DEPTH = 0.5 + NEAR  # diameters to the middle of a target that lies in front of the camera
 
-# Equal poses.
-SAME_DISTANCE = 0.12  # diameters that points of the surface are apart at most under one pose
-SYMMETRY_DISTANCE = 0.04  # diameters by which a symmetry may miss the surface
-SYMMETRY_STEPS = 10  # of the search for a symmetry
-SURFACE_POINTS = 6000
-COMPARED_POINTS = 300
+SAME_DISTANCE = 0.12  # diameters that a point may move between two poses that are about the same
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,15 +127,16 @@ class EdgeModel:
         furthest = (corners @ xu.fibonacci_sphere(EXTREMES).T).argmax(0)
         self.extremes = (corners[np.unique(furthest)] - self.centre) / self.diameter
 
-        triangles = (mesh.triangles - self.centre) / self.diameter
-        normals = triangle_normals(triangles)
+        vertices = (mesh.vertices - self.centre) / self.diameter
+        mesh = dataclasses.replace(mesh, vertices=vertices)
+        normals = triangle_normals(mesh.triangles)
         length = np.linalg.norm(normals, axis=1)
-        has_area = length > 0
-        self._triangles = np.float32(triangles[has_area])
-        self._normals = np.float32(normals[has_area] / length[has_area, None])
+        shown = np.flatnonzero(length > 0)
+        self._triangles = np.float32(mesh.triangles[shown])
+        self._normals = np.float32(normals[shown] / length[shown, None])
         self._offsets = (self._normals * self._triangles[:, 0]).sum(1)  # of their planes
-        materials = mesh.face_materials[has_area]
-        self._colours = np.float32(mesh.colours[materials]) if len(mesh.colours) > 1 else None
+        self._colours = np.float32(mesh.colours[mesh.face_materials[shown]])
+        self._texture = None if mesh.textures is None else TextureAlbedo(mesh, shown)
 
     def to_working(self, pose: np.ndarray) -> np.ndarray:
         """Return a pose (4, 4) of the mesh as one of this model."""
@@ -164,13 +161,13 @@ class EdgeModel:
         """
         ids, depth = rasterise(self._triangles, pose, K, width, height, NEAR)
         covered = ids >= 0
-        strength, angle = strongest_slope(self._layers(ids, covered, pose))
+        strength, angle = strongest_slope(self._layers(ids, depth, pose, K))
         jump_strength, jump_angle = _depth_jumps(depth, covered)
         is_jump = jump_strength > strength
         strength = np.where(is_jump, jump_strength, strength)
         return Drawn(covered, depth, strength, np.where(is_jump, jump_angle, angle))
 
-    def _layers(self, ids, covered, pose):
+    def _layers(self, ids, depth, pose, K):
         """What may change at an edge, (h, w, C): coverage, normals and colours.
 
         Outside the target, normals and colours are continued. Otherwise the outline would be
@@ -179,12 +176,14 @@ class EdgeModel:
         eye = -pose[:3, :3].T @ pose[:3, 3]
         away = np.float32(self._normals @ eye) < self._offsets
         normals = np.where(away[:, None], -self._normals, self._normals)
-        values = [NORMAL_WEIGHT * normals[ids]]
-        if self._colours is not None:
-            values.append(COLOUR_WEIGHT * self._colours[ids])
+        colours = self._colours[ids]
+        if self._texture is not None:
+            albedo = self._texture.draw(ids, depth, pose, K, TEXTURE_BLUR)
+            colours = to_grey(to_light(255 * colours) * albedo) / 255
 
-        coverage = np.float32(covered)[..., None]
-        inner = np.concatenate(values, -1) * coverage
+        coverage = np.float32(ids >= 0)[..., None]
+        values = np.concatenate([NORMAL_WEIGHT * normals[ids], COLOUR_WEIGHT * colours], -1)
+        inner = values * coverage
         nearby = cv2.blur(inner, (5, 5))
         nearby /= np.maximum(cv2.blur(coverage, (5, 5)), 1e-6)[..., None]
         return np.concatenate([coverage, np.where(coverage > 0, inner, nearby)], -1)
@@ -336,7 +335,7 @@ class EdgeMatcher:
         agreement = matcher.agreement(field, refined)
 
     Args:
-        target: `Target`, or the `Mesh` of one without declared symmetries.
+        target: `Target`, or the `Mesh` of one without symmetries.
 
     Attributes:
         model: `EdgeModel`.
@@ -345,7 +344,7 @@ class EdgeMatcher:
     def __init__(self, target: xu.Target | Mesh):
         mesh = target if isinstance(target, Mesh) else load_mesh(target.mesh)
         self.model = EdgeModel(mesh)
-        self._surface = _Surface(mesh, None if target is mesh else target)
+        self._symmetries = np.eye(4)[None] if target is mesh else symmetry_transforms(target)
 
     def field(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> EdgeField:
         """Find the edges of a frame around a pose; other poses near it can share them.
@@ -430,11 +429,10 @@ class EdgeMatcher:
         return self.model.to_model(pose)
 
     def is_same(self, pose: np.ndarray, other: np.ndarray) -> bool:
-        """Return whether two poses (4, 4) are about the same, up to a symmetry of the target.
-
-        Symmetries of a plain mesh are found, too. Those of a textured one must be declared.
-        """
-        return self._surface.is_same(pose, other)
+        """Return whether two poses (4, 4) are about the same, up to a symmetry of the target."""
+        ends = self.model.centre + self.model.diameter * self.model.extremes
+        moved = mssd_error(pose, other, ends, self._symmetries)
+        return bool(moved < SAME_DISTANCE * self.model.diameter)
 
 
 def _drawn_size(field, pose):
@@ -573,64 +571,3 @@ def _towards(ray):
     sine = np.hypot(x, y)
     axis = np.array([-y, x, 0]) / max(sine, 1e-12)
     return Rotation.from_rotvec(axis * np.arctan2(sine, z)).as_matrix()
-
-
-# ============================================================ equal poses
-
-
-class _Surface:
-    """Points of a target's surface, which say whether two poses are the same."""
-
-    def __init__(self, mesh, target):
-        self.diameter = mesh.diameter
-        self.symmetries = np.eye(4)[None] if target is None else symmetry_transforms(target)
-        points, colours = _surface_points(mesh, SURFACE_POINTS)
-        colours = self.diameter * colours  # other colours are far apart
-        self.points = points[:COMPARED_POINTS]
-        self.colours = colours[:COMPARED_POINTS]
-        # A print may differ between sides that have the same shape.
-        textured = mesh.textures is not None
-        self.tree = None if textured else KDTree(np.hstack([points, colours]))
-
-    def is_same(self, pose, other):
-        """Whether two poses (4, 4) differ by little, except for a symmetry."""
-        symmetries = self.symmetries
-        found = self._nearest_symmetry(np.linalg.inv(other) @ pose)
-        if found is not None:
-            symmetries = np.concatenate([symmetries, found[None]])
-        limit = SAME_DISTANCE * self.diameter
-        return bool(mssd_error(pose, other, self.points, symmetries) < limit)
-
-    def _nearest_symmetry(self, motion):
-        """The motion (4, 4) near another one that maps the surface onto itself; None without one.
-
-        Source: Besl and McKay, A Method for Registration of 3-D Shapes, PAMI 14(2), 1992 (ICP).
-        """
-        if self.tree is None:
-            return None
-        for _ in range(SYMMETRY_STEPS):
-            moved = self.points @ motion[:3, :3].T + motion[:3, 3]
-            distance, nearest = self.tree.query(np.hstack([moved, self.colours]))
-            motion = _rigid_motion(self.points, self.tree.data[nearest, :3])
-        return motion if distance.max() < SYMMETRY_DISTANCE * self.diameter else None
-
-
-def _rigid_motion(points, others):
-    """The motion (4, 4) that brings points (P, 3) nearest to others (P, 3), row by row."""
-    middle = points.mean(0)
-    other_middle = others.mean(0)
-    rotation, _ = Rotation.align_vectors(others - other_middle, points - middle)
-    motion = np.eye(4)
-    motion[:3, :3] = rotation.as_matrix()
-    motion[:3, 3] = other_middle - motion[:3, :3] @ middle
-    return motion
-
-
-def _surface_points(mesh, count):
-    """Points (count, 3) spread over the surface of a mesh, and their materials' colours."""
-    rng = np.random.default_rng(0)
-    area = np.linalg.norm(triangle_normals(mesh.triangles), axis=1)
-    rows = rng.choice(len(area), count, p=area / area.sum())
-    weights = rng.dirichlet([1, 1, 1], count)
-    points = np.einsum("pc,pcx->px", weights, mesh.triangles[rows])
-    return points, mesh.colours[mesh.face_materials[rows]]

@@ -15,6 +15,7 @@ Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gaus
     eliminated).
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -326,6 +327,13 @@ class Refiner:
         self.settings = settings or RefinementSettings()
         self.albedo = albedo
         self.outline = Outline(self.hull, self.diameter, self.shader.draw_depth)
+
+    def plain(self) -> "Refiner":
+        """Return a refiner of the same target that knows its mesh only, whatever is learnt."""
+        plain = copy.copy(self)
+        plain.albedo = None
+        plain.outline = Outline(self.hull, self.diameter, self.shader.draw_depth)
+        return plain
 
     def align(
         self,

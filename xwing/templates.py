@@ -42,8 +42,9 @@ ROLLS = 24  # turns of each drawing in the picture
 CELL = 4  # pixels, width of a cell
 WINDOW = 13  # cells, width of a template
 TEMPLATE_SIZE = 48  # pixels that the target's diagonal spans in a template
-DRAWN_SIZE = 96  # pixels that it spans where it is drawn
-DRAWN_MARGIN = 0.08  # diagonals around the target where it is drawn
+TEMPLATE_SIDE = 56  # pixels, width of a template before it is cut into cells
+ENLARGEMENT = 2  # of the drawing
+FINE_DIRECTIONS = 24  # of the drawing's edges, over 180 degrees
 DRAWN_STRENGTH = 0.08  # of an edge that counts
 DISTANCE = 2.6  # diameters from the camera to the target in the drawings
 NUMBERS = 192  # of a template after whitening
@@ -54,6 +55,7 @@ RIDGE = 0.1  # of the mean variance of a cell, added to each
 CELL_BLUR = 0.6  # pixels, before the slopes are taken
 USUAL_SLOPE = 6.0  # grey levels per pixel: the slope of half an edge
 DIRECTION_BLUR = 1.2  # pixels, of the amounts of edge
+CELL_AVERAGE = 1.66  # pixels, standard deviation of this blur and the average over a cell
 NORMALISED_ENERGY = 0.15  # of the cells around: with more, the amounts are relative
 FULL_CELL = 0.5  # sum of the amounts of a cell that is full of edges
 PHOTOGRAPH_WIDTHS = 256, 128, 64  # pixels
@@ -70,6 +72,7 @@ MAX_REFINED = 16  # polished poses that are refined
 POLISHED_ANGLE = 12.0  # degrees between two of them
 
 # What counts beside the edge agreement of a pose, as long as it is one of many.
+MAX_OVERLAP = 0.8  # of outline and box that counts
 OVERLAP_WEIGHT = 10.0  # of the overlap of outline and box, against the score of a template
 SCORE_WEIGHT = 0.02  # of both, against the agreement of a polished pose
 POLISHED_OVERLAP_WEIGHT = 0.5  # of the overlap of a polished pose
@@ -217,14 +220,15 @@ class _Region:
     def overlaps(self, low, high):
         """Intersection over union (...,) of the box and others with corners (..., 2) each.
 
-        What lies outside the frame is left out.
+        What lies outside the frame is left out. Boxes are dragged by hand, so more than MAX_OVERLAP
+        is no better.
         """
         low = low.clip(0, self.frame_size)
         high = high.clip(0, self.frame_size)
         common = np.minimum(high, self.box[2:]) - np.maximum(low, self.box[:2])
         common = common.clip(0).prod(-1)
         union = (high - low).prod(-1) + (self.box[2:] - self.box[:2]).prod() - common
-        return np.float32(common / union)
+        return np.float32(np.minimum(common / union, MAX_OVERLAP))
 
 
 def _windows_of(cells, row, column):
@@ -260,10 +264,10 @@ class Templates:
         templates = Templates(target)
         starts = templates.find(image, K, box)
 
-    To prepare the templates takes 6 to 10 seconds, and a search 1 to 4 seconds.
+    To prepare the templates takes 4 to 6 seconds, and a search 2 to 4 seconds.
 
     Args:
-        target: `Target`, or the `Mesh` of one without declared symmetries.
+        target: `Target`, or the `Mesh` of one without symmetries.
 
     Attributes:
         matcher: `EdgeMatcher` of the target.
@@ -296,12 +300,10 @@ class Templates:
         field = EdgeField(image, region.K, region.padded, FIELD_SIZE / region.side)
         ranked = []
         for pose in self._polish(region, field, self._search(region)):
-            pose = self.matcher.refine(field, pose)
-            if pose is None:
-                continue
-            start = Start(pose, self.matcher.agreement(field, pose))
-            overlap = REFINED_OVERLAP_WEIGHT * self._overlap(region, pose)
-            ranked.append((start.edge_agreement + overlap, start))
+            start = self._refine(field, pose)
+            if start is not None:
+                overlap = REFINED_OVERLAP_WEIGHT * self._overlap(region, start.pose)
+                ranked.append((start.edge_agreement + overlap, start))
         ranked.sort(key=lambda item: -item[0])
         return self._distinct([start for _, start in ranked], count)
 
@@ -358,6 +360,21 @@ class Templates:
                 kept.append(pose)
         return kept[:MAX_REFINED]
 
+    def _refine(self, field, pose):
+        """The `Start` at a polished pose after refinement; None where too little shows.
+
+        Where the refinement ends in a local minimum, polishing once more often leaves it.
+        """
+        found = []
+        refined = self.matcher.refine(field, pose)
+        if refined is not None:
+            found.append(refined)
+            polished = self.matcher.polish(field, refined)
+            if polished is not None:
+                found.append(self.matcher.refine(field, polished[0]))
+        starts = [Start(p, self.matcher.agreement(field, p)) for p in found if p is not None]
+        return max(starts, key=lambda start: start.edge_agreement, default=None)
+
     def _overlap(self, region, pose):
         """The overlap of a box and the outline at a pose."""
         working = self.matcher.model.to_working(pose)
@@ -378,81 +395,102 @@ class Templates:
 # ============================================================ templates
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rolls:
+    """What turns a drawing in the picture by R angles, ROLLS of them."""
+
+    matrices: np.ndarray  # (R, 3, 3) rotations about the camera's axis
+    row: np.ndarray  # (R, WINDOW, WINDOW) which pixel of the drawing is in the middle of each cell
+    column: np.ndarray  # (R, WINDOW, WINDOW)
+    directions: np.ndarray  # (R, FINE_DIRECTIONS, DIRECTIONS) what fine directions are after it
+
+    def cells(self, planes):
+        """The cells (R, WINDOW, WINDOW, ...) of a drawing (h, w, ...) at all rolls."""
+        return planes[self.row, self.column]
+
+
+def _make_rolls():
+    """The `_Rolls` for drawings of TEMPLATE_SIDE pixels."""
+    angles = np.arange(ROLLS) * 2 * np.pi / ROLLS
+    matrices = Rotation.from_rotvec(angles[:, None] * [0, 0, 1]).as_matrix()
+
+    steps = (np.arange(WINDOW) - WINDOW // 2) * CELL
+    places = np.stack(np.meshgrid(steps, steps), -1)  # from the middle
+    sources = np.einsum("yxj,rjk->ryxk", places, matrices[:, :2, :2])  # turned back
+    pixels = np.floor(sources + TEMPLATE_SIDE / 2).clip(0, TEMPLATE_SIDE - 1).astype(int)
+
+    fine = np.arange(FINE_DIRECTIONS) * np.pi / FINE_DIRECTIONS
+    first, second, part = _two_directions(fine + angles[:, None])
+    every = np.eye(DIRECTIONS, dtype=np.float32)
+    directions = every[first] * (1 - part[..., None]) + every[second] * part[..., None]
+    return _Rolls(matrices, pixels[..., 1], pixels[..., 0], directions)
+
+
 def _draw_templates(model):
-    """Draw the target from VIEWS sides, each rolled by ROLLS turns; T = VIEWS * ROLLS templates.
+    """Draw the target from VIEWS sides, each at ROLLS rolls; T = VIEWS * ROLLS templates.
 
     Returns the edges (T, WINDOW, WINDOW, DIRECTIONS), the coverage (T, WINDOW, WINDOW), the extents
     (T, 4) of the drawings around the middle (x0, y0, x1, y1), in diagonals, and the rotations
     (T, 3, 3) that a camera sees which looks straight at the target.
     """
-    angles = np.arange(ROLLS) * 2 * np.pi / ROLLS
-    rolls = Rotation.from_rotvec(angles[:, None] * [0, 0, 1]).as_matrix()
+    rolls = _make_rolls()
     parts = []
     for direction in xu.fibonacci_sphere(VIEWS):
         facing = Rotation.align_vectors([0, 0, -1], direction)[0].as_matrix()
         drawn = _draw_view(model, facing)
-        coverage, extents = _rolled_coverage(drawn, angles)
-        parts.append((_rolled_edges(drawn, angles), coverage, extents, rolls @ facing))
+        planes = rolls.cells(_direction_planes(drawn)).reshape(ROLLS, -1, FINE_DIRECTIONS)
+        edges = (planes @ rolls.directions).reshape(ROLLS, WINDOW, WINDOW, DIRECTIONS)
+        coverage = rolls.cells(_averaged(np.float32(drawn.covered)))
+        extents = _extents(drawn.covered, rolls.matrices)
+        parts.append((edges, coverage, extents, rolls.matrices @ facing))
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
 def _draw_view(model, facing):
     """The `Drawn` edges that a camera sees which looks straight at the target."""
-    width = round((1 + 2 * DRAWN_MARGIN) * DRAWN_SIZE)
-    focal = DRAWN_SIZE * DISTANCE
-    K = np.array([[focal, 0, width / 2], [0, focal, width / 2], [0, 0, 1]])
+    side = ENLARGEMENT * TEMPLATE_SIDE
+    focal = ENLARGEMENT * TEMPLATE_SIZE * DISTANCE
+    K = np.array([[focal, 0, side / 2], [0, focal, side / 2], [0, 0, 1]])
     pose = np.eye(4)
     pose[:3, :3] = facing
     pose[2, 3] = DISTANCE
-    return model.draw(pose, K, width, width)
+    return model.draw(pose, K, side, side)
 
 
-def _rolled_edges(drawn, rolls):
-    """The edges (R, WINDOW, WINDOW, DIRECTIONS) of a drawing at some rolls (R,), radians."""
-    shown = drawn.strength > DRAWN_STRENGTH
-    amounts = np.minimum(drawn.strength[shown] / MAX_STRENGTH, 1)
-    cells = _rolled_cells(shown, rolls) - 0.5  # from the middle of the first one
-    corner = np.floor(cells).astype(int)
-    part = cells - corner
-    first, second, share = _two_directions(drawn.angle[shown] + rolls[:, None])
-    number = np.arange(len(rolls))[:, None]
+def _direction_planes(drawn):
+    """The amounts of edge of a drawing, averaged over a cell around each pixel of a template.
 
-    total = np.zeros(len(rolls) * WINDOW**2 * DIRECTIONS)
-    for dy, dx in np.ndindex(2, 2):  # the four cells around
-        x = corner[..., 0] + dx
-        y = corner[..., 1] + dy
-        weight = amounts * np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
-        inside = (x >= 0) & (y >= 0) & (x < WINDOW) & (y < WINDOW)
-        cell = ((number * WINDOW + y) * WINDOW + x) * DIRECTIONS
-        for direction, weights in ((first, weight * (1 - share)), (second, weight * share)):
-            index = (cell + direction)[inside]
-            total += np.bincount(index, weights[inside], minlength=len(total))
+    Returns (TEMPLATE_SIDE, TEMPLATE_SIDE, FINE_DIRECTIONS) float32.
+    """
+    row, column = np.nonzero(drawn.strength > DRAWN_STRENGTH)
+    amount = np.minimum(drawn.strength[row, column] / MAX_STRENGTH, 1)
+    angle = drawn.angle[row, column] % np.pi
+    direction = np.rint(angle / np.pi * FINE_DIRECTIONS).astype(int) % FINE_DIRECTIONS
+    pixel = row // ENLARGEMENT * TEMPLATE_SIDE + column // ENLARGEMENT
 
-    # An edge is as many pixels wide here as in a frame, where a pixel is a larger part of a cell.
-    total *= 2 * TEMPLATE_SIZE / DRAWN_SIZE / CELL**2
-    return np.float32(total.reshape(len(rolls), WINDOW, WINDOW, DIRECTIONS))
+    shape = TEMPLATE_SIDE, TEMPLATE_SIDE, FINE_DIRECTIONS
+    index = pixel * FINE_DIRECTIONS + direction
+    # An edge is as many pixels wide in the drawing as in a frame.
+    planes = np.bincount(index, amount / ENLARGEMENT, minlength=np.prod(shape)).reshape(shape)
+    return cv2.GaussianBlur(np.float32(planes), (0, 0), CELL_AVERAGE)
 
 
-def _rolled_coverage(drawn, rolls):
-    """The coverage (R, WINDOW, WINDOW) of a drawing at some rolls, and its extents (R, 4)."""
-    middle = WINDOW / 2
-    cells = _rolled_cells(drawn.covered, rolls)
-    extents = np.concatenate([cells.min(1), cells.max(1)], 1) - middle
-    x, y = cells.astype(int).clip(0, WINDOW - 1).transpose(2, 0, 1)
-    index = (np.arange(len(rolls))[:, None] * WINDOW + y) * WINDOW + x
-    counts = np.bincount(index.ravel(), minlength=len(rolls) * WINDOW**2)
-    full = (CELL * DRAWN_SIZE / TEMPLATE_SIZE) ** 2  # pixels of a cell
-    coverage = (counts / full).reshape(len(rolls), WINDOW, WINDOW).clip(0, 1)
-    return np.float32(coverage), extents * CELL / TEMPLATE_SIZE
+def _averaged(covered):
+    """The coverage of a cell around each pixel of a template."""
+    size = (TEMPLATE_SIDE, TEMPLATE_SIDE)
+    small = cv2.resize(covered, size, interpolation=cv2.INTER_AREA)
+    return cv2.blur(small, (CELL, CELL))
 
 
-def _rolled_cells(shown, rolls):
-    """Where the pixels that are shown (h, w) lie at some rolls: (R, P, 2) cells from the corner."""
-    row, column = np.nonzero(shown)
-    places = (np.column_stack([column, row]) + 0.5 - shown.shape[0] / 2) / DRAWN_SIZE
-    cosine, sine = np.cos(rolls), np.sin(rolls)
-    matrices = np.array([[cosine, sine], [-sine, cosine]]).transpose(2, 0, 1)  # for row vectors
-    return places @ matrices * (TEMPLATE_SIZE / CELL) + WINDOW / 2
+def _extents(covered, rotations):
+    """The extents (R, 4) of a drawing after some rotations (R, 3, 3), in diagonals."""
+    pixels = np.argwhere(covered)
+    if len(pixels) == 0:  # a flat target, seen from its edge
+        return np.zeros((len(rotations), 4))
+    outline = cv2.convexHull(np.int32(pixels[:, ::-1]))[:, 0] + 0.5  # x, y
+    places = (outline - covered.shape[0] / 2) / (ENLARGEMENT * TEMPLATE_SIZE)
+    rolled = places @ rotations[:, :2, :2].swapaxes(1, 2)
+    return np.concatenate([rolled.min(1), rolled.max(1)], 1)
 
 
 def _whiten(edges, coverage, background):
@@ -471,7 +509,7 @@ def _whiten(edges, coverage, background):
 
     root = background.root
     white = scipy.linalg.solve_triangular(root, signal.T, lower=True)
-    white /= np.linalg.norm(white, axis=0)
+    white /= np.linalg.norm(white, axis=0).clip(1e-6)
     size = len(root)
     chosen = [size - NUMBERS, size - 1]  # the greatest eigenvalues
     _, axes = scipy.linalg.eigh(white @ white.T, subset_by_index=chosen)

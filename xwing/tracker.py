@@ -46,15 +46,23 @@ CONTRADICTION_TURN = 30.0
 # The network is asked where the explained contrast falls below this fraction of its usual value.
 MIN_CONTRAST_RATIO = 0.7
 
-# Log-odds that an aligned pose of a track is right, from 1, the fraction of the contrast that it
-# explains, and the separation of the colours inside and outside of its outline.
-EVIDENCE = (-7.5, 14.3, 6.4)
+# Log-odds that an aligned pose is right, from 1, the separation of the colours inside and outside
+# of its outline, and the local agreement. Fitted by tools/fit_track_evidence.py to poses that were
+# refined from anywhere near the target, of which every second one is right.
+EVIDENCE = (-10.38, 2.52, 15.04)
 
 # The separation that stands for an unknown one: it is neither evidence for a pose nor against it.
 USUAL_SEPARATION = 0.4
 
+# The log-odds from which a track goes on. A pose near the prediction is right much more often than
+# every second time, and one that is hidden in part has less evidence.
+MIN_EVIDENCE = -4.0
+
 # The log-odds from which a pose is learnt from, and from which one that was found again is used.
-CONFIDENT_EVIDENCE = 1.0
+CONFIDENT_EVIDENCE = 0.0
+
+# The probability from which a track of the network begins to teach the aligner.
+CONFIDENT_PROBABILITY = 0.95
 
 # A target that is lost is looked for in one frame of so many.
 SEARCH_FRAMES = 5
@@ -214,7 +222,7 @@ class Tracker:
         model: the `MotionModel` that predicts it.
         motion: its `Motion` in the last frame, or None where it is lost.
         second_target: (4, 4) pose of a second target that the network saw lately, or None.
-        learns: whether the aligner learns how the target looks; from `start` on.
+        learns: whether the aligner knows how the target looks and learns more of it.
         steps: measurement and filter state of the last frame, or of all frames if they are kept.
         age: number of frames of the track so far.
     """
@@ -291,8 +299,9 @@ class Tracker:
         else:
             estimate = self._measure_on_pixels(image, seconds)
         tracked = self.update_pose(estimate, seconds)
-        if self.learns and tracked.status == "tracked":
-            self._learn(image, tracked.pose)
+        if tracked.status == "tracked" and self._is_confident(tracked):
+            self.aligner.learn(image, self.steps[-1].estimate.pose, self.K)
+            self.learns = True
         return tracked
 
     def start(
@@ -347,6 +356,8 @@ class Tracker:
             predicted, transition = self.model.predict(self.motion, seconds - self.seconds)
 
         motion, started, reason = self._filter(estimate, predicted)
+        if started and predicted is not None and self.learns and _is_verified(estimate):
+            self._forget()
         self.age = 1 if started else self.age + 1
         if motion is not None:
             self._remember_measurement(estimate, seconds, started)
@@ -381,7 +392,7 @@ class Tracker:
         covariance = predicted.covariance[:6, :6]
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
-            accepted = evidence(estimate) > 0
+            accepted = evidence(estimate) > MIN_EVIDENCE
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
@@ -413,10 +424,21 @@ class Tracker:
                 "is it in mesh units, model to OpenCV camera, and is K that of the clip?"
             )
 
-    def _learn(self, image, pose):
-        """Let the aligner learn from a frame whose pose is beyond doubt."""
-        if evidence(self.steps[-1].estimate) >= CONFIDENT_EVIDENCE:
-            self.aligner.learn(image, pose, self.K)
+    def _is_confident(self, tracked):
+        """Whether a frame shows beyond doubt how the target looks.
+
+        A track of the network has to outlive the redetections of its first second before it
+        teaches the aligner.
+        """
+        if self.learns:
+            return evidence(self.steps[-1].estimate) >= CONFIDENT_EVIDENCE
+        is_old = self._redetection.runs_in_background(tracked.seconds)
+        return self.aligner is not None and is_old and tracked.probability >= CONFIDENT_PROBABILITY
+
+    def _forget(self):
+        """Forget what was learnt from a track that turned out to be wrong."""
+        self.learns = False
+        self.aligner.forget()
 
     # ---------------------------------------------------------------- filter
 
@@ -501,14 +523,14 @@ class Tracker:
 
     def _find(self, image, near=None, prior=None):
         """The `PoseEstimate` of a target without a track, by the network or by the key frames."""
-        detected = self._detect(image, near, prior)
-        if detected.accepted or not self.learns:
-            return detected
+        if self.detector is not None or not self.learns:
+            return self._detect(image, near, prior)
 
         self._searches += 1
-        if self._searches % SEARCH_FRAMES:
-            return detected
-        return self._find_by_key_frames(image) or detected
+        found = None
+        if self._searches % SEARCH_FRAMES == 0:
+            found = self._find_by_key_frames(image)
+        return found or xu.PoseEstimate(None, reason="the target is not seen as it was before")
 
     def _find_by_key_frames(self, image):
         """The most probable `PoseEstimate` to which the key frames lead, or None."""
@@ -589,8 +611,7 @@ class Tracker:
                 better = self._detect(image)
         elif self._is_redetection_due(seconds):
             self._redetection.last = seconds
-            # In the background the result would depend on what was learnt meanwhile.
-            if self._redetection.runs_in_background(seconds) and not self.learns:
+            if self._redetection.runs_in_background(seconds):
                 self._redetection.pending = self._background.submit(
                     self._redetect_all, image.copy(), aligned.pose
                 )
@@ -654,6 +675,11 @@ def _is_aligned(estimate):
     return bool(np.isfinite(estimate.explained_contrast))
 
 
+def _is_verified(estimate):
+    """Whether an estimate is the network's, judged on a single frame."""
+    return bool(np.isfinite(estimate.probability))
+
+
 def _contradict(one, other):
     """Whether two poses cannot both be right."""
     return xu.rotation_error(one, other) > CONTRADICTION_TURN
@@ -678,14 +704,14 @@ def evidence(estimate: xu.PoseEstimate) -> float:
     """Return the log-odds that an aligned pose is right, as far as its frame says.
 
     Args:
-        estimate: `PoseEstimate` of `Aligner.track`.
+        estimate: `PoseEstimate` of `Aligner.track`, after it has learnt how the target looks.
 
     Returns:
-        log-odds; minus infinity where nothing of the frame is explained.
+        log-odds; minus infinity where nothing was aligned.
     """
-    if not _is_aligned(estimate):
+    if not np.isfinite(estimate.local_agreement):
         return -np.inf
     separation = estimate.colour_separation
     if np.isnan(separation):
         separation = USUAL_SEPARATION
-    return float(np.dot(EVIDENCE, (1, estimate.explained_contrast, separation)))
+    return float(np.dot(EVIDENCE, (1, separation, estimate.local_agreement)))
