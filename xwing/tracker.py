@@ -103,6 +103,9 @@ PROBABILITY = {
     ("predicted", False): (-3.3136, 0.0, 0.0, -2.58),
 }
 
+# The same for a tracked pose of a target whose looks were learnt, by tools/fit_track_evidence.py.
+LEARNT_PROBABILITY = (-6.0, 9.0, -1.0, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrackedPose:
@@ -118,6 +121,8 @@ class TrackedPose:
         velocity: (6,) rotation in camera axes, rad/s, then translation, model units/s, or None.
         explained_contrast: fraction of the frame's contrast that the target explains, 0 to 1, or
             NaN.
+        local_agreement: fraction of the drawn target that the frame looks like, 0 to 1; NaN where
+            nobody knows yet how it looks.
         reason: why the pose was not measured, or what speaks against it.
         probability: that the pose is within 5 degrees and 0.106 diameters of the true one.
         second_target: (4, 4) pose of a second target, if the network saw one lately, or None. It is
@@ -133,23 +138,26 @@ class TrackedPose:
     reason: str = ""
     probability: float = 0.0
     second_target: np.ndarray | None = None
+    local_agreement: float = np.nan
 
 
-def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
+def trust_features(covariance: np.ndarray, seen: float, diameter: float) -> np.ndarray:
     """Return the four features of the logistic models for the probability of a pose.
 
     Args:
         covariance: (6, 6) of the pose, radians and model units.
-        contrast: fraction of the frame's contrast that the pose explains; NaN counts as 0.
+        seen: how well the frame agrees with the pose: the local agreement where it is known, else
+            the fraction of the contrast that is explained; NaN counts as 0.
         diameter: of the target, model units.
 
     Returns:
-        (4,): 1, the contrast, and log10 of both standard deviations, in radians and in diameters.
+        (4,): 1, how well the frame agrees, and log10 of both standard deviations, in radians and
+        in diameters.
     """
     rotation_variance = np.trace(covariance[:3, :3])
     translation_variance = np.trace(covariance[3:, 3:]) / diameter**2
     deviations = np.log10([rotation_variance, translation_variance]) / 2
-    return np.array([1.0, np.nan_to_num(contrast), *deviations])
+    return np.array([1.0, np.nan_to_num(seen), *deviations])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +345,8 @@ class Tracker:
         deviations = np.repeat([START_TURN, START_SHIFT * self.target.diameter], 3)
         covariance = np.diag(np.square(deviations))
         aligned = self.aligner.track(image, pose, self.K, covariance)
-        estimate = xu.PoseEstimate(
-            pose, covariance, True, explained_contrast=aligned.explained_contrast
+        estimate = dataclasses.replace(
+            aligned, pose=pose, covariance=covariance, accepted=True, reason=""
         )
         self.motion = None
         return self.update_pose(estimate, seconds)
@@ -504,8 +512,9 @@ class Tracker:
             motion.velocity,
             contrast,
             step.reason,
-            _probability(status, covariance, contrast, self.target.diameter),
+            _probability(status, covariance, step.estimate, self.target.diameter),
             step.second_target,
+            step.estimate.local_agreement,
         )
 
     # ---------------------------------------------------------------- measurement
@@ -689,10 +698,14 @@ def _common_target(aligner, detector):
     return known[0] if known else xu.XWING
 
 
-def _probability(status, covariance, contrast, diameter):
+def _probability(status, covariance, estimate, diameter):
     """The probability that a pose is right: a logistic model of its features, see PROBABILITY."""
-    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
-    return float(expit(np.dot(weights, trust_features(covariance, contrast, diameter))))
+    seen = estimate.explained_contrast
+    weights = PROBABILITY[status, bool(np.isfinite(seen))]
+    if status == "tracked" and np.isfinite(estimate.local_agreement):
+        seen = estimate.local_agreement
+        weights = LEARNT_PROBABILITY
+    return float(expit(np.dot(weights, trust_features(covariance, seen, diameter))))
 
 
 def _is_aligned(estimate):
