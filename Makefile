@@ -67,7 +67,7 @@ bench: $(STAMP)
 hero: $(STAMP)
 	$(BIN)/python tools/hero.py
 
-# Run two notebooks in JupyterLab in Debian's Chromium (/usr/bin/chromium) and look for what is broken.
+# Run notebooks in JupyterLab in Debian's Chromium (/usr/bin/chromium) and look for what is broken.
 browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(BIN)/pytest tests/test_browser.py
@@ -79,7 +79,8 @@ compare: $(STAMP)
 
 # Execute all notebooks but train in place and keep their outputs.
 notebooks: $(STAMP)
-	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb \
+	    notebooks/own.ipynb
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache weights/.openvino

@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 from xwing import starts
 from xwing.alignment import Aligner
+from xwing.footage import Clip, frames_at
 
 K = xu.lens_camera(640, 480, 35)
 POSE = np.eye(4)
@@ -156,6 +157,22 @@ def test_starts_are_all_different(footage, box):
     for i, start in enumerate(found):
         others = [other.pose for other in found[:i]]
         assert all(np.abs(start.pose - other).max() > 0.01 for other in others)
+
+
+def test_a_texture_tells_the_sides_of_a_box(root):
+    objects = root / "data" / "objects"
+    record = xu.read_json(objects / "carton.json")
+    truth = np.array(record["poses"][0])
+    camera = np.array(record["K"])
+    image = next(frames_at(Clip(objects / "carton.mp4"), [0]))
+
+    aligner = Aligner(xu.load_target(objects / "carton.obj"))
+    turns = [truth @ np.diag([*signs, 1.0]) for signs in ([1, -1, -1], [1, 1, 1], [-1, -1, 1])]
+    proposals = [starts.Start(pose, agreement) for pose, agreement in zip(turns, (0.9, 0.8, 0.7))]
+    found = starts.refine_proposals(aligner, image, proposals, camera, count=2)
+    assert len(found) == 2
+    assert xu.rotation_error(found[0].pose, truth) < 0.5
+    assert found[0].explained_contrast > found[1].explained_contrast + 0.3
 
 
 def test_a_target_out_of_sight_has_no_start(footage, box):

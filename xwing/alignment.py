@@ -20,8 +20,8 @@ import numpy as np
 import xwing_utils as xu
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
-from xwing.refinement import RefinementSettings, Refiner
-from xwing.verification import VerificationSettings, Verifier, local_agreement, verify_frames
+from xwing.refinement import RefinementSettings, Refiner, local_agreement
+from xwing.verification import VerificationSettings, Verifier, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
@@ -33,6 +33,9 @@ WORKING_DIAMETER = 0.4698348885512867
 # diameters is not drawn again when its colours are learnt.
 SAME_TURN = 0.03
 SAME_SHIFT = 0.01
+
+# The local agreement from which a tracked pose is not sought again from further away.
+WELL_AGREED = 0.65
 
 
 class Aligner:
@@ -138,8 +141,11 @@ class Aligner:
         refined = self.refiner.refine(image, start, K, prior, drawings=2)
         explained = self.verifier.explained_contrast(refined)
 
-        if explained < min(settings.well_explained, settings.usual_ratio * usual):
+        agreement = self._agreement(refined)
+        enough = min(settings.well_explained, settings.usual_ratio * usual)
+        if explained < enough and not agreement > WELL_AGREED:  # also where it is NaN
             refined, explained = self._improve(image, start, K, prior, refined)
+            agreement = self._agreement(refined)
 
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the target is in sight")
@@ -155,9 +161,15 @@ class Aligner:
             reason,
             explained_contrast=explained,
             colour_separation=np.nan if lines is None else lines.separation(refined.pose),
-            local_agreement=local_agreement(refined) if self.key_frames.frames else np.nan,
+            local_agreement=agreement,
         )
         return _scale_estimate(found, 1 / self.scale)
+
+    def _agreement(self, refined):
+        """The local agreement of a `Refined` pose; NaN where nobody knows how the target looks."""
+        if refined is None or not self.key_frames.frames:
+            return np.nan
+        return local_agreement(refined)
 
     def _improve(self, image, start, K, prior, refined):
         """The better of a `Refined` pose and of what the start leads to by way of the outline.

@@ -46,6 +46,12 @@ MAX_DISTANCE = 21285.0  # diameters: with a point further away the pose has dive
 MAX_STEP_TURN = 0.5  # radians about one axis: a larger step of Gauss-Newton is rejected
 MAX_CONDITION = 1e12  # of an information matrix: with a larger one the pose is not determined
 
+# Windows in which a frame is compared with a drawing.
+WINDOW = 9  # pixels of the view, width and height
+WINDOW_NOISE = 4.0  # grey levels: a window with less contrast agrees with nothing
+MAX_WINDOW_CONTRAST = 30.0  # grey levels from which a window counts fully
+MIN_CORRELATION = 0.6  # from which a window agrees
+
 
 @dataclasses.dataclass(frozen=True)
 class RefinementSettings:
@@ -63,6 +69,7 @@ class RefinementSettings:
     max_steps: int = 6  # of Gauss-Newton on one drawing
     max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn again
     negligible_gain: float = 0.02  # log-likelihood that is not worth another step
+    partly_hidden: float = 0.65  # local agreement: with less, only windows that agree are refined
     outline_weight: float = 0.2  # of what the lines across the outline say
 
 
@@ -165,6 +172,17 @@ class Template:
         """Return the frame at some positions (P, 2) less the colours: (P, 3) grey levels."""
         return sample_picture(self.view.image, positions) - self.colours
 
+    def part(self, chosen: np.ndarray) -> "Template":
+        """Return the template of some of the points, chosen (P,) bool."""
+        jacobian = self.jacobian.reshape(6, 3, -1)[..., chosen].reshape(6, -1)
+        return dataclasses.replace(
+            self,
+            pixels=self.pixels[chosen],
+            points=self.points[chosen],
+            colours=self.colours[chosen],
+            jacobian=jacobian,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class _Prior:
@@ -198,6 +216,56 @@ class Refined:
     def covariance(self) -> np.ndarray:
         """(6, 6): rotation vector in camera axes (radians), then translation."""
         return np.linalg.inv(self.information)
+
+
+# ============================================================ what is hidden
+
+
+def local_agreement(refined: Refined) -> float:
+    """Measure in how much of a drawing the frame looks like it, however much hides the rest.
+
+    In a small window about each pixel the brightness of the frame is compared with that of the
+    drawing (normalised cross-correlation). Windows count by the contrast that they are drawn with.
+    An occluder costs its own windows only, and a wrong pose agrees nearly nowhere.
+
+    Args:
+        refined: `Refined`.
+
+    Returns:
+        0 to 1, fraction of the drawn contrast that agrees.
+
+    Source: Lewis, Fast Normalized Cross-Correlation, Vision Interface 1995.
+    """
+    agrees, weight = _compare_windows(refined.template, refined.residual)
+    return float((weight * agrees).sum() / (weight.sum() + 1e-6))
+
+
+def _visible_part(template):
+    """The part of a template that the frame looks like, at its pose; all if that is little."""
+    residual = template.view.image.reshape(-1, 3)[template.pixels] - template.colours
+    agrees, _ = _compare_windows(template, residual)
+    return template.part(agrees) if np.count_nonzero(agrees) > agrees.size / 10 else template
+
+
+def _compare_windows(template, residual):
+    """Whether the window about each point agrees with a residual (P, 3), and its contrast (P,)."""
+    drawn = template.colours.mean(1)
+    seen = drawn + residual.mean(1)
+    shape = template.view.image.shape[:2]
+    layers = np.zeros((shape[0] * shape[1], 6), np.float32)
+    layers[template.pixels] = np.stack(
+        [np.ones_like(drawn), drawn, seen, drawn * drawn, seen * seen, drawn * seen], axis=1
+    )
+    sums = cv2.blur(layers.reshape(*shape, 6), (WINDOW, WINDOW), borderType=cv2.BORDER_CONSTANT)
+    sums = sums.reshape(-1, 6)[template.pixels]
+    drawn, seen, drawn_square, seen_square, product = (sums[:, 1:] / sums[:, :1]).T
+
+    drawn_variance = np.maximum(drawn_square - drawn**2, 0)
+    seen_variance = np.maximum(seen_square - seen**2, 0)
+    scale = np.sqrt((drawn_variance + WINDOW_NOISE**2) * (seen_variance + WINDOW_NOISE**2))
+    correlation = (product - drawn * seen) / scale
+    weight = np.minimum(np.sqrt(drawn_variance), MAX_WINDOW_CONTRAST)
+    return correlation > MIN_CORRELATION, weight
 
 
 # ============================================================ steps on one template
@@ -372,6 +440,7 @@ class Refiner:
             Refined, or None where too little of the target shows or the pose is not determined.
         """
         prior = self._prior(pose if expected is None else expected, covariance)
+        is_hidden = False
 
         for _ in range(drawings or self.settings.max_drawings):
             view = self.view(image, pose, K, coarse)
@@ -381,15 +450,28 @@ class Refiner:
 
             template = self._template(self.paint(view, drawing))
             lines = self.outline.lines(image, K, pose, view.K, drawing.coverage, drawing.depth)
-            refined = _Descent(template, lines, prior, self.settings).run()
+            part = _visible_part(template) if is_hidden else template
+            refined = _Descent(part, lines, prior, self.settings).run()
             if refined is None:
                 return None
 
             pose = refined.pose
-            if refined.shift < self.settings.max_shift:
+            if part is not template:
+                residual = template.residual(template.positions(pose))
+                refined = dataclasses.replace(refined, template=template, residual=residual)
+
+            was_hidden = is_hidden
+            is_hidden = (
+                drawing.albedo is not None and not coarse and self._is_partly_hidden(refined)
+            )
+            if refined.shift < self.settings.max_shift and was_hidden == is_hidden:
                 break
 
         return refined if np.linalg.cond(refined.information) < MAX_CONDITION else None
+
+    def _is_partly_hidden(self, refined):
+        """Whether something hides so much of the target that it would drag the pose along."""
+        return local_agreement(refined) < self.settings.partly_hidden
 
     def _prior(self, pose, covariance):
         information = np.zeros((6, 6))

@@ -210,7 +210,7 @@ def refine_start(aligner, image: np.ndarray, pose: np.ndarray, K: np.ndarray) ->
     edges hold a plain target that the pixels would pull away, the pixels a printed one.
 
     Args:
-        aligner: `Aligner` of the target.
+        aligner: `Aligner` that was made from the `Target`.
         image: (H, W, 3) uint8.
         pose: (4, 4) model -> OpenCV camera, off by up to 15 degrees.
         K: (3, 3) camera matrix, pixels.
@@ -241,7 +241,7 @@ def refine_proposals(
     several sides, and only its texture says which is the right one.
 
     Args:
-        aligner: `Aligner` of the target.
+        aligner: `Aligner` that was made from the `Target`.
         image: (H, W, 3) uint8.
         proposals: `Start`s in this frame.
         K: (3, 3) camera matrix, pixels.

@@ -58,6 +58,9 @@ USUAL_SEPARATION = 0.4
 # every second time, and one that is hidden in part has less evidence.
 MIN_EVIDENCE = -4.0
 
+# The fraction of the target that has to be within the frame: anything may look like a corner of it.
+MIN_IN_SIGHT = 0.15
+
 # The log-odds from which a pose is learnt from, and from which one that was found again is used.
 CONFIDENT_EVIDENCE = 0.0
 
@@ -68,7 +71,7 @@ CONFIDENT_PROBABILITY = 0.95
 SEARCH_FRAMES = 5
 
 # Poses of a search that are aligned and judged.
-SEARCHED_POSES = 3
+SEARCHED_POSES = 5
 
 # Standard deviations of a pose that the user gives: radians, and diameters.
 START_TURN = 0.03
@@ -393,7 +396,8 @@ class Tracker:
         covariance = predicted.covariance[:6, :6]
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
-            accepted = evidence(estimate) > MIN_EVIDENCE
+            in_sight = self._in_sight(image, estimate.pose)
+            accepted = evidence(estimate) > MIN_EVIDENCE and in_sight > MIN_IN_SIGHT
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
@@ -534,13 +538,24 @@ class Tracker:
         return found or xu.PoseEstimate(None, reason="the target is not seen as it was before")
 
     def _find_by_key_frames(self, image):
-        """The most probable `PoseEstimate` to which the key frames lead, or None."""
+        """The most probable `PoseEstimate` to which the key frames lead, or None.
+
+        The poses that the best one is ambiguous with are its rivals.
+        """
         poses = self.aligner.find(image, self.K, self._last_pose)[:SEARCHED_POSES]
-        found = [self.aligner.track(image, pose, self.K) for pose in poses]
-        best = max(found, key=evidence, default=None)
+        best = self._most_probable(image, poses)
         if best is None or evidence(best) < CONFIDENT_EVIDENCE:
             return None
+        rivals = xu.ambiguous_poses(best.pose, self.target)[1:]
+        rival = self._most_probable(image, rivals)
+        if rival is not None and evidence(rival) > evidence(best):
+            best = rival
         return dataclasses.replace(best, accepted=True, reason="")
+
+    def _most_probable(self, image, poses):
+        """The aligned `PoseEstimate` with the most evidence to which some poses lead, or None."""
+        aligned = [self.aligner.track(image, pose, self.K) for pose in poses]
+        return max(aligned, key=evidence, default=None)
 
     def _measure_without_pixels(self, image, seconds):
         """The network's `PoseEstimate` near the prediction.
@@ -565,6 +580,15 @@ class Tracker:
                 return redetected
 
         return self._detect(image, near=predicted.pose, prior=predicted.pose)
+
+    def _in_sight(self, image, pose):
+        """The fraction of the target's box in the picture that lies within the frame."""
+        corners = self._box_corners(pose)
+        if corners is None:
+            return 0.0
+        size = np.ptp(corners, axis=0)
+        inside = np.ptp(corners.clip(0, image.shape[1::-1]), axis=0)
+        return float(np.prod(inside / size))
 
     def _detect(self, image, near=None, prior=None):
         """The network's `PoseEstimate`, verified on the pixels where there is an aligner."""

@@ -26,12 +26,6 @@ SAME_POSE = 30.0  # degrees: poses that differ by less are no rivals
 SIMILAR_COARSE = 10.0
 SIMILAR_FINE = 3.0
 
-# Windows in which a frame is compared with a drawing.
-WINDOW = 9  # pixels of the view, width and height
-WINDOW_NOISE = 4.0  # grey levels: a window with less contrast agrees with nothing
-MAX_WINDOW_CONTRAST = 30.0  # grey levels from which a window counts fully
-MIN_CORRELATION = 0.6  # from which a window agrees
-
 
 @dataclasses.dataclass(frozen=True)
 class VerificationSettings:
@@ -118,44 +112,6 @@ def _steepest_slopes(image):
     slopes = np.stack([cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)])
     steepest = np.square(slopes).sum(0).argmax(-1)
     return np.take_along_axis(slopes, steepest[None, ..., None], axis=3)[..., 0]
-
-
-def local_agreement(refined: Refined) -> float:
-    """Measure in how much of a drawing the frame looks like it, however much hides the rest.
-
-    In a small window about each pixel the brightness of the frame is compared with that of the
-    drawing (normalised cross-correlation). Windows count by the contrast that they are drawn with.
-    An occluder costs its own windows only, and a wrong pose agrees nearly nowhere.
-
-    Args:
-        refined: `Refined`.
-
-    Returns:
-        0 to 1, fraction of the drawn contrast that agrees.
-
-    Source: Lewis, Fast Normalized Cross-Correlation, Vision Interface 1995.
-    """
-    template = refined.template
-    drawn = template.colours.mean(1)
-    seen = drawn + refined.residual.mean(1)
-
-    shape = template.view.image.shape[:2]
-    layers = np.zeros((shape[0] * shape[1], 6), np.float32)
-    layers[template.pixels] = np.stack(
-        [np.ones_like(drawn), drawn, seen, drawn * drawn, seen * seen, drawn * seen], axis=1
-    )
-    sums = cv2.blur(layers.reshape(*shape, 6), (WINDOW, WINDOW), borderType=cv2.BORDER_CONSTANT)
-    sums = sums.reshape(-1, 6)[template.pixels]
-    drawn, seen, drawn_square, seen_square, product = (sums[:, 1:] / sums[:, :1]).T
-
-    drawn_variance = np.maximum(drawn_square - drawn**2, 0)
-    seen_variance = np.maximum(seen_square - seen**2, 0)
-    scale = np.sqrt((drawn_variance + WINDOW_NOISE**2) * (seen_variance + WINDOW_NOISE**2))
-    correlation = (product - drawn * seen) / scale
-
-    weight = np.minimum(np.sqrt(drawn_variance), MAX_WINDOW_CONTRAST)
-    agrees = correlation > MIN_CORRELATION
-    return float((weight * agrees).sum() / (weight.sum() + 1e-6))
 
 
 @dataclasses.dataclass(frozen=True)
