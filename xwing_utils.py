@@ -22,6 +22,7 @@ Conventions:
 * Angles are in degrees; the entries of rotation vectors, of steps and of covariances in radians.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -267,7 +268,8 @@ def setting(name: str, default: object) -> object:
 
     Args:
         name: of the constant.
-        default: the value where the variable is not set; the result has its type.
+        default: the value where the variable is not set; the result has its type. Tuples and
+            dictionaries are written as in Python.
 
     Raises:
         ValueError: the variable cannot be read as the default's type, or is not finite.
@@ -277,12 +279,17 @@ def setting(name: str, default: object) -> object:
         return default
 
     try:
-        value = type(default)(text)
-        if isinstance(value, float) and not np.isfinite(value):
+        if isinstance(default, tuple | dict):
+            value = ast.literal_eval(text)
+        else:
+            value = type(default)(text)
+        wrong_type = not isinstance(value, type(default))
+        if wrong_type or (isinstance(value, float) and not np.isfinite(value)):
             raise ValueError
-    except ValueError:
-        expected = f"expected a number such as {default:g}, got {text!r}"
-        raise ValueError(f"XWING_{name}: {expected}") from None
+    except (ValueError, SyntaxError):
+        is_number = isinstance(default, int | float)
+        example = f"a number such as {default:g}" if is_number else f"a value such as {default}"
+        raise ValueError(f"XWING_{name}: expected {example}, got {text!r}") from None
 
     print(f"{name} = {value!r}, from the environment variable XWING_{name}")
     return value
@@ -290,6 +297,8 @@ def setting(name: str, default: object) -> object:
 
 # ============================================================ target
 
+MAX_ORIGIN = 30.0  # diameters by which the origin may lie outside of a target's box
+MAX_OUTSIDE = 0.1  # diameters by which a target's box, mesh and keypoints may differ
 SURFACE_POINTS = 28  # keypoints on a target's surface, beside the 8 corners of its box
 MIRROR_IN_X = np.diag([-1.0, 1.0, 1.0, 1.0])  # (4, 4)
 # (12, 2) pairs of corners; their numbers differ in one bit, see `box_corners`.
@@ -379,21 +388,26 @@ def load_target(path: str | Path) -> Target:
     given is derived: the box is that of the mesh, and the keypoints are spread over the visible
     surface, in pairs where it has a mirror. A "mirror" of null says that it has none.
 
+    Where box or keypoints are derived and neither "symmetries" nor "axes" is given, the turns after
+    which the mesh looks the same are found, see `_find_symmetries`. A real object may be printed
+    where its mesh has one colour: "symmetries": [] says that it has none.
+
     Args:
         path: of the JSON file, or of a mesh that trimesh reads.
 
     Raises:
         FileNotFoundError: there is no such file, or no such mesh.
-        ValueError: an unknown key, a value that does not fit, or a mesh that cannot be read. The
-            message names the file and the key.
+        ValueError: an unknown key, a value that does not fit, a mesh that cannot be read, or one
+            whose origin lies more than MAX_ORIGIN diameters outside of it. The message names the
+            file and the key.
     """
     path = Path(path)
     if path.suffix.lower() != ".json":
-        return _derive_target(path)
-
-    target = target_from_record(read_json(path), path, path.parent)
-    if not target.mesh.is_file():
-        raise FileNotFoundError(f"{path}: its mesh {target.mesh} is not there; correct 'mesh'")
+        target = _derive_target(path)
+    else:
+        target = target_from_record(read_json(path), path, path.parent)
+        _check_mesh_is_there(target.mesh, path)
+    _check_origin(target, path)
     return target
 
 
@@ -413,10 +427,19 @@ def target_from_record(record: object, source: str | Path, folder: str | Path) -
     box = values.pop("box", None)
     keypoints = values.pop("keypoints", None)
     if box is None or keypoints is None:
-        find_mirror = "mirror" not in record  # null says that there is none
-        base = _derive_target(mesh, box, keypoints, values.get("mirror"), find_mirror)
+        _check_mesh_is_there(mesh, source)
+        base = _derive_target(
+            mesh,
+            box,
+            keypoints,
+            values.get("mirror"),
+            find_mirror="mirror" not in record,  # null says that there is none
+            find_symmetries=not {"symmetries", "axes"} & set(record),
+            source=source,
+        )
     else:
         base = _plain_target(mesh, box, *keypoints)
+    _check_keypoints(base, f"{source}, keypoints")
 
     target = dataclasses.replace(base, **values)
     try:
@@ -425,6 +448,44 @@ def target_from_record(record: object, source: str | Path, folder: str | Path) -
         text = f"does not map the keypoints on each other; {error}"
         raise ValueError(f"{source}, mirror: {text}") from None
     return target
+
+
+def _check_mesh_is_there(mesh, source):
+    """Raise FileNotFoundError where the mesh of a target's JSON file is missing."""
+    if not mesh.is_file():
+        raise FileNotFoundError(f"{source}: its mesh {mesh} is not there; correct 'mesh'")
+
+
+def _check_origin(target, source):
+    """Raise ValueError where the origin lies far outside of the target's box.
+
+    A small turn about a distant point moves the target far, so no pose would be precise.
+    """
+    low, high = target.box[[0, 7]]
+    outside = np.linalg.norm(np.maximum(0, np.maximum(low, -high))) / target.diameter
+    if outside > MAX_ORIGIN:
+        middle = ", ".join(f"{value:.6g}" for value in (low + high) / 2)
+        text = f"its origin lies {outside:,.0f} diameters outside of it (its middle is at {middle})"
+        raise ValueError(f"{source}: {text}; move the mesh to its origin and export it again")
+
+
+def _check_box(box, mesh, name):
+    """Raise ValueError where a box (8, 3) that was given is not that of the mesh."""
+    low, high = mesh.bounds
+    if np.abs(box[[0, 7]] - mesh.bounds).max() > MAX_OUTSIDE * np.linalg.norm(mesh.extents):
+        text = f"expected about that of the mesh, {low} to {high}, got {box[0]} to {box[7]}"
+        raise ValueError(f"{name}: {text}; give it in mesh units, or leave it out")
+
+
+def _check_keypoints(target, name):
+    """Raise ValueError where a keypoint lies outside of the target's box."""
+    low, high = target.box[[0, 7]]
+    outside = np.maximum(low - target.keypoints, target.keypoints - high).max(1)
+    worst = outside.argmax()
+    if outside[worst] > MAX_OUTSIDE * target.diameter:
+        point = target.keypoints[worst]
+        text = f"{target.names[worst]!r} at {point} lies outside of the box from {low} to {high}"
+        raise ValueError(f"{name}: {text}; give both in mesh units")
 
 
 def _read_fields(record, source):
@@ -525,10 +586,11 @@ def _read_numbers(value, name, shape):
 
 
 def _read_unit(value, name):
-    number = check_array(value, (), name)
-    if not 0 < number < np.inf:
-        raise ValueError(f"{name}: expected metres per mesh unit, a positive number, got {value}")
-    return float(number)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < np.inf):
+        expected = "expected metres per mesh unit, a positive number"
+        raise ValueError(f"{name}: {expected}, got {value!r}")
+    return float(value)
 
 
 def _read_box(value, name):
@@ -615,33 +677,63 @@ _FIELDS = {  # key of a target's JSON file -> its reader
 }
 
 
-def _derive_target(path, box=None, keypoints=None, mirror=None, find_mirror=True):
+def _derive_target(
+    path,
+    box=None,
+    keypoints=None,
+    mirror=None,
+    find_mirror=True,
+    find_symmetries=True,
+    source=None,
+):
     """Make a target from a mesh; only what is not given is derived."""
-    mesh, textured = _read_mesh(path)
+    mesh, colours = _read_mesh(path)
     if box is None:
         box = box_corners(*mesh.bounds)
+    else:
+        _check_box(box, mesh, f"{source}, box")
     diameter = float(np.linalg.norm(box[7] - box[0]))
 
+    # trimesh takes small triangles for empty ones, so the mesh is about as large as 1 meanwhile. A
+    # power of two changes no digit.
+    unit = 2.0 ** np.round(np.log2(np.linalg.norm(mesh.extents)))
+    mesh.apply_scale(1 / unit)
+    points, normals, faces = _visible_surface(mesh, diameter / unit)
+    symmetries = np.eye(4)[None]
+    axes = np.zeros((0, 2, 3))
+    if find_symmetries and colours is not None:  # a print looks the same after no turn
+        surface = _Surface(points, normals, colours[faces])
+        symmetries, axes = _find_symmetries(mesh, surface)
+        symmetries[:, :3, 3] *= unit
+        axes[:, 0] *= unit
+
+    points *= unit
     if keypoints is None:
-        points, normals = _visible_surface(mesh, diameter)
-        if mirror is None and find_mirror and not textured:  # a print is no mirror image of itself
+        if mirror is None and find_mirror and colours is not None:
             mirror = _find_mirror(points, box, diameter)
         points, normals = _spread_points(points, normals, mirror, diameter)
         names = [f"surface {i}" for i in range(len(points))]
         keypoints = (points, normals, names)
-    return dataclasses.replace(_plain_target(path, box, *keypoints), mirror=mirror)
+    target = _plain_target(path, box, *keypoints)
+    return dataclasses.replace(target, mirror=mirror, symmetries=symmetries, axes=axes)
 
 
 def _read_mesh(path):
-    """Read all triangles of a mesh file as one `trimesh.Trimesh`; also whether it has a texture."""
+    """Read all triangles of a mesh file as one `trimesh.Trimesh`.
+
+    Returns it and the colours (F, 3) of its triangles, 0 to 255, or None where it has a texture.
+    """
     import trimesh
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mesh; give an OBJ, PLY, STL, OFF or GLB file")
+    _check_obj_indices(path)
     try:
         scene = trimesh.load_scene(path, process=False)
         textured = any(_has_texture(part) for part in scene.geometry.values())
+        parts = [part for part in scene.dump() if isinstance(part, trimesh.Trimesh)]
+        colours = None if textured else np.concatenate([_face_colours(part) for part in parts])
         mesh = scene.to_mesh()
         extent = np.ptp(mesh.vertices[mesh.faces.ravel()], axis=0) if len(mesh.faces) else 0
         solid = np.all(extent > 0) and np.isfinite(mesh.vertices).all()
@@ -653,7 +745,26 @@ def _read_mesh(path):
         expected = "expected a solid with finite vertices"
         raise ValueError(f"{path}: {expected}, got {got}; export it again")
     mesh.remove_unreferenced_vertices()
-    return mesh, textured
+    return mesh, colours
+
+
+def _check_obj_indices(path):
+    """Raise ValueError where an OBJ file counts vertices backwards; trimesh reads others then."""
+    if path.suffix.lower() != ".obj":
+        return
+    relative = re.search(rb"(?m)^[ \t]*f[ \t][^\r\n]*-\d[^\r\n]*", path.read_bytes())
+    if relative:
+        line = relative[0].decode(errors="replace").strip()
+        text = f"{line[:60]!r} has relative (negative) indices, which are not read"
+        raise ValueError(f"{path}: {text}; export it with absolute ones, as Blender does")
+
+
+def _face_colours(part):
+    """Return the colours (F, 3) of a part's triangles, 0 to 255: its own or its material's."""
+    if part.visual.kind in ("vertex", "face"):
+        return np.asarray(part.visual.face_colors, float)[:, :3]
+    colour = getattr(part.visual, "material", part.visual).main_color
+    return np.tile(np.asarray(colour, float)[:3], (len(part.faces), 1))
 
 
 def _has_texture(part):
@@ -664,10 +775,10 @@ def _has_texture(part):
 
 
 def _visible_surface(mesh, diameter, count=40_000, views=60):
-    """Return points (P, 3) of the surface that show from outside, and their outward normals (P, 3).
+    """Return points (P, 3) of the surface that show from outside, with normals and triangles.
 
-    The points are seen from `views` directions. A normal is zero where both sides of the surface
-    show.
+    The points are seen from `views` directions. A normal (P, 3) points outwards, and is zero where
+    both sides of the surface show. The triangles (P,) are the rows of the mesh.
     """
     import trimesh
 
@@ -686,7 +797,7 @@ def _visible_surface(mesh, diameter, count=40_000, views=60):
     more = np.maximum(front_views, back_views)
     less = np.minimum(front_views, back_views)
     side[less > 0.3 * more] = 0
-    return points[visible], (normals * side[:, None])[visible]
+    return points[visible], (normals * side[:, None])[visible], faces[visible]
 
 
 def _nearest_in_cells(points, direction, diameter, grid=96):
@@ -716,6 +827,138 @@ def fibonacci_sphere(count: int) -> np.ndarray:
     radius = np.sqrt(1 - height**2)
     longitude = np.pi * (1 + 5**0.5) * number  # the golden ratio spreads them evenly
     return np.column_stack([radius * np.cos(longitude), radius * np.sin(longitude), height])
+
+
+SYMMETRY_TOLERANCE = 0.01  # diameters by which a surface may differ from itself after a turn
+SYMMETRY_EXCEPTIONS = 0.005  # fraction of the surface that may differ by more
+SAME_COLOUR = 20  # of 255, in each channel
+REVOLUTION_TURNS = 0.5, 1.3, 2.2  # radians: what looks the same after these, does after any
+MAX_FOLD = 12  # how often a turn may be repeated until it is a full one
+
+
+class _Surface:
+    """Points of a visible surface, and whether it is the same after a turn."""
+
+    def __init__(self, points, normals, colours):
+        from scipy.spatial import cKDTree
+
+        order = np.random.default_rng(0).permutation(len(points))
+        self.points = points[order]
+        self.normals = normals[order]
+        self.colours = colours[order]
+        self.diameter = np.linalg.norm(np.ptp(points, axis=0))
+        self.tree = cKDTree(self.points)
+        self.spacing = np.quantile(self.tree.query(self.points[:2000], k=2)[0][:, 1], 0.99)
+
+    def difference(self, turn, centre):
+        """How much a turn (3, 3) about a centre (3,) changes the surface: a mean distance.
+
+        It is infinite where the surface is not the same after it. Few points show most of these
+        cases.
+        """
+        for count, leniency in ((40, 10), (400, 3), (4000, 1)):
+            apart = self._distances(turn, centre, count)
+            same = apart < SYMMETRY_TOLERANCE * self.diameter
+            if 1 - same.mean() > leniency * SYMMETRY_EXCEPTIONS:
+                return np.inf
+        return apart[same].mean()
+
+    def _distances(self, turn, centre, count):
+        """The distances of some turned points from the planes of those there, of their colour."""
+        moved = (self.points[:count] - centre) @ turn.T + centre
+        distance, near = self.tree.query(moved, k=6)
+        between = moved[:, None] - self.points[near]
+        apart = np.abs((between * self.normals[near]).sum(2))
+        colour = np.abs(self.colours[near] - self.colours[:count, None]).max(2)
+        fits = (distance < 3 * self.spacing) & (colour < SAME_COLOUR)
+        return np.where(fits, apart, np.inf).min(1)
+
+
+def _find_symmetries(mesh, surface):
+    """Find the turns after which a mesh looks the same, but for small details.
+
+    Its axes go through the centre of its convex hull. They are looked for among the hull's axes of
+    inertia, normals and corners.
+
+    Args:
+        mesh: `trimesh.Trimesh`.
+        surface: `_Surface` of it.
+
+    Returns:
+        symmetries (S, 4, 4) with the identity, and axes of revolution (A, 2, 3): one, or three that
+        are perpendicular for a ball.
+    """
+    hull = mesh.convex_hull
+    centre = hull.center_mass
+    turns = []
+    axes = []
+    for direction in _possible_axes(hull, centre):
+        revolved = (_turn(direction, angle) for angle in REVOLUTION_TURNS)
+        if all(np.isfinite(surface.difference(turn, centre)) for turn in revolved):
+            axes.append(direction)
+        if len(axes) > 1:  # a ball has all the others
+            break
+        if axes:
+            continue
+
+        repeated = [_turn(direction, 2 * np.pi / fold) for fold in range(MAX_FOLD, 1, -1)]
+        differences = np.array([surface.difference(turn, centre) for turn in repeated])
+        best = differences.min()
+        if np.isfinite(best):
+            equal = differences < 1.5 * best + 0.1 * SYMMETRY_TOLERANCE * surface.diameter
+            turns.append(repeated[equal.argmax()])  # the smallest turn
+
+    turns, axes = _reduce_symmetries(turns, axes, surface, centre)
+    symmetries = np.tile(np.eye(4), (len(turns), 1, 1))
+    symmetries[:, :3, :3] = turns
+    symmetries[:, :3, 3] = centre - np.array(turns) @ centre
+    return symmetries, np.array([(centre, axis) for axis in axes]).reshape(-1, 2, 3)
+
+
+def _turn(direction, angle):
+    """The rotation (3, 3) by an angle in radians about a unit vector (3,)."""
+    return cv2.Rodrigues(np.asarray(direction, float) * angle)[0]
+
+
+def _possible_axes(hull, centre, count=30):
+    """Return unit vectors (N, 3) along which a convex hull may have axes, the likeliest first."""
+    moments = hull.principal_inertia_components  # ascending
+    inertia = hull.principal_inertia_vectors
+    if (np.diff(moments) > 0.02 * moments[2]).all():
+        return inertia  # every axis of a symmetry is one of inertia
+
+    flat = np.zeros((0, 3))
+    if len(hull.facets):
+        flat = hull.facets_normal[np.argsort(-hull.facets_area)][:count]
+    slopes = hull.face_normals[np.argsort(-hull.area_faces)][:count]
+    corners = hull.vertices - centre
+    corners = corners[np.argsort(-np.linalg.norm(corners, axis=1))][:count]
+
+    chosen = []
+    for direction in np.concatenate([inertia, flat, slopes, corners]):
+        direction = direction / np.linalg.norm(direction)
+        if all(abs(direction @ other) < 0.9998 for other in chosen):  # 1 degree
+            chosen.append(direction)
+    return np.array(chosen)
+
+
+def _reduce_symmetries(turns, axes, surface, centre):
+    """Return the smallest list of turns, with the identity, and of axes that say the same."""
+    if len(axes) > 1:  # of a ball
+        return [np.eye(3)], list(np.eye(3))
+    if len(axes) == 1:  # beside it, only a turn upside down is another symmetry
+        across = np.linalg.svd(axes[0][None])[2][1]
+        flip = _turn(across, np.pi)
+        flips = [flip] if np.isfinite(surface.difference(flip, centre)) else []
+        return [np.eye(3), *flips], axes
+
+    group = [np.eye(3)]
+    for one in group:  # grows meanwhile
+        for turn in turns:
+            product = turn @ one
+            if len(group) < 60 and all(np.trace(product @ g.T) < 2.99 for g in group):  # 6 degrees
+                group.append(product)
+    return group, axes
 
 
 def _find_mirror(points, box, diameter):
@@ -2160,9 +2403,10 @@ class PoseEstimate:
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     runner_up: np.ndarray | None = None  # (4, 4) the best pose turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    # The package `xwing` measures the last two on the frame's pixels.
+    # The package `xwing` measures the last three on the frame's pixels.
     explained_contrast: float = np.nan  # fraction of the frame's contrast
     probability: float = np.nan  # of being right
+    colour_separation: float = np.nan  # -1 to 1, of the colours on both sides of the outline
 
     @property
     def rotation_sigma(self) -> float:
@@ -2499,6 +2743,53 @@ def ambiguous_poses(
         ambiguous.append(one)
         ambiguous += [one @ motion for motion in lookalikes]
     return ambiguous
+
+
+def describe_target(target: Target, pose: np.ndarray | None = None) -> str:
+    """Say how large a target is, how far away it is at a pose, and what no frame can tell of it.
+
+    Args:
+        target: `Target`.
+        pose: (4, 4) model -> OpenCV camera, or None.
+
+    Returns:
+        One or two sentences. Lengths are in mesh units, and in metres where the target's unit is
+        known.
+    """
+    text = f"{target.name} is {_length(target.diameter, target.unit)} across"
+    if pose is not None:
+        middle = pose[:3, :3] @ target.box.mean(0) + pose[:3, 3]
+        distance = float(np.linalg.norm(middle))
+        text += f" and {_length(distance, target.unit)} away"
+    if target.unit is None:
+        text += "; how long a mesh unit is, only the 'unit' of a target's JSON file says"
+    return f"{text}.{_describe_symmetries(target)}"
+
+
+def _length(length, unit):
+    """A length in mesh units, and in metres where the unit is known."""
+    metres = "" if unit is None else f" ({length * unit:.4g} m)"
+    return f"{length:.4g} mesh units{metres}"
+
+
+def _describe_symmetries(target):
+    """A sentence about the turns after which a target looks the same; empty if there are none."""
+    what = [f"any turn about ({_numbers(direction)})" for _, direction in target.axes]
+    for symmetry in target.symmetries:
+        turn = cv2.Rodrigues(symmetry[:3, :3])[0].ravel()
+        angle = np.linalg.norm(turn)
+        if angle > 1e-6:
+            what.append(f"{np.degrees(angle):.0f} degrees about ({_numbers(turn / angle)})")
+    if not what:
+        return ""
+    if len(what) > 4:
+        what = [*what[:3], f"{len(what) - 3} more"]
+    same = f" Its mesh looks the same after turns of {', '.join(what)}"
+    return f"{same}: no frame tells these poses apart, unless its surface shows more than the mesh."
+
+
+def _numbers(vector):
+    return ", ".join(f"{value:.2g}" for value in np.round(vector, 2) + 0.0)
 
 
 # ============================================================ drawing

@@ -12,6 +12,7 @@ set: a draw that is moved, added or left out changes every frame.
 """
 
 import colorsys
+import copy
 import functools
 from collections.abc import Callable
 
@@ -663,13 +664,19 @@ def _sensor(mi, lens, size, fov, samples):
     }
 
 
-def develop(linear: np.ndarray, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def develop(
+    linear: np.ndarray,
+    pixels: np.ndarray,
+    rng: np.random.Generator,
+    grain_rng: np.random.Generator | None = None,
+) -> np.ndarray:
     """Expose a frame for some of its pixels, then add the faults of a cheap camera.
 
     Args:
         linear: (H, H, 3) linear light.
         pixels: (N, 2) row, column of the pixels to expose for; none: all of them.
         rng: the scene's random generator.
+        grain_rng: of the grain of this frame, where the scene has many; None takes `rng`.
 
     Returns:
         (H, H, 3) uint8 RGB.
@@ -690,8 +697,9 @@ def develop(linear: np.ndarray, pixels: np.ndarray, rng: np.random.Generator) ->
     vignette = 1 - rng.uniform(0, 0.3) * (x**2 + y**2)[..., None]
     image = image * vignette
 
-    colour_noise = rng.normal(size=image.shape) * rng.uniform(0.2, 1)
-    grain = colour_noise + rng.normal(size=(size, size, 1))
+    grain_rng = rng if grain_rng is None else grain_rng
+    colour_noise = grain_rng.normal(size=image.shape) * rng.uniform(0.2, 1)
+    grain = colour_noise + grain_rng.normal(size=(size, size, 1))
     image = np.clip(image, 0, 1) ** (rng.uniform(0.85, 1.15) / 2.2)
     image = image + grain * rng.uniform(0, 0.025)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
@@ -725,3 +733,81 @@ def looks_image(
 
     image = develop(linear, seen, rng)
     return image, int(rng.integers(60, 96))
+
+
+# ---------------------------------------------------------------- flights
+
+
+class Stage:
+    """A place and a paint for a whole flight; the camera stands still.
+
+    What is behind the ship is rendered once. A frame then needs rays only where the ship is, so the
+    ship casts no shadow on its surroundings, but they light it and are mirrored in it.
+    """
+
+    def __init__(self, mi, mesh, seed: int, size: int, focal: float):
+        """Draw the place and the paint.
+
+        Args:
+            mi: Mitsuba with a variant set.
+            mesh: the ship, an `xwing.mesh.Mesh`.
+            seed: of the scene's random generator.
+            size: width and height in pixels.
+            focal: focal length in half frame widths.
+        """
+        self.mi, self.mesh, self.seed, self.size, self.focal = mi, mesh, seed, size, focal
+        rng = np.random.default_rng(seed)
+        self.textures = paint(rng, np.clip(mesh.colours, 0, 1) ** 2.2)
+        self.finish = surface(rng)
+        self.scale = rng.uniform(1, 3)
+        self.place = Place(mi, rng, np.zeros(3))
+        self.camera = rng.spawn(1)[0]  # of the faults of the camera, the same in all frames
+        self.behind = self._render({}, (0, 0, size, size), 99, seed)
+
+    def image(self, matrix: np.ndarray, index: int) -> np.ndarray:
+        """Return frame `index` of the flight, the ship at a pose: (size, size, 3) uint8 RGB."""
+        linear = self.behind.copy()
+        mask = self._silhouette(matrix)
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            crop = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            shapes = ship(self.mi, self.mesh, matrix, self.textures, self.finish, self.scale)
+            front = self._render(shapes, crop, SAMPLES, self.seed + index + 1)
+            window = np.s_[crop[1] : crop[3], crop[0] : crop[2]]
+            linear[window] = np.where(mask[window][..., None], front, linear[window])
+
+        grain = np.random.default_rng([self.seed, index])
+        whole_frame = np.zeros((0, 2), int)
+        return develop(linear, whole_frame, copy.deepcopy(self.camera), grain)
+
+    def _render(self, shapes, crop, samples, seed):
+        """Ray-trace a rectangle (left, top, right, bottom) of the place and what is in it."""
+        left, top, right, bottom = (int(edge) for edge in crop)
+        fov = float(np.degrees(2 * np.arctan(1 / self.focal)))
+        sensor = _sensor(self.mi, {"type": "perspective"}, self.size, fov, samples)
+        sensor["film"] |= {
+            "crop_offset_x": left,
+            "crop_offset_y": top,
+            "crop_width": right - left,
+            "crop_height": bottom - top,
+        }
+        scene = self.mi.load_dict(
+            {
+                "type": "scene",
+                "integrator": {"type": "path", "max_depth": 3},
+                "sensor": sensor,
+                **self.place.shapes,
+                **shapes,
+            }
+        )
+        return np.array(self.mi.render(scene, spp=samples, seed=seed), dtype=float)
+
+    def _silhouette(self, matrix):
+        """Whether the ship touches a pixel: (size, size), a pixel too many around it."""
+        corners = self.mesh.triangles @ matrix[:3, :3].T + matrix[:3, 3] - CAMERA
+        x, y, z = np.moveaxis(corners, -1, 0)
+        pixels = np.stack([1 - self.focal * x / z, 1 + self.focal * y / z], -1) / 2 * self.size
+        mask = np.zeros((self.size, self.size), np.uint8)
+        for triangle in np.floor(pixels).astype(np.int32):
+            cv2.fillConvexPoly(mask, triangle, 1)
+        return cv2.dilate(mask, np.ones((3, 3))) > 0

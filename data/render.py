@@ -24,8 +24,11 @@ import functools
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import joblib
 import numpy as np
@@ -41,6 +44,7 @@ from xwing.mesh import Mesh, load_mesh
 HERE = Path(__file__).resolve().parent
 SHIP = HERE / "xwing.obj"
 COMMITTED = "sample", "test", "shifted", "looks", "frames"  # sets that come with the project
+CLIPS = "flight_looks1", "flight_looks2", "flight_looks3"  # the same, as videos
 SIZE = 256  # pixels, width and height of a frame
 SAMPLES = 16  # rays a pixel
 # OpenGL conventions; a 35 mm lens on a 36 mm sensor, at (0, 0, 1), looking down -z, y up.
@@ -182,6 +186,20 @@ WIDE = dataclasses.replace(
     height=720,
     samples=36,
 )
+
+
+def random_flight(rng: np.random.Generator) -> Flight:
+    """Draw a flight that stays in the frame, about as fast as CALM; it has no sky of its own."""
+    seconds = np.arange(11.0)
+    angle = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * 0.9 * seconds  # about the frame
+    centres = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.3, 0.6, (11, 1))
+    distances = 1.05 + 0.3 * np.sin(rng.uniform(0, 2 * np.pi) + rng.uniform(0.5, 1.2) * seconds)
+    rolls = np.cumsum(rng.normal(0, 50, 11))
+    return dataclasses.replace(
+        CALM,
+        waypoints=tuple(map(tuple, np.column_stack([seconds, centres, distances]))),
+        rolls=tuple(map(tuple, np.column_stack([seconds, rolls]))),
+    )
 
 
 def flight_poses(flight: Flight = CALM, count: int = 300, fps: float = 30) -> np.ndarray:
@@ -781,11 +799,26 @@ def flight_frame(
     return image, matrix, look.quality
 
 
+@functools.lru_cache(maxsize=1)
+def _stage(seed, mesh_path):
+    ship = renderer(mesh_path)
+    return looks.Stage(ship.mi, ship.mesh, seed, SIZE, FOCAL)
+
+
+def staged_frame(seed: int, index: int, mesh_path: str | Path = SHIP) -> Frame:
+    """Render frame `index` of a flight in a scene; the seed draws scene, paint and path."""
+    flight = random_flight(np.random.default_rng([seed, 1]))
+    matrix = flight_poses(flight)[index]
+    return _stage(seed, mesh_path).image(matrix, index), matrix, 95
+
+
 FLIGHTS = {"flight": CALM, "wild": WILD, "wide": WIDE}
+PATHS = *FLIGHTS, "staged"  # kinds whose frames are those of a clip
 MAKERS = {
     "random": random_frame,
     "shifted": shifted_frame,
     "looks": looks_frame,
+    "staged": staged_frame,
     **{name: functools.partial(flight_frame, flight=flight) for name, flight in FLIGHTS.items()},
 }
 
@@ -830,7 +863,7 @@ def render_set(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _claim(folder, kind, seed, mesh_path, mesh)
-        names = [f"{i:03d}" if kind in FLIGHTS else str(i) for i in range(count)]
+        names = [f"{i:03d}" if kind in PATHS else str(i) for i in range(count)]
         missing = [i for i, name in enumerate(names) if not _is_complete(folder, name)]
         jobs = [
             joblib.delayed(_render_pair)(kind, seed, i, folder / names[i], mesh_path)
@@ -846,6 +879,54 @@ def render_set(
     return len(missing)
 
 
+def encode(pictures: Iterable[np.ndarray], path: Path, fps: int, quality: int):
+    """Write an H.264 video that is smaller than those of `xwing.film`.
+
+    Args:
+        pictures: (H, W, 3) uint8 RGB of one size, which is even.
+        path: of the MP4 file.
+        fps: frames a second.
+        quality: x264's crf; more is smaller and worse.
+    """
+    options = {"preset": "slow", "crf": str(quality)}
+    with xu.part_files(path) as (part,), part.open("w+b") as file:
+        with av.open(file, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", Fraction(fps), options)
+            for number, picture in enumerate(pictures):
+                if number == 0:
+                    stream.height, stream.width = picture.shape[:2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+
+def write_video(folder: str | Path, fps: int = 30):
+    """Write a folder's frames as FOLDER.mp4, and what is known of them as FOLDER.json.
+
+    `xwing.evaluation.load_flight` reads both.
+    """
+    folder = Path(folder)
+    paths, matrices = xu.load_dataset(folder)
+    encode((xu.read_image(path) for path in paths), folder.with_suffix(".mp4"), fps, quality=22)
+
+    info = xu.read_json(folder / "render_info.json")
+    height, width = xu.read_image(paths[0]).shape[:2]
+    options = f"--kind {info['kind']} --count {len(paths)} --seed {info['seed']} --video"
+    record = {
+        "video": f"{folder.name}.mp4",
+        "fps": fps,
+        "width": width,
+        "height": height,
+        "seed": info["seed"],
+        "kind": info["kind"],
+        "command": f"python data/render.py data/{folder.name} {options}",
+        **xu.read_json(folder / "camera_info.json"),
+    }
+    lines = [f' "{key}": {json.dumps(value)}' for key, value in record.items()]
+    rows = ",\n  ".join(json.dumps(matrix.round(12).tolist()) for matrix in matrices)
+    lines.append(f' "matrices": [\n  {rows}\n ]')
+    xu.write_files({folder.with_suffix(".json"): "{\n" + ",\n".join(lines) + "\n}\n"})
+
+
 def mesh_digest(mesh: Mesh) -> str:
     """Return 16 hexadecimal digits that change with a mesh's triangles, materials or colours."""
     digest = hashlib.sha256(json.dumps(mesh.names).encode())
@@ -858,7 +939,7 @@ def mesh_digest(mesh: Mesh) -> str:
 def _check_request(kind, seed, count):
     if kind not in MAKERS:
         raise ValueError(f"kind: expected one of {', '.join(MAKERS)}, got {kind!r}")
-    if seed < 0 or count < 1 or (kind in FLIGHTS and count > 300):
+    if seed < 0 or count < 1 or (kind in PATHS and count > 300):
         raise ValueError(
             f"expected seed >= 0 and count >= 1, <= 300 in a flight; got {seed} and {count}"
         )
@@ -866,14 +947,16 @@ def _check_request(kind, seed, count):
 
 def _refuse_committed(folder, seed, kind):
     """Raise ValueError if another folder, of a committed set, has these frames."""
-    for name in COMMITTED:
+    for name in COMMITTED + CLIPS:
         path = HERE / name / "render_info.json"
-        if not path.exists() or folder.resolve() == path.parent:
+        if name in CLIPS:
+            path = HERE / f"{name}.json"
+        if not path.exists() or folder.resolve() == HERE / name:
             continue
         info = xu.read_json(path)
         if (info.get("seed"), info.get("kind")) == (seed, kind):
             raise ValueError(
-                f"seed {seed}: data/{name}/ has these frames, and a network that was trained on "
+                f"seed {seed}: data/{name} has these frames, and a network that was trained on "
                 "them cannot be measured with them; expected another --seed"
             )
 
@@ -901,7 +984,7 @@ def _claim(folder, kind, seed, mesh_path, mesh):
         "seed": seed,
         "kind": kind,
         "mesh": Path(mesh_path).name,
-        "samples": looks.SAMPLES if kind == "looks" else frame.samples,
+        "samples": looks.SAMPLES if kind in ("looks", "staged") else frame.samples,
         "size": frame.width,
         "mesh_digest": mesh_digest(mesh),
     }
@@ -965,7 +1048,8 @@ def _run(jobs, workers, dask, bar):
 
 KINDS = (
     "random: random poses; shifted: the same poses in another look; looks: the same poses in "
-    "scenes; flight: the clip; wild: a faster flight; wide: the clip's flight in 1280x720"
+    "scenes; flight: the clip; wild: a faster flight; wide: the clip's flight in 1280x720; staged: "
+    "a flight in one of the scenes"
 )
 
 
@@ -981,6 +1065,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786"
     )
+    parser.add_argument(
+        "--video", action="store_true", help="also write FOLDER.mp4 and FOLDER.json, of a flight"
+    )
     options = parser.parse_args(arguments)
     try:
         _refuse_committed(options.folder, options.seed, options.kind)
@@ -995,6 +1082,8 @@ def main(arguments: list[str] | None = None):
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if options.video:
+        write_video(options.folder)
     print(f"{options.folder}: {rendered} frames rendered, {options.count - rendered} kept")
 
 

@@ -7,6 +7,7 @@ neither filters poses nor hides bolts.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without installation too
 
 import xwing_utils as xu  # noqa: E402
-from xwing import film, lasers  # noqa: E402
+from xwing import film, lasers, metrics  # noqa: E402
 from xwing.alignment import Aligner  # noqa: E402
 from xwing.detector import Detector, letterbox  # noqa: E402
 from xwing.footage import Clip, Frame  # noqa: E402
@@ -103,6 +104,29 @@ def large(count, width, height):
         "fps": count / seconds,
         "rotation_deg_median": np.median(errors),
         "tracked": sum(tracked.status == "tracked" for tracked in track),
+    }
+
+
+def own_object(count):
+    """Follow the printed carton of data/objects/ from its first pose, without a network."""
+    path = xu.ROOT / "data" / "objects" / "carton.json"
+    known = xu.read_json(path)
+    truth = np.array(known["poses"][:count])
+    target = xu.load_target(path.with_name(known["target"]))
+    tracker = Tracker(known["K"], known["fps"], aligner=Aligner(target))
+
+    frames = itertools.islice(Clip(path.with_suffix(".mp4")), len(truth))
+    start = time.perf_counter()
+    track = [tracker.start(next(frames).image, truth[0])]
+    track += [tracker.update(frame.image) for frame in frames]
+    seconds = time.perf_counter() - start
+
+    poses = [tracked.pose for tracked in track]
+    errors = [np.inf if p is None else xu.rotation_error(p, t) for p, t in zip(poses, truth)]
+    return {
+        "fps": len(truth) / seconds,
+        "rotation_deg_median": np.median(errors),
+        "right": int(metrics.recalled(poses, truth, target=target).sum()),
     }
 
 
@@ -285,6 +309,7 @@ def print_runs(count):
     for name, work, *arguments in (
         ("live", live, count),
         ("long", live, 10 * count),
+        ("object", own_object, min(count, 100)),
         ("plain", plain, count // 5),
         ("1280x720", large, count // 3, 1280, 720),
         ("3840x2160", large, count // 6, 3840, 2160),
@@ -298,7 +323,7 @@ def print_runs(count):
     return figures
 
 
-RUNS = {work.__name__: work for work in (stages, live, plain, large)}
+RUNS = {work.__name__: work for work in (stages, live, own_object, plain, large)}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`make browser`: two notebooks run in JupyterLab in a real browser, and nothing in them is broken.
+"""`make browser`: notebooks run in JupyterLab in a real browser, and nothing in them is broken.
 
 Skipped without the package playwright or Debian's Chromium. The server shows a copy of the tracked
 files, so that no run changes them. Screenshots of each notebook go to a temporary folder."""
@@ -13,7 +13,12 @@ import threading
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+
+import xwing_utils as xu
+from xwing import picking, starts
+from xwing.mesh import load_mesh
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -74,6 +79,7 @@ def address(copy):
         **os.environ,
         "PYTHONPATH": str(copy),
         "XWING_SMOKE": "1",
+        "XWING_CHOICE": "0",  # own.ipynb starts from pins
         "JUPYTER_TOKEN": token,
         "JUPYTER_CONFIG_DIR": str(copy.parent),
         "JUPYTER_RUNTIME_DIR": str(copy.parent),
@@ -141,6 +147,63 @@ def test_pnp_runs_and_its_viewer_moves_and_plays(page, address, tmp_path):
     playwright.expect(readout).not_to_have_text(frame)
     page.screenshot(path=tmp_path / "played.png")
     assert page.evaluate(BROKEN) == []
+
+
+def press(page, picture, image, pixels):
+    """Press the mouse on a picture of an image (H, W, 3), move it along pixels and release it."""
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    scale = box["width"] / image.shape[1]
+    for i, (x, y) in enumerate(pixels):
+        page.mouse.move(box["x"] + scale * x, box["y"] + scale * y, steps=4)
+        if i == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def clicked_points(root):
+    """Of the example of own.ipynb: the target's views, six points that show, and their pixels."""
+    objects = root / "data" / "objects"
+    record = xu.read_json(objects / "carton.json")
+    target = xu.load_target(objects / "carton.obj")
+    points = starts.points_shown(target)
+    views = picking.numbered_views(load_mesh(target.mesh), points, target.up)
+    chosen = [0, 1, 6, 7, 14, 18]
+    pixels = xu.project_pose(points[chosen], np.array(record["poses"][0]), np.array(record["K"]))
+    return views, dict(zip(chosen, pixels))
+
+
+def test_own_runs_with_a_dragged_box_and_clicked_pins(page, address, root, tmp_path):
+    assert run_all(page, address, "notebooks/own.ipynb", tmp_path) == ([], [])
+    pictures = page.locator("img.widget-image")
+    frame = np.zeros((480, 640, 3))
+    press(page, pictures.nth(0), frame, [(190, 170), (300, 300), (415, 325)])
+    dragged = re.compile(r"BOX = \((189|190), (169|170), 41[456], 32[456]\)")
+    playwright.expect(page.locator(".widget-label", has_text="BOX = ")).to_have_text(dragged)
+    page.screenshot(path=tmp_path / "box.png")
+
+    views, pins = clicked_points(root)
+    for number, pixel in pins.items():
+        side = next(i for i, view in enumerate(views) if np.isfinite(view.pixels[number]).all())
+        view = views[side]
+        press(page, pictures.nth(1 + side), view.picture, [view.pixels[number]])
+        playwright.expect(page.locator(".widget-text input").first).to_have_value(str(number))
+        press(page, pictures.nth(7), frame, [pixel])
+        page.wait_for_timeout(300)
+    page.screenshot(path=tmp_path / "pins.png")
+    text = page.locator(".widget-label", has_text="PINS = ").inner_text()
+    found = np.reshape([float(number) for number in re.findall(r"[\d.]+", text)], (6, 3))
+    assert sorted(found[:, 0]) == sorted(pins)
+    assert all(np.allclose(row[1:], pins[int(row[0])], atol=1.5) for row in found)
+
+    page.locator(".jp-CodeCell", has_text="starts.solve_pins").locator(".jp-InputArea").click()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run Selected Cell and All Below", exact=True).click()
+    page.wait_for_function(FINISHED, arg=ERRORS, timeout=LIMIT)
+    assert page.evaluate(FAULTS, ERRORS) == []
+    result = page.locator(".jp-CodeCell", has_text="no frame is off by five degrees")
+    playwright.expect(result).to_contain_text("no frame is off by five degrees: True")
+    page.screenshot(path=tmp_path / "own.png")
 
 
 def test_an_error_and_a_broken_picture_are_found(page, address, copy, tmp_path):

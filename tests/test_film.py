@@ -480,6 +480,9 @@ def test_tracked_pictures_show_overlay_and_heatmaps_side_by_side(K):
     assert np.linalg.norm(corners[:, None] - changed[None], axis=-1).min(1).max() < 1.5
     assert all(shown[int(y), 256 + int(x)].max() > 150 for x, y in corners)
 
+    alone = list(overlay.tracked_pictures(clip, track, wide, None, [0, 1]))
+    np.testing.assert_array_equal(alone, [lost[:, :256], shown[:, :256]])
+
 
 def test_heatmaps_have_colours_of_their_own():
     maps = np.zeros((32, 32, 4), np.float32)

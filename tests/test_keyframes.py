@@ -1,19 +1,28 @@
-"""Learnt albedo on a box that the tests print and draw themselves."""
+"""Learnt albedo, and finding again, on a box that the tests print and draw themselves."""
 
 import dataclasses
 import pickle
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import keyframes
 from xwing.alignment import Aligner
+from xwing.mesh import load_mesh, rasterise
+
+
+@pytest.fixture(scope="module")
+def box_aligner(footage):
+    return Aligner(xu.load_target(footage.mesh))
 
 
 @pytest.fixture
-def aligner(footage):
-    return Aligner(xu.load_target(footage.mesh))
+def aligner(box_aligner):
+    """An `Aligner` of the box that has learnt nothing yet."""
+    box_aligner.forget()
+    return box_aligner
 
 
 def unexplained(aligner, image, pose, K):
@@ -84,10 +93,14 @@ def test_forgetting_leaves_no_trace(aligner, footage):
     assert one.explained_contrast == other.explained_contrast
 
 
-def test_an_albedo_of_one_is_the_plain_mesh(aligner, footage):
+def test_an_albedo_of_one_is_the_plain_mesh(aligner, footage, monkeypatch):
     image, pose = footage.images[2], footage.poses[2]
     plain, _ = aligner.align(image, pose, footage.K)
-    aligner.refiner.albedo = lambda drawing, K: np.ones((*drawing.depth.shape, 3), np.float32)
+
+    def ones(drawing, K):
+        return np.ones((*drawing.depth.shape, 3), np.float32)
+
+    monkeypatch.setattr(aligner.refiner, "albedo", ones)
     again, _ = aligner.align(image, pose, footage.K)
     np.testing.assert_allclose(again, plain, atol=1e-4)
 
@@ -150,3 +163,126 @@ def test_key_frames_travel_to_other_processes(aligner, footage):
     one, _ = aligner.align(footage.images[2], footage.poses[2], footage.K)
     other, _ = copy.align(footage.images[2], footage.poses[2], footage.K)
     assert (one == other).all()
+
+
+# ---------------------------------------------------------------- finding it again
+
+
+def moved(footage, rotation, shift):
+    """The first pose of the footage, turned (3,) degrees about its middle and shifted (3,)."""
+    pose = footage.poses[0].copy()
+    middle = pose[:3, :3] @ footage.CORNERS / 2 + pose[:3, 3]
+    turn = Rotation.from_rotvec(rotation, degrees=True).as_matrix()
+    pose[:3, :3] = turn @ pose[:3, :3]
+    pose[:3, 3] = middle + shift - pose[:3, :3] @ footage.CORNERS / 2
+    return pose
+
+
+def draw_plain(footage, pose):
+    """A frame (S, S, 3) uint8 of the box, all in one red, in front of a grey that is uneven."""
+    size = footage.SIZE
+    triangles = load_mesh(footage.mesh).triangles
+    ids, _ = rasterise(triangles, pose, footage.K, size, size)
+    grey = np.random.default_rng(1).normal(100, 5, (size, size, 3))
+    return np.uint8(np.where(ids[..., None] >= 0, [180, 40, 30], grey))
+
+
+def surface_distance(points, corners):
+    """How far points (N, 3) are from the surface of a box from the origin to its corner (3,)."""
+    outside = np.linalg.norm(points - points.clip(0, corners), axis=1)
+    inside = np.minimum(points, corners - points).min(1).clip(0)
+    return np.maximum(outside, inside)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "shift"),
+    [((0, 0, 0), (0, 0, 0)), ((0, 15, 0), (0.3, 0.2, 0.4)), ((9, -9, 8), (-0.3, -0.4, -0.3))],
+)
+def test_landmarks_find_a_printed_box_again(aligner, footage, rotation, shift):
+    pose = moved(footage, rotation, shift)
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    image = footage.draw(pose, np.random.default_rng(1))
+    found = aligner.find(image, footage.K)
+    assert xu.rotation_error(found[0], pose) < 3
+    assert np.linalg.norm(found[0][:3, 3] - pose[:3, 3]) < 0.05
+
+
+def test_a_silhouette_finds_a_plain_box_again(aligner, footage):
+    aligner.learn(draw_plain(footage, footage.poses[0]), footage.poses[0], footage.K)
+    assert len(aligner.key_frames.frames[0].landmarks) < keyframes.MIN_INLIERS
+    pose = moved(footage, (8, -9, 70), (-0.5, 0.4, 0.5))
+    found = aligner.find(draw_plain(footage, pose), footage.K)
+    assert min(xu.rotation_error(one, pose) for one in found[:3]) < 30
+    middles = [one[:3, :3] @ footage.CORNERS / 2 + one[:3, 3] for one in found]
+    truth = pose[:3, :3] @ footage.CORNERS / 2 + pose[:3, 3]
+    assert min(np.linalg.norm(middle - truth) for middle in middles) < 0.2
+
+
+def test_a_frame_without_the_target_shows_no_landmarks_of_it(aligner, footage):
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    landmarks = [aligner.key_frames.frames[0].landmarks]
+    assert len(landmarks[0]) > keyframes.MIN_INLIERS
+    for image in (footage.background, np.zeros_like(footage.background)):
+        assert keyframes.find_landmarks(landmarks, image, footage.K) == []
+
+
+def test_what_is_forgotten_is_not_found(aligner, footage):
+    assert aligner.find(footage.images[0], footage.K) == []
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    assert aligner.find(footage.images[0], footage.K)
+    aligner.forget()
+    assert aligner.find(footage.images[0], footage.K) == []
+
+
+def test_landmarks_lie_on_the_surface(aligner, footage, monkeypatch):
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    landmarks = aligner.key_frames.frames[0].landmarks
+    distances = surface_distance(landmarks.points / aligner.scale, footage.CORNERS)
+    assert distances.max() < 0.02
+
+    monkeypatch.setattr(keyframes, "LANDMARKS", 5)
+    aligner.forget()
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    assert len(aligner.key_frames.frames[0].landmarks) == 5
+
+
+def test_matches_are_clear_and_used_once():
+    rng = np.random.default_rng(0)
+    descriptors = rng.integers(0, 100, (6, 128)).astype(np.uint8)
+    near_first = descriptors[:1] + np.uint8(1)
+    surface = keyframes.Landmarks(
+        np.zeros((4, 3), np.float32), np.vstack([near_first, descriptors[[0, 1, 2]]])
+    )
+    twins = descriptors[[0, 1, 2, 2, 4]]
+    seen = keyframes.Landmarks(np.zeros((5, 2), np.float32), twins)
+    here, there = surface.match(seen)
+    assert list(zip(here, there)) == [(1, 0), (2, 1)]  # the third has two equal matches
+
+
+def test_of_many_key_frames_those_near_a_pose_are_searched(aligner, footage, monkeypatch):
+    monkeypatch.setattr(keyframes, "SEARCHED", 1)
+    other = turned(footage.poses[0], 80)
+    aligner.learn(footage.images[0], footage.poses[0], footage.K)
+    aligner.learn(footage.draw(other, np.random.default_rng(1)), other, footage.K)
+    aligner.outline.colours.clear()  # then there are no silhouettes
+    image = footage.images[0]
+    assert aligner.find(image, footage.K) == []
+    found = aligner.find(image, footage.K, near=turned(footage.poses[0], 10))
+    assert xu.rotation_error(found[0], footage.poses[0]) < 3
+
+
+def test_a_silhouette_shows_what_its_pose_shows(aligner, footage):
+    """Drawn at the pose of a roll, the mesh covers the mask of that roll."""
+    mesh = load_mesh(footage.mesh)
+    K = np.array([[300, 0, 50], [0, 300, 80], [0, 0, 1.0]])
+    silhouette = keyframes.Silhouette.at(mesh, footage.CORNERS / 2, footage.poses[0])
+    span = K[0, 0] * mesh.diameter / silhouette.distance
+    for roll, pixel in ((0, (60, 70)), (5, (50, 80)), (17, (45, 90))):
+        pose = silhouette.pose(roll, silhouette.distance, pixel, K)
+        scale = keyframes.SILHOUETTE_SPAN / span
+        half = keyframes.SILHOUETTE_SIZE / 2 / scale
+        small = xu.crop_camera(K, pixel[0] - half, pixel[1] - half, scale)
+        size = keyframes.SILHOUETTE_SIZE
+        ids, _ = rasterise(mesh.triangles, pose, small, size, size)
+        mask = silhouette.masks[roll] / 255
+        assert np.abs(mask - (ids >= 0)).sum() < 0.1 * mask.sum()

@@ -533,13 +533,62 @@ def test_the_simplified_mesh_does_not_depend_on_the_unit(tmp_path):
     assert np.array_equal(1024 * found[0].vertices, found[1].vertices)
 
 
-def test_a_textured_mesh_keeps_its_triangles(tmp_path):
-    Image.fromarray(PICTURE).save(tmp_path / "a.png")
-    write(tmp_path, "newmtl picture\nmap_Kd a.png\n", "a.mtl")
-    path = write(tmp_path, TEXTURED)
-    with pytest.warns(UserWarning, match="3 triangles; a textured mesh is not simplified"):
-        found = mesh.load_mesh(path, max_triangles=2)
-    assert len(found.faces) == 3 and found.textures is not None
+def test_a_textured_mesh_keeps_its_coordinates_when_it_is_simplified(tmp_path):
+    """Also beside the seams, where the texture ends and begins again."""
+    steps = 60
+    vertices, faces = torus(steps)
+    u = faces // steps / steps
+    u[(np.ptp(u, axis=1) > 0.5)[:, None] & (u < 0.5)] += 1  # beside the seam
+    v = faces % steps / steps
+    v[(np.ptp(v, axis=1) > 0.5)[:, None] & (v < 0.5)] += 1
+    corners = vertices[faces].reshape(-1, 3)
+    drawn = trimesh.Trimesh(corners, np.arange(len(corners)).reshape(-1, 3), process=False)
+    coordinates = np.column_stack([u.ravel(), v.ravel()])
+    picture = Image.fromarray(PICTURE)
+    drawn.visual = trimesh.visual.TextureVisuals(coordinates, image=picture)
+    drawn.export(tmp_path / "a.glb")
+
+    with pytest.warns(UserWarning, match="7,200 triangles, simplified to 2,000"):
+        found = mesh.load_mesh(tmp_path / "a.glb", max_triangles=2000)
+    assert found.textures is not None and found.texture_coordinates.shape == (2000, 3, 2)
+    x, y, z = np.moveaxis(found.triangles, -1, 0)
+    expected = np.stack([np.arctan2(y, x), np.arctan2(z, np.hypot(x, y) - 1)], -1) / (2 * np.pi)
+    errors = np.abs((found.texture_coordinates - expected + 0.5) % 1 - 0.5)
+    assert np.quantile(errors, 0.99) < 0.04 and errors.max() < 0.1
+
+
+# ------------------------------------------------------------ damaged surfaces
+
+
+def test_the_other_side_of_a_face_is_left_out(tmp_path):
+    """Programs write faces that show from both sides twice; a second colour is kept."""
+    write(tmp_path, "newmtl a\nKd 1 0 0\nnewmtl b\nKd 0 0 1\n", "a.mtl")
+    text = SQUARE + "mtllib a.mtl\nusemtl a\nf 1 2 3\nf 1 3 4\nf 3 2 1\nf 4 3 1\n"
+    text += "usemtl b\nf 1 3 2\n"
+    found = mesh.load_mesh(write(tmp_path, text))
+    assert found.face_materials.tolist() == [0, 0, 1]
+    assert (mesh.triangle_normals(found.triangles)[:, 2] > 0).tolist() == [True, True, False]
+
+
+def test_a_loose_piece_far_away_is_warned_of(tmp_path, root):
+    ball = trimesh.creation.icosphere(subdivisions=2)
+    speck = trimesh.creation.icosphere(subdivisions=0, radius=0.005)
+    speck.apply_translation([30, 0, 0])
+    trimesh.util.concatenate([ball, speck]).export(tmp_path / "a.ply")
+    with pytest.warns(UserWarning, match=r"is 3\d\.\d+ units across, but .* 0.1% lies within 3"):
+        mesh.load_mesh(tmp_path / "a.ply")
+
+
+@pytest.mark.parametrize("offset", [1.5, 100, 1e4])
+def test_where_the_origin_is_changes_nothing_that_shows(offset):
+    """As long as it lies outside: within, it is the middle of the pictures."""
+    vertices, faces = torus(12)
+    near = vertices[faces] + [8, 0, 0]
+    far = near + [0, 0, offset * 4]
+    area, openness = mesh.visibility(near, 128)
+    other_area, other_openness = mesh.visibility(far, 128)
+    assert (area.any(1) == other_area.any(1)).all() and area.any()
+    np.testing.assert_allclose(other_openness, openness, atol=0.05)
 
 
 # ------------------------------------------------------------ drawing

@@ -55,7 +55,15 @@ print([name for name in {heavy} if name in sys.modules])
 
 @pytest.mark.parametrize(
     "text,default,expected",
-    [("5", 3, 5), ("0.5", 1.0, 0.5), ("35", 35.0, 35.0), ("a", "b", "a"), ("", 3, 3)],
+    [
+        ("5", 3, 5),
+        ("0.5", 1.0, 0.5),
+        ("35", 35.0, 35.0),
+        ("a", "b", "a"),
+        ("", 3, 3),
+        ("(1, 2)", (3, 4), (1, 2)),
+        ("{5: (1, 2)}", {}, {5: (1, 2)}),
+    ],
 )
 def test_settings_come_from_the_environment_and_say_so(
     monkeypatch, capsys, text, default, expected
@@ -74,6 +82,8 @@ def test_settings_come_from_the_environment_and_say_so(
         ("inf", 1e-3, "such as 0.001"),
         ("many", 3, "expected a number such as 3"),
         ("1.5", 3, "such as 3"),
+        ("7", (1, 2), r"expected a value such as \(1, 2\), got '7'"),
+        ("{1: ", {}, "expected a value such as {}"),
     ],
 )
 def test_a_setting_of_another_type_is_named(monkeypatch, text, default, message):

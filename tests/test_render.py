@@ -204,7 +204,7 @@ def test_frames_of_a_committed_set_are_not_rendered_elsewhere(
     chosen = "--count", "1", "--seed", str(info["seed"]), "--kind", info["kind"]
     with pytest.raises(SystemExit, match="2"):
         render.main([str(tmp_path / "train"), *chosen])
-    assert f"seed {info['seed']}: data/{name}/ has these frames" in capsys.readouterr().err
+    assert f"seed {info['seed']}: data/{name} has these frames" in capsys.readouterr().err
     render.main([str(root / "data" / name), *chosen])
     assert ": 0 frames rendered, 1 kept" in capsys.readouterr().out
 

@@ -11,6 +11,10 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 import xwing_utils as xu
+from xwing.alignment import Aligner
+
+POINT = {"name": "a", "point": [10, 0, -4], "normal": [0, 0, 1]}
+RELATIVE = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -3 -2 -1\nv 0 0 1\nf -4 -3 -1\n"
 
 
 @pytest.fixture
@@ -28,7 +32,8 @@ def block(tmp_path):
 @pytest.fixture
 def record(root, tmp_path):
     """What data/xwing.json holds, beside a copy of its mesh."""
-    (tmp_path / "xwing.obj").write_bytes((root / "data" / "xwing.obj").read_bytes())
+    for name in ("xwing.obj", "xwing.mtl"):
+        (tmp_path / name).write_bytes((root / "data" / name).read_bytes())
     return json.loads((root / "data" / "xwing.json").read_text())
 
 
@@ -76,7 +81,7 @@ def test_box_and_diameter_of_a_mesh(block):
     np.testing.assert_allclose(target.box[[0, 7]], [[9.5, -1, -5.5], [10.5, 1, -2.5]])
     assert target.diameter == pytest.approx(np.sqrt(14))
     assert target.name == "block" and target.mesh == block and target.lasers is None
-    np.testing.assert_array_equal(target.symmetries, [np.eye(4)])
+    assert target.symmetries[0].tolist() == np.eye(4).tolist()
 
 
 def test_keypoints_lie_on_the_visible_surface_far_apart_with_outward_normals(block):
@@ -141,6 +146,100 @@ def test_a_json_file_may_leave_box_and_keypoints_to_the_mesh(block):
     np.testing.assert_array_equal(target.keypoints, xu.load_target(block).keypoints)
 
 
+def test_a_very_small_unit_is_a_unit_like_others(block, tmp_path):
+    mesh = trimesh.load_mesh(block)
+    mesh.apply_scale(2.0**-24)
+    mesh.export(tmp_path / "tiny.ply")
+    tiny = xu.load_target(tmp_path / "tiny.ply")
+    expected = xu.load_target(block).keypoints * 2.0**-24
+    np.testing.assert_allclose(tiny.keypoints, expected, atol=1e-6 * tiny.diameter)
+
+
+def test_size_and_distance_are_said_in_the_units_of_the_mesh(block):
+    target = load(block.parent, {"mesh": "block.ply", "name": "a block", "symmetries": []})
+    pose = np.eye(4)
+    pose[:3, 3] = [-10, 0, 24]
+    said = xu.describe_target(target, pose)
+    assert said.startswith("a block is 3.742 mesh units across and 20 mesh units away; how long")
+    in_metres = xu.describe_target(dataclasses.replace(target, unit=0.001), pose)
+    assert in_metres == (
+        "a block is 3.742 mesh units (0.003742 m) across and 20 mesh units (0.02 m) away."
+    )
+
+
+# ------------------------------------------------------------ symmetries
+
+
+def solid(name):
+    """A `trimesh.Trimesh` that is symmetric in a known way, turned and away from the origin."""
+    make = trimesh.creation
+    if name == "cylinder":
+        mesh = make.cylinder(0.1, 0.3, sections=48)
+    elif name == "cone":
+        mesh = make.cone(0.1, 0.3, sections=48)
+    elif name == "ball":
+        mesh = make.icosphere(radius=0.1)
+    elif name == "octagon":
+        mesh = make.cylinder(0.1, 0.1, sections=8)
+    elif name == "box with a knob":
+        knob = make.box((0.03, 0.03, 0.03)).apply_translation([0.05, 0.05, 0.1])
+        mesh = trimesh.util.concatenate([make.box((0.1, 0.2, 0.3)), knob])
+    else:
+        mesh = make.box((0.2, 0.2, 0.2))
+    motion = trimesh.transformations.rotation_matrix(0.7, [1, 2, 3])
+    motion[:3, 3] = [0.3, 0.1, -0.2]
+    return mesh.apply_transform(motion)
+
+
+@pytest.mark.parametrize(
+    "name,symmetries,axes",
+    [
+        ("cube", 24, 0),
+        ("octagon", 16, 0),
+        ("cylinder", 2, 1),
+        ("cone", 1, 1),
+        ("ball", 1, 3),
+        ("box with a knob", 1, 0),
+    ],
+)
+def test_turns_that_no_frame_can_tell_are_found(tmp_path, name, symmetries, axes):
+    mesh = solid(name)
+    mesh.export(tmp_path / "a.ply")
+    target = xu.load_target(tmp_path / "a.ply")
+    assert (len(target.symmetries), len(target.axes)) == (symmetries, axes)
+    assert target.symmetries[0].tolist() == np.eye(4).tolist()
+
+    # They map the solid onto itself: distances between vertices, or from its round side.
+    tolerance = 0.01 * target.diameter
+    for motion in target.symmetries[: 4 if axes == 0 else 2]:
+        xu.rigid_matrix(motion, name)
+        moved = mesh.vertices @ motion[:3, :3].T + motion[:3, 3]
+        assert cdist(moved, mesh.vertices).min(1).max() < (1 if axes == 0 else 4) * tolerance
+    said = xu.describe_target(target)
+    assert ("no frame tells these poses apart" in said) == (symmetries > 1 or axes > 0)
+
+
+def test_colours_and_textures_break_symmetries(tmp_path):
+    cube = trimesh.creation.box((1, 1, 1))
+    colours = np.full((12, 4), 255, np.uint8)
+    colours[np.abs(cube.face_normals[:, 2]) > 0.5, 1:3] = 0  # top and bottom are red
+    cube.visual = trimesh.visual.ColorVisuals(cube, face_colors=colours)
+    cube.export(tmp_path / "red.ply")
+    assert len(xu.load_target(tmp_path / "red.ply").symmetries) == 8
+
+    picture = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    coordinates = np.random.default_rng(1).random((len(cube.vertices), 2))
+    cube.visual = trimesh.visual.TextureVisuals(coordinates, image=Image.fromarray(picture))
+    cube.export(tmp_path / "printed.glb")
+    assert len(xu.load_target(tmp_path / "printed.glb").symmetries) == 1
+
+
+def test_what_a_json_file_declares_is_not_looked_for(block):
+    assert len(xu.load_target(block).symmetries) == 4
+    target = load(block.parent, {"mesh": "block.ply", "symmetries": []})
+    assert len(target.symmetries) == 1 and len(target.axes) == 0
+
+
 # ------------------------------------------------------------ bad files
 
 
@@ -151,6 +250,8 @@ def test_a_json_file_may_leave_box_and_keypoints_to_the_mesh(block):
         ({"mesh": None}, "no target; expected an object with 'mesh'"),
         ({"name": ""}, "name: expected a name, got ''"),
         ({"unit": -1}, "unit: expected metres per mesh unit, a positive number, got -1"),
+        ({"unit": True}, "unit: expected metres per mesh unit, a positive number, got True"),
+        ({"unit": "mm"}, "unit: expected metres per mesh unit, a positive number, got 'mm'"),
         ({"up": [0, 1]}, r"up: expected shape \(3,\), got \(2,\)"),
         ({"up": "high"}, "up: expected numbers"),
         ({"box": [[1, 1, 1], [0, 0, 0]]}, "box: expected the low and the high corner"),
@@ -176,6 +277,49 @@ def test_a_value_that_does_not_fit_is_named_with_its_file(record, tmp_path, chan
         load(tmp_path, record | change)
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"box": [[0, 0, 0], [1000, 2000, 3000]]},
+            "box: expected about that of the mesh, .*got .* mesh units",
+        ),
+        ({"keypoints": POINT | {"point": [99, 0, 0]}}, "keypoints: 'a' at .* outside of the box"),
+        ({"mesh": ""}, "its mesh .* is not there; correct 'mesh'"),
+        ({"mesh": "."}, "its mesh .* is not there"),
+        ({"mesh": "none.ply"}, "its mesh .*none.ply is not there"),
+        ({"mesh": ["block.ply"]}, "no target; expected an object with 'mesh', the name of a file"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_mesh(block, change, message):
+    if "keypoints" in change:
+        change = {"keypoints": [change["keypoints"]]}
+    with pytest.raises((ValueError, FileNotFoundError), match=f"target.json.*{message}"):
+        load(block.parent, {"mesh": "block.ply"} | change)
+
+
+def test_a_box_in_another_unit_than_its_mesh_is_refused(record, tmp_path):
+    """Where box and keypoints are given, the mesh is read by the aligner only."""
+    record["box"] = (10 * np.array(record["box"])).tolist()
+    for keypoint in record["keypoints"]:
+        keypoint["point"] = [10 * value for value in keypoint["point"]]
+    record = {key: record[key] for key in ("mesh", "box", "keypoints")}
+    with pytest.raises(ValueError, match="measures 4.698 .* its mesh 0.4698; give both in mesh"):
+        Aligner(load(tmp_path, record))
+
+
+@pytest.mark.parametrize("offset,refused", [(25, False), (35, True), (1e5, True)])
+def test_an_origin_far_outside_of_the_mesh_is_refused(block, tmp_path, offset, refused):
+    mesh = trimesh.load_mesh(block)
+    mesh.apply_translation(np.array([0.6, 0, 0.8]) * offset * np.sqrt(14))
+    mesh.export(tmp_path / "far.obj")
+    if not refused:
+        assert xu.load_target(tmp_path / "far.obj").box[7, 2] > 70
+        return
+    with pytest.raises(ValueError, match=r"far.obj: its origin lies .* diameters outside of it"):
+        xu.load_target(tmp_path / "far.obj")
+
+
 def test_a_target_without_its_mesh_is_an_error(record, tmp_path):
     with pytest.raises(FileNotFoundError, match="target.json: its mesh .*nothing.obj is not there"):
         load(tmp_path, record | {"mesh": "nothing.obj"})
@@ -196,6 +340,7 @@ def test_a_file_that_holds_no_target(tmp_path, text):
         ("text.ply", b"hello", ValueError, "cannot be read as a mesh"),
         ("nan.obj", b"v nan 0 0\nv 1 0 0\nv 0 1 1\nf 1 2 3\n", ValueError, "expected a solid"),
         ("flat.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", ValueError, "expected a solid"),
+        ("backwards.obj", RELATIVE, ValueError, r"relative \(negative\) indices, which are not"),
         ("mesh.docx", b"", ValueError, "cannot be read as a mesh"),
     ],
 )

@@ -815,6 +815,25 @@ def test_between_two_starts_the_nearer_one_counts(footage, box_aligner):
     ]
     assert max(distance) < 0.1
 
+    doubted = [t for t in track[1:20] if t.reason]
+    assert len(doubted) >= 3 and all(t.status == "tracked" for t in doubted)
+    assert all("from frames 0 and 20 differ by" in t.reason for t in doubted)
+    assert max(t.probability for t in doubted) <= 0.5
+    assert f"the starts disagree in {len(doubted)}" in tracking.summary(track)
+
+
+def test_two_starts_that_are_right_agree(footage, box_aligner):
+    """The later start may be given at a pose that looks the same."""
+    half_turn = np.diag([-1.0, -1, 1, 1])
+    half_turn[:3, 3] = 2 * box_aligner.target.box.mean(0) * [1, 1, 0]
+    symmetries = np.stack([np.eye(4), half_turn])
+    box_aligner.target = dataclasses.replace(box_aligner.target, symmetries=symmetries)
+    for motion in np.eye(4), half_turn:
+        starts = {0: footage.poses[0], 12: footage.poses[12] @ motion}
+        frames = box_frames(footage)[:13]
+        track = track_clip(frames, footage.K, None, box_aligner, FPS, False, starts)
+        assert [t.reason for t in track] == [""] * 13
+
 
 def test_starts_that_cannot_be_are_refused(footage, box_aligner):
     frames = box_frames(footage)[:4]

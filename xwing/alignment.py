@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 
 import xwing_utils as xu
+from xwing.contour import Outline
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
@@ -47,6 +48,7 @@ class Aligner:
         mesh: `Mesh` of the target, in its own unit.
         scale: working units for one model unit.
         key_frames: `KeyFrames`, what was learnt, in working units; none to begin with.
+        outline: `Outline`, in working units; it has learnt no colours to begin with.
         refiner: `Refiner`, in working units.
         verifier: `Verifier`, in working units.
     """
@@ -61,11 +63,14 @@ class Aligner:
         is_mesh = isinstance(target, Mesh)
         self.target = xu.XWING if is_mesh else target
         self.mesh = target if is_mesh else load_mesh(target.mesh)
+        if not is_mesh:
+            _check_size(target, self.mesh)
         self.scale = WORKING_DIAMETER / self.mesh.diameter
 
         working_mesh = dataclasses.replace(self.mesh, vertices=self.scale * self.mesh.vertices)
         self.key_frames = KeyFrames(working_mesh)
-        self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo)
+        self.outline = Outline(working_mesh)
+        self.refiner = Refiner(working_mesh, blur, refinement, self.key_frames.albedo, self.outline)
         self.verifier = Verifier(self.refiner, self.target, verification, self.scale)
 
     def align(
@@ -91,6 +96,8 @@ class Aligner:
         pose = xu.scale_pose(pose, self.scale)
         covariance = _scale_covariance(covariance, self.scale)
         refined = self.refiner.align(image, pose, K, covariance)
+        if self.outline.colours.known:
+            refined, _ = self._improve(image, pose, K, covariance, refined)
         if refined is None:
             return None
 
@@ -125,21 +132,36 @@ class Aligner:
         explained = self.verifier.explained_contrast(refined)
 
         if explained < min(settings.well_explained, settings.usual_ratio * usual):
-            from_coarse = self.refiner.align(image, start, K, prior)
-            explained_from_coarse = self.verifier.explained_contrast(from_coarse)
-            if explained_from_coarse > explained:
-                refined = from_coarse
-                explained = explained_from_coarse
+            refined, explained = self._improve(image, start, K, prior, refined)
 
         if refined is None:
             return xu.PoseEstimate(pose, covariance, False, "too little of the target is in sight")
 
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
+        lines = refined.lines
         found = xu.PoseEstimate(
-            refined.pose, refined.covariance, enough, reason, explained_contrast=explained
+            refined.pose,
+            refined.covariance,
+            enough,
+            reason,
+            explained_contrast=explained,
+            colour_separation=np.nan if lines is None else lines.separation(refined.pose),
         )
         return _scale_estimate(found, 1 / self.scale)
+
+    def _improve(self, image, start, K, prior, refined):
+        """The better of a `Refined` pose and of what the start leads to by way of the outline.
+
+        Returns it with the fraction of the contrast that it explains.
+        """
+        sought = self.outline.seek(image, start, K)
+        coarse = self.refiner.refine(image, sought, K, prior, coarse=True, expected=start)
+        if coarse is not None:
+            sought = coarse.pose
+        other = self.refiner.refine(image, sought, K, prior, expected=start)
+        candidates = [(one, self.verifier.explained_contrast(one)) for one in (refined, other)]
+        return max(candidates, key=lambda candidate: candidate[1])
 
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
@@ -171,15 +193,35 @@ class Aligner:
             K: (3, 3) pixels.
         """
         pose = xu.scale_pose(pose, self.scale)
+        self.outline.learn(image, pose, K)
         if not self.key_frames.is_new(pose):
             return
         painting = self.refiner.paint_plain(image, pose, K)
         if painting is not None:
-            self.key_frames.add(painting)
+            self.key_frames.add(painting, image, K)
+
+    def find(self, image: np.ndarray, K: np.ndarray, near: np.ndarray | None = None) -> list:
+        """Find where a target may be that was lost, from what was learnt; see `KeyFrames.find`.
+
+        Args:
+            image: (H, W, 3) uint8.
+            K: (3, 3) pixels.
+            near: (4, 4) pose that the target had lately, or None.
+
+        Returns:
+            poses (4, 4) model -> OpenCV camera, the most probable one first, neither refined nor
+            judged; none where nothing was learnt.
+        """
+        near = None if near is None else xu.scale_pose(near, self.scale)
+        colours = self.outline.colours
+        posterior = colours.posterior if colours.known else None
+        poses = self.key_frames.find(image, K, posterior, near)
+        return [xu.scale_pose(pose, 1 / self.scale) for pose in poses]
 
     def forget(self) -> None:
         """Forget all that was learnt: the target is drawn as its mesh says again."""
         self.key_frames.clear()
+        self.outline.colours.clear()
 
     def picture(
         self, image: np.ndarray, pose: np.ndarray, K: np.ndarray
@@ -217,6 +259,15 @@ class Aligner:
         """
         poses = [xu.scale_pose(pose, self.scale) for pose in poses]
         return self.verifier.photometric_costs(image, poses, K)
+
+
+def _check_size(target, mesh):
+    """Raise ValueError where a target's box is not that of its mesh, as in another unit."""
+    if not 0.5 < target.diameter / mesh.diameter < 2:
+        raise ValueError(
+            f"{target.mesh}: the box of the target {target.name!r} measures {target.diameter:.4g} "
+            f"from corner to corner, its mesh {mesh.diameter:.4g}; give both in mesh units"
+        )
 
 
 def _scale_covariance(covariance, factor):

@@ -125,7 +125,8 @@ class Drawing:
     shading_basis: np.ndarray  # (h, w, M + 8): factors of the M materials' colours and of the light
     coverage: np.ndarray  # (h, w) fraction of the pixel that the target covers
     depth: np.ndarray  # (h, w) model units, of the nearest surface; inf where there is none
-    albedo: np.ndarray | None = None  # (h, w, 3) factors of the shading, where they are learnt
+    # (h, w, 3) factors of the shading, from the mesh's texture or learnt; None: they are 1.
+    albedo: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ class LinearShader:
         self.offsets = (self.normals * self.triangles[:, 0]).sum(1)  # of the planes from the origin
 
         self.tables = self._shading_tables(mesh, mesh.face_materials[shown], openness[shown])
+        self.texture = None if mesh.textures is None else TextureAlbedo(mesh, shown)
 
         # A weak penalty (ridge regression) draws the coefficients of the light towards zero, and
         # those of the colours even more weakly.
@@ -203,7 +205,8 @@ class LinearShader:
         height, width = view.image.shape[:2]
         rows, depth = self._rasterise(view.K, pose, SUPERSAMPLING * width, SUPERSAMPLING * height)
         rows = [part.astype(np.int32).ravel() for part in _samples_of_pixels(rows)]
-        depth = np.minimum.reduce(_samples_of_pixels(depth))
+        depths = _samples_of_pixels(depth)
+        depth = np.minimum.reduce(depths)
 
         # A pixel is the mean of its samples. Row -1 of a table is zero: it is for a sample that
         # shows no triangle.
@@ -213,8 +216,15 @@ class LinearShader:
         basis[covered] = sum(table[row[covered]] for row in rows) / np.float32(len(rows))
 
         basis = basis.reshape(height, width, -1)
-        basis = cv2.GaussianBlur(basis, (0, 0), max(view.blur, 0.01))
-        return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth)
+        blur = max(view.blur, 0.01)
+        basis = cv2.GaussianBlur(basis, (0, 0), blur)
+
+        albedo = None
+        if self.texture is not None:
+            nearest = np.choose(np.argmin(depths, axis=0).ravel(), rows)  # the row of that sample
+            triangles = np.where(nearest < 0, -1, nearest % len(self.triangles))
+            albedo = self.texture.draw(triangles.reshape(height, width), depth, pose, view.K, blur)
+        return Drawing(pose, basis[..., :-1], basis[..., -1].copy(), depth, albedo)
 
     def _rasterise(self, K, pose, width, height):
         """The row of a shading table for each sample (height, width), -1 for none; their depth."""
@@ -298,6 +308,124 @@ class LinearShader:
         return explained
 
 
+class TextureAlbedo:
+    """The textures of a mesh, as factors of the colours of its materials in linear light.
+
+    Each triangle has an affine map from its points to its texture. Each texture is a pyramid of
+    ever smaller pictures, so that a pixel sees the mean of what it covers.
+
+    Args:
+        mesh: `Mesh` with textures.
+        rows: (N,) which of its triangles are drawn.
+
+    Source: Williams, Pyramidal Parametrics, SIGGRAPH 1983.
+    """
+
+    DARK_LIGHT = 0.01  # is added to both sides of a ratio, which is not defined for black
+    MIN_COSINE = 0.05  # of the angle of incidence; a surface seen more steeply is at the rim
+
+    def __init__(self, mesh: Mesh, rows: np.ndarray):
+        triangles = mesh.triangles[rows]
+        coordinates = mesh.texture_coordinates[rows]
+        normals = triangle_normals(triangles)
+        area = np.linalg.norm(normals, axis=1) / 2
+        self.normals = normals / (2 * area[:, None])
+        self.corners = triangles[:, 0]
+        self.materials = mesh.face_materials[rows]
+
+        # Edges and normal are a basis of space: its inverse gives the two coordinates on the plane.
+        edges = triangles[:, 1:] - triangles[:, :1]
+        basis = np.concatenate([edges, self.normals[:, None]], axis=1).swapaxes(1, 2)
+        texture_edges = coordinates[:, 1:] - coordinates[:, :1]  # (N, 2 edges, 2)
+        self.origins = coordinates[:, 0]
+        self.maps = texture_edges.swapaxes(1, 2) @ np.linalg.inv(basis)[:, :2]  # (N, 2, 3)
+
+        self.pyramids = {}
+        self.tiled = {}
+        self.density = {}  # texels for one model unit
+        for row, picture in enumerate(mesh.textures):
+            own = self.materials == row
+            if picture is None or not own.any():
+                continue
+            self.pyramids[row] = self._pyramid(picture, mesh.colours[row])
+            self.tiled[row] = coordinates[own].min() < -1e-3 or coordinates[own].max() > 1 + 1e-3
+            u, v = texture_edges[own].swapaxes(0, 1)
+            texture_area = np.abs(u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]).sum() / 2
+            texels = texture_area * picture.shape[0] * picture.shape[1]
+            self.density[row] = np.sqrt(texels / area[own].sum())
+
+    def draw(
+        self, triangles: np.ndarray, depth: np.ndarray, pose: np.ndarray, K: np.ndarray, blur: float
+    ) -> np.ndarray:
+        """Draw the albedo of a view.
+
+        Args:
+            triangles: (h, w) which of the triangles each pixel shows, -1 for none.
+            depth: (h, w) model units, near the centre of the pixel.
+            pose: (4, 4) model -> OpenCV camera.
+            K: (3, 3) camera matrix of the view.
+            blur: pixels, standard deviation of a Gaussian filter that is applied.
+
+        Returns:
+            (h, w, 3) float32; 1 where a material has no texture.
+        """
+        pixels = np.flatnonzero(triangles >= 0)
+        shown = triangles.ravel()[pixels]
+        points = self._points(pixels, shown, depth, pose, K)
+        from_corner = points - self.corners[shown]
+        places = self.origins[shown] + np.einsum("pij,pj->pi", self.maps[shown], from_corner)
+
+        albedo = np.ones((*depth.shape, 3), np.float32)
+        for row in self.pyramids:
+            own = self.materials[shown] == row
+            if own.any():
+                pixel = np.median(depth.ravel()[pixels[own]]) / K[0, 0]  # model units
+                albedo.reshape(-1, 3)[pixels[own]] = self._look_up(row, places[own], pixel)
+
+        known = np.float32(triangles >= 0)
+        layers = np.dstack([albedo * known[..., None], known])
+        layers = cv2.GaussianBlur(layers, (0, 0), blur)
+        return np.where(known[..., None] > 0, layers[..., :3] / layers[..., 3:].clip(1e-6), 1)
+
+    def _pyramid(self, picture, colour):
+        """The ratios of a picture's light to that of a colour (3,), in ever smaller pictures."""
+        dark = np.float32(self.DARK_LIGHT)
+        ratio = (_LIGHT_OF_GREY[picture] + dark) / (to_light(255 * colour) + dark)
+        levels = [ratio]
+        while min(levels[-1].shape[:2]) >= 2:
+            size = (levels[-1].shape[1] // 2, levels[-1].shape[0] // 2)
+            levels.append(cv2.resize(levels[-1], size, interpolation=cv2.INTER_AREA))
+        return levels
+
+    def _points(self, pixels, shown, depth, pose, K):
+        """The points (P, 3), model axes, where rays through pixels' centres meet their triangles.
+
+        The nearest sample of a pixel lies beside its centre, so its depth gives a point beside the
+        ray. It is used where the triangle is seen so steeply that the ray may miss it by far.
+        """
+        camera = -pose[:3, :3].T @ pose[:3, 3]
+        samples = np.column_stack(camera_points(pixels, depth, K)) @ pose[:3, :3]  # from the camera
+        normals = self.normals[shown]
+        towards = np.einsum("pj,pj->p", normals, samples)
+        to_plane = np.einsum("pj,pj->p", normals, self.corners[shown] - camera)
+        steep = np.abs(towards) < self.MIN_COSINE * np.linalg.norm(samples, axis=1)
+        factor = np.where(steep, 1, to_plane / np.where(steep, 1, towards))
+        return camera + samples * factor[:, None]
+
+    def _look_up(self, row, places, pixel):
+        """The ratios (P, 3) of a material at texture coordinates (P, 2); a pixel's model units."""
+        levels = self.pyramids[row]
+        texels = max(self.density[row] * pixel, 1)
+        picture = levels[min(int(np.log2(texels)), len(levels) - 1)]
+        border = cv2.BORDER_REPLICATE
+        if self.tiled[row]:
+            places = places - np.floor(places)
+            border = cv2.BORDER_WRAP
+        height, width = picture.shape[:2]
+        positions = np.float32(np.column_stack([places[:, 0], 1 - places[:, 1]]) * [width, height])
+        return sample_picture(picture, positions, border).clip(0)
+
+
 def solve_coefficients(
     values: np.ndarray, basis: np.ndarray, weight: np.ndarray, regularisation: np.ndarray
 ) -> np.ndarray:
@@ -337,18 +465,21 @@ def _samples_of_pixels(picture):
     return [picture[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps]
 
 
-def sample_picture(picture: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def sample_picture(
+    picture: np.ndarray, positions: np.ndarray, border: int = cv2.BORDER_REPLICATE
+) -> np.ndarray:
     """Return the colours (P, 3) of a picture between its pixels (bicubic).
 
     Args:
         picture: (h, w, 3) float32.
-        positions: (P, 2) float32 pixels; beyond the edge the nearest pixel counts.
+        positions: (P, 2) float32 pixels.
+        border: what counts beyond the edge, in OpenCV's numbers; by default the nearest pixel.
     """
     # In OpenCV the centre of a pixel has whole coordinates. A map of positions must be narrower
     # than 32,768, so the points are looked up in rows of 1,024.
     rows = int(np.ceil(len(positions) / 1024))
     centres = np.resize(positions - np.float32(0.5), (rows, 1024, 2))
-    found = cv2.remap(picture, centres, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    found = cv2.remap(picture, centres, None, cv2.INTER_CUBIC, borderMode=border)
     return found.reshape(-1, 3)[: len(positions)]
 
 

@@ -20,6 +20,7 @@ import fast_simplification
 import numpy as np
 import trimesh
 from PIL import Image
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
@@ -29,8 +30,12 @@ OBJ_CORNERS = "i", "i/i", "i//i", "i/i/i"  # corners of an OBJ face, with an i f
 GREY = (0.6, 0.6, 0.6)  # of a material without a colour
 MAX_TRIANGLES = 200_000  # a mesh of more is simplified when it is read
 NEAR = 0.021285  # diameters: what is nearer to the camera's plane is not drawn
+MAX_CONTINUED = 4.0  # sides of a triangle by which its texture coordinates are continued
+CENTRED = 1.0  # diameters: further outside of its box the origin is not the middle of pictures
 FAR = 212.8407286  # diameters, 100 X-wing units: a camera this far away sees nearly in parallel
 NO_AREA = 1e-12  # a triangle has no area below this fraction of its longest edge squared
+SPECKS = 0.0005  # fraction of the surface at either end of an axis that may be loose pieces
+LARGE_PART = 0.5  # diameters: where the rest of the surface is smaller, there is a warning
 MANY_WITHOUT_AREA = 0.01  # fraction; caps of revolved shapes have some, a damaged export has many
 
 
@@ -86,15 +91,17 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
     define are grey.
 
     Textures are kept as pictures with their coordinates. The parts of a GLB file are moved to their
-    places in the scene. Polygons are split into triangles. Faces without area stay in the mesh, but
-    `visibility` says that they never show. A warning counts them where they are more than 1 in 100.
+    places in the scene. Polygons are split into triangles. A face that is the other side of an
+    earlier one, in the same material, is left out, because both sides are drawn anyway. Normals are
+    not read: which side of a face is outside follows from where it shows. Faces without area stay
+    in the mesh, but `visibility` says that they never show. A warning counts them where they are
+    more than 1 in 100, and another one names loose pieces that are far from the rest.
 
     Args:
         path: File to read. Material libraries and textures that it names are read only from its own
             folder. A warning names those that are not there or are damaged.
         max_triangles: A mesh of more triangles is simplified to this number, material by material,
-            with a warning. It is then good for drawing. A textured mesh keeps its triangles. None
-            simplifies no mesh.
+            with a warning. It is then good for drawing. None simplifies no mesh.
     Returns:
         Mesh.
     Raises:
@@ -108,17 +115,11 @@ def load_mesh(path: str | Path, max_triangles: int | None = MAX_TRIANGLES) -> Me
     mesh = _read(path)
     _check_finite(path, mesh)
     _check_area(path, mesh)
+    _check_specks(path, mesh)
+    mesh = _without_doubles(mesh)
 
     if max_triangles is None or len(mesh.faces) <= max_triangles:
         return mesh
-    if mesh.textures is not None:
-        warnings.warn(
-            f"{path}: {len(mesh.faces):,} triangles; a textured mesh is not simplified, so drawing "
-            f"it is slow; export it with at most {max_triangles:,}",
-            stacklevel=2,
-        )
-        return mesh
-
     simple = _simplify(mesh, max_triangles)
     warnings.warn(
         f"{path}: {len(mesh.faces):,} triangles, simplified to {len(simple.faces):,} for drawing; "
@@ -375,6 +376,50 @@ def _check_area(path, mesh):
         )
 
 
+def _check_specks(path, mesh):
+    """A warning where a few small pieces far away make the mesh seem much larger than it is."""
+    some = slice(None, None, max(1, len(mesh.faces) // 20_000))  # of a large mesh, for speed
+    triangles = mesh.vertices[mesh.faces[some]]
+    area = np.linalg.norm(triangle_normals(triangles), axis=1).repeat(3)
+    lengths = []
+    for places in triangles.reshape(-1, 3).T:
+        order = np.argsort(places)
+        cumulated = area[order].cumsum()
+        low, high = np.searchsorted(cumulated, cumulated[-1] * np.array([SPECKS, 1 - SPECKS]))
+        lengths.append(places[order[high]] - places[order[low]])
+    if np.linalg.norm(lengths) < LARGE_PART * mesh.diameter:
+        warnings.warn(
+            f"{path}: is {mesh.diameter:.4g} units across, but all its surface except for "
+            f"{2 * SPECKS:.1%} lies within {np.linalg.norm(lengths):.4g}; remove loose pieces that "
+            "do not belong to the target, because all limits are fractions of its size",
+            stacklevel=3,
+        )
+
+
+def _without_doubles(mesh):
+    """A `Mesh` without the faces that are the other side of an earlier one of their material."""
+    places = trimesh.grouping.unique_rows(mesh.vertices)[1]  # (V,) the same where vertices are
+    corners = places[mesh.faces]
+    order = np.argsort(corners, axis=1)
+    clockwise = (order[:, 1] - order[:, 0]) % 3 == 2
+    keys = np.column_stack([np.take_along_axis(corners, order, axis=1), mesh.face_materials])
+    first, same = trimesh.grouping.unique_rows(keys)
+
+    kept = clockwise == clockwise[first][same]
+    if kept.all():
+        return mesh
+    return dataclasses.replace(
+        mesh,
+        faces=mesh.faces[kept],
+        face_materials=mesh.face_materials[kept],
+        texture_coordinates=_rows(mesh.texture_coordinates, kept),
+    )
+
+
+def _rows(array, rows):
+    return None if array is None else array[rows]
+
+
 def _has_area(triangles):
     """(F,) bool: whether the corners of triangles (F, 3, 3) do not lie on one line."""
     edges = triangles - np.roll(triangles, 1, axis=1)
@@ -386,7 +431,7 @@ def _has_area(triangles):
 
 
 def _simplify(mesh, count):
-    """A `Mesh` without textures in at most `count` triangles, where that is possible.
+    """A `Mesh` in at most `count` triangles, where that is possible.
 
     Each material is simplified alone, so it keeps its colour. Its border stays as it is, so it
     still fits its neighbours. The borders may move only where too many triangles would be left:
@@ -410,7 +455,31 @@ def _simplify(mesh, count):
 
     vertices, faces = trimesh.util.append_faces(*zip(*pieces))
     face_materials = np.repeat(np.arange(len(pieces)), counts)
-    return Mesh(mesh.names, mesh.colours, mesh.diameter * vertices, faces, face_materials)
+    simple = Mesh(mesh.names, mesh.colours, mesh.diameter * vertices, faces, face_materials)
+    if mesh.textures is None:
+        return simple
+    coordinates = np.concatenate(
+        [_moved_coordinates(mesh, simple, row) for row in range(len(mesh.names))]
+    )
+    return dataclasses.replace(simple, texture_coordinates=coordinates, textures=mesh.textures)
+
+
+def _moved_coordinates(mesh, simple, row):
+    """Texture coordinates (N, 3, 2) for the triangles of one material of a simplified mesh.
+
+    Each continues the coordinates of the nearest triangle of the mesh, so that none reaches over
+    the seams of a texture.
+    """
+    own = (mesh.face_materials == row) & _has_area(mesh.triangles)
+    triangles = mesh.triangles[own]
+    corners = simple.triangles[simple.face_materials == row]
+    _, near = cKDTree(triangles.mean(1)).query(corners.mean(1))
+
+    weights = trimesh.triangles.points_to_barycentric(
+        triangles[near].repeat(3, axis=0), corners.reshape(-1, 3)
+    )
+    weights = weights.reshape(-1, 3, 3).clip(-MAX_CONTINUED, MAX_CONTINUED)
+    return weights @ mesh.texture_coordinates[own][near]
 
 
 def _simplify_faces(vertices, faces, limit, keep_border):
@@ -579,7 +648,7 @@ def visibility(
     for direction in xu.fibonacci_sphere(views):
         pose, K = _far_camera(triangles, direction, size, diameter)
         ids, _ = rasterise(triangles, pose, K, size, size, NEAR * diameter)
-        pixel_area = (pose[2, 3] / K[0, 0]) ** 2  # square model units
+        pixel_area = (FAR * diameter / K[0, 0]) ** 2  # square model units
         area = np.bincount(ids[ids >= 0], minlength=len(triangles)) * pixel_area
 
         projected = vector_areas @ direction
@@ -595,17 +664,30 @@ def visibility(
 
 
 def _far_camera(triangles, direction, size, diameter):
-    """(pose, K) of a camera far away in a direction (3,) from the model's origin.
+    """(pose, K) of a camera far away in a direction (3,) from the middle of a mesh.
 
-    A mesh about the origin fills its picture, which is `size` pixels wide and high.
+    A mesh about this point fills its picture, which is `size` pixels wide and high.
     """
-    reach = 1.05 * np.linalg.norm(triangles, axis=-1).max()
+    middle = _middle(triangles, diameter)
+    reach = 1.05 * np.linalg.norm(triangles - middle, axis=-1).max()
     distance = FAR * diameter
     pose = np.eye(4)
     pose[:3, :3] = Rotation.align_vectors([0, 0, -1], direction)[0].as_matrix()
-    pose[2, 3] = distance
+    pose[:3, 3] = [0, 0, distance] - pose[:3, :3] @ middle
     focal = distance * size / 2 / reach
     return pose, np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+
+
+def _middle(triangles, diameter):
+    """The point (3,) in the middle of pictures: the origin, where it lies in the mesh or near it.
+
+    Otherwise it is the middle of the bounding box.
+    """
+    corners = triangles.reshape(-1, 3)
+    low = corners.min(0)
+    high = corners.max(0)
+    outside = np.maximum(low, -high).max()  # how far the box keeps away from the origin
+    return (low + high) / 2 if outside > CENTRED * diameter else np.zeros(3)
 
 
 def sunlit(

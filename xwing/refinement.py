@@ -37,6 +37,7 @@ from xwing.appearance import (
     solve_coefficients,
     to_light,
 )
+from xwing.contour import ContourLines, Outline
 from xwing.mesh import NEAR, Mesh
 
 MAX_DISTANCE = 21285.0  # diameters: with a point further away the pose has diverged
@@ -59,6 +60,7 @@ class RefinementSettings:
     max_steps: int = 6  # of Gauss-Newton on one drawing
     max_shift: float = 0.3  # pixels, root mean square: a pose that moved further is drawn again
     negligible_gain: float = 0.02  # log-likelihood that is not worth another step
+    outline_weight: float = 0.2  # of what the lines across the outline say
 
 
 # ============================================================ robust costs
@@ -185,6 +187,7 @@ class Refined:
     template: Template  # of the last drawing
     residual: np.ndarray  # (P, 3) grey levels, the frame less the template at this pose
     shift: float  # pixels, root mean square, from where the template was drawn
+    lines: ContourLines | None = None  # across the outline of the last drawing
     cost: float = np.inf  # negative log-likelihood, once it is compared with that of other poses
 
     @property
@@ -203,14 +206,16 @@ class _Fit:
     pose: np.ndarray  # (4, 4)
     positions: np.ndarray  # (P, 2) pixels of the view
     residual: np.ndarray  # (P, 3) grey levels
+    outline: tuple  # information (6, 6), gradient (6,) and cost of the lines across the outline
     cost: float  # negative log-likelihood, except for a constant
 
 
 class _Descent:
-    """Levenberg-Marquardt: the steps of a pose on one template, under a prior."""
+    """Levenberg-Marquardt: the steps of a pose on one template and its lines, under a prior."""
 
-    def __init__(self, template, prior, settings):
+    def __init__(self, template, lines, prior, settings):
         self.template = template
+        self.lines = lines
         self.prior = prior
         self.settings = settings
         self.damping = 1e-3
@@ -231,7 +236,7 @@ class _Descent:
 
         shift = np.sqrt(np.square(fit.positions - start.positions).sum(1).mean())
         information = (information + information.T) / 2
-        return Refined(fit.pose, information, self.template, fit.residual, float(shift))
+        return Refined(fit.pose, information, self.template, fit.residual, float(shift), self.lines)
 
     def _fit(self, pose):
         """The `_Fit` at a pose, or None where points would lie behind the camera."""
@@ -241,8 +246,16 @@ class _Descent:
 
         residual = self.template.residual(positions)
         ratio = self.settings.effective_sample_ratio
-        cost = robust_cost(residual, self.template.spread, ratio)
-        return _Fit(pose, positions, residual, cost + self.prior.cost(pose))
+        cost = robust_cost(residual, self.template.spread, ratio) + self.prior.cost(pose)
+        outline = self._outline_system(pose)
+        return _Fit(pose, positions, residual, outline, cost + outline[2])
+
+    def _outline_system(self, pose):
+        """What the lines say at a pose, with their weight; zeros where there are none."""
+        if self.lines is None:
+            return 0.0, 0.0, 0.0
+        weight = self.settings.outline_weight
+        return tuple(weight * part for part in self.lines.system(pose))
 
     def _normal_equations(self, fit):
         """Information (6, 6) about a step from a fit, and gradient (6,) of the log-likelihood."""
@@ -253,7 +266,8 @@ class _Descent:
 
         information = np.float64(weighted @ jacobian.T) + self.prior.information
         gradient = weighted @ fit.residual.T.ravel() - self.prior.slope(fit.pose)
-        return information, gradient
+        outline_information, outline_gradient, _ = fit.outline
+        return information + outline_information, gradient + outline_gradient
 
     def _improve(self, fit, information, gradient):
         """The `_Fit` after a step that lowers the cost, or None where no step gains enough.
@@ -291,6 +305,7 @@ class Refiner:
         settings: `RefinementSettings`; None: the defaults.
         albedo: callable, drawing and K of its view -> albedo (h, w, 3) or None, such as
             `KeyFrames.albedo`; None where nothing is known but the mesh.
+        outline: `Outline` of the target, which joins in once it has learnt colours; None: without.
     """
 
     def __init__(
@@ -299,6 +314,7 @@ class Refiner:
         blur: float = 0.4,
         settings: RefinementSettings | None = None,
         albedo: Callable | None = None,
+        outline: Outline | None = None,
     ):
         self.shader = LinearShader(mesh)
         self.hull = mesh.vertices[ConvexHull(mesh.vertices).vertices]  # (V, 3), for `view`
@@ -306,6 +322,7 @@ class Refiner:
         self.blur = blur
         self.settings = settings or RefinementSettings()
         self.albedo = albedo
+        self.outline = outline
 
     def align(
         self,
@@ -352,7 +369,8 @@ class Refiner:
                 return None
 
             template = self._template(self.paint(view, drawing))
-            refined = _Descent(template, prior, self.settings).run()
+            lines = self._lines(image, K, view, drawing)
+            refined = _Descent(template, lines, prior, self.settings).run()
             if refined is None:
                 return None
 
@@ -361,6 +379,12 @@ class Refiner:
                 break
 
         return refined if np.linalg.cond(refined.information) < MAX_CONDITION else None
+
+    def _lines(self, image, K, view, drawing):
+        """The `ContourLines` of a drawing, or None where the outline says nothing."""
+        if self.outline is None:
+            return None
+        return self.outline.lines(image, K, drawing.pose, view.K, drawing.coverage, drawing.depth)
 
     def _prior(self, pose, covariance):
         information = np.zeros((6, 6))
@@ -395,15 +419,22 @@ class Refiner:
             extra_blur = self.settings.coarse_blur
         return cut_view(image, pixels.reshape(-1, 2), K, shrink, self.blur, extra_blur)
 
-    def draw(self, view: View, pose: np.ndarray, true_paint: bool = True) -> Drawing | None:
-        """Draw a pose (see `LinearShader.draw`); None where too little shows or it is too near."""
+    def draw(
+        self, view: View, pose: np.ndarray, true_paint: bool = True, learnt: bool = True
+    ) -> Drawing | None:
+        """Draw a pose, with the albedo that was learnt or with that of the mesh's texture.
+
+        See `LinearShader.draw`; None where too little shows or the target is too near.
+        """
         drawing = self.shader.draw(view, pose, true_paint)
         enough = np.count_nonzero(drawing.coverage) >= self.settings.min_pixels
         far_enough = drawing.depth.min() > NEAR * self.diameter
         if not (enough and far_enough):
             return None
 
-        albedo = None if self.albedo is None else self.albedo(drawing, view.K)
+        albedo = None
+        if learnt and self.albedo is not None:
+            albedo = self.albedo(drawing, view.K)
         return drawing if albedo is None else dataclasses.replace(drawing, albedo=albedo)
 
     def paint(self, view: View, drawing: Drawing, behind: np.ndarray | None = None) -> Painting:
@@ -426,15 +457,13 @@ class Refiner:
         return None if drawing is None else self.paint(view, drawing)
 
     def paint_plain(self, image: np.ndarray, pose: np.ndarray, K: np.ndarray) -> Painting | None:
-        """Draw a pose as the materials of the mesh say, without the albedo that was learnt.
+        """Draw a pose as the mesh says, without the albedo that was learnt.
 
         The arguments and the result are those of `paint_pose`.
         """
         view = self.view(image, pose, K)
-        drawing = None if view is None else self.draw(view, pose)
-        if drawing is None:
-            return None
-        return self.paint(view, dataclasses.replace(drawing, albedo=None))
+        drawing = None if view is None else self.draw(view, pose, learnt=False)
+        return None if drawing is None else self.paint(view, drawing)
 
     def _template(self, painting):
         """The `Template` of a painting.

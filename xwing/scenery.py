@@ -201,8 +201,8 @@ def _nearest_seed(seeds, width, height):
 
 
 @functools.lru_cache
-def _pictures():
-    """The photographs that come with scikit-image."""
+def photographs() -> list[np.ndarray]:
+    """The photographs that come with scikit-image, each (h, w, 3) uint8."""
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
@@ -211,7 +211,7 @@ def _pictures():
 
 def _picture(width, height, rng):
     """A part of a photograph, rotated, scaled, mirrored at its borders, and in another light."""
-    pictures = _pictures()
+    pictures = photographs()
     picture = pictures[rng.integers(len(pictures))]
 
     scale = np.exp(rng.uniform(-1.2, 0.8))

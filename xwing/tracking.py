@@ -1,20 +1,8 @@
-"""One target followed through time: its pose is predicted, aligned, judged and filtered.
+"""A finished clip: tracked forwards and backwards, and smoothed; from a shell, too.
 
-From frame to frame a target moves little. A Kalman filter on SE(3) predicts its pose from the last
-frames. The prediction is so close that the alignment can refine it on the pixels alone, in a few
-milliseconds, and the filter takes the refined pose as its measurement. The network is slower, and
-is used in three cases only: where there is no track; where the alignment explains less of the frame
-than it did lately; and now and then to find the target again independently of the track
-(redetection), because a track that began with a wrong pose would otherwise go on for ever. A
-redetection replaces the track only if it explains the pixels better.
-
-A target without a network is followed from a pose that the user gives (`Tracker.start`). Beyond the
-colours of its mesh nobody knows then how it looks, so the aligner learns that at the start, and
-later wherever the track is confident.
-
-A finished clip goes through the same chain. Where a track starts, it is also followed backwards, to
-the frames that showed the target before the network was confident, or before the start that the
-user gave. In the end the whole track is smoothed.
+A clip goes through a live `Tracker`. Where a track starts, it is also followed backwards, to the
+frames that showed the target before the network was confident, or before the start that the user
+gave. In the end the whole track is smoothed.
 
     python -m xwing.tracking CLIP --target MESH --start START --out DIR
 """
@@ -25,645 +13,40 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
-from scipy.special import expit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
 from xwing.detector import Detector
-from xwing.export import export_track  # users import it from here, too
+from xwing.export import export_track
 from xwing.film import write_clip
 from xwing.footage import Clip
-from xwing.motion import FilteredMotion, MotionModel, smooth
+from xwing.motion import smooth
 from xwing.overlay import draw_tracked
+from xwing.starts import read_starts
+from xwing.tracker import MAX_GAP_SECONDS, START_FRAMES, TrackedPose, Tracker, trust_features
 
-# The longest gap in the measurements that the prediction bridges, seconds.
-MAX_GAP_SECONDS = 0.5
-
-# The log-likelihood margin over the runner-up that an estimate needs to start a track.
-START_MARGIN = 3.0
-
-# After this many frames of a new track its velocity is known well enough to follow it backwards.
-START_FRAMES = 6
-
-# The largest squared Mahalanobis distance of a measured pose from the prediction: the 99.9 %
-# quantile of chi square with 6 degrees of freedom.
-GATE = 22.5
-
-# An alignment that ends this many degrees or more from the prediction has found something else.
-MAX_TURN = 25.0
-
-# Two poses that differ by more than this many degrees contradict each other.
-CONTRADICTION_TURN = 30.0
-
-# The network is asked where the explained contrast falls below this fraction of its usual value.
-MIN_CONTRAST_RATIO = 0.7
-
-# A track that the user has started learns how its target looks, so a right pose explains nearly as
-# much as the track did lately, whatever that is. On clips of printed boxes and of a figure, right
-# poses explained at least 0.90 of it, and at least 0.45 of the contrast. Wrong poses explained at
-# most 0.47 of it, except those that were nearly right. The limit lies between them, because an
-# occluder takes a part from what a right pose explains.
-MIN_LEARNT_CONTRAST_RATIO = 0.6
-
-# The explained contrast that a started track needs at least, however little is usual.
-MIN_LEARNT_CONTRAST = 0.25
-
-# The fraction of the usual explained contrast from which a pose is learnt from. It leaves room for
-# a side that comes into view: as long as nobody knows how it looks, less is explained every frame.
-CONFIDENT_CONTRAST_RATIO = 0.8
-
-# Standard deviations of a pose that the user gives: radians, and diameters.
-START_TURN = 0.03
-START_SHIFT = 0.03
+__all__ = [
+    "TrackedPose",
+    "Tracker",
+    "export_track",
+    "read_camera",
+    "read_starts",
+    "summary",
+    "track_clip",
+    "trust_features",
+]
 
 # Bytes of the frames that are kept at a time where a clip is read backwards.
 BACKWARD_BYTES = 2e8
 
-# The weight of a new frame in the usual explained contrast, a running mean.
-CONTRAST_WEIGHT = 0.2
-
-# Seconds between two redetections of a target that is followed. A new track has them sooner.
-REDETECTION_SECONDS = 1.0
-
-# Seconds after which the result of a redetection in the background is used. The delay is fixed, so
-# that fast and slow machines give the same track.
-REDETECTION_DELAY = 0.3
-
-# A redetected pose replaces the track if it is better on the pixels by this log-likelihood.
-MIN_COST_GAIN = 20.0
-
-# Without an aligner, a track is dropped after this many redetections in a row that contradict it.
-MAX_CONTRADICTIONS = 3
-
-# Weights of `trust_features`, by status and by whether the pose was compared with the pixels. These
-# logistic models were fitted by tools/calibrate_probability.py to 12,790 poses, 1,782 of them
-# wrong, from ten flights that were rendered for this purpose.
-PROBABILITY = {
-    ("tracked", True): (-4.69, 5.06, -2.50, 0.0),
-    ("tracked", False): (-6.85, 0.0, -6.96, 0.0),
-    ("predicted", True): (-4.0037, 0.0, 0.0, -2.61),
-    ("predicted", False): (-3.3136, 0.0, 0.0, -2.58),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrackedPose:
-    """One frame of a track.
-
-    Attributes:
-        status: "tracked": measured in this frame; "predicted": from the frames around it; "lost":
-            no pose.
-        seconds: time of the frame.
-        pose: (4, 4) model -> OpenCV camera, or None.
-        covariance: (6, 6) rotation vector in camera axes (radians), then translation (model units),
-            or None.
-        velocity: (6,) rotation in camera axes, rad/s, then translation, model units/s, or None.
-        explained_contrast: fraction of the frame's contrast that the target explains, 0 to 1, or
-            NaN.
-        reason: why the pose was not measured.
-        probability: that the pose is within 5 degrees and 0.106 diameters of the true one.
-        second_target: (4, 4) pose of a second target, if the network saw one lately, or None. It is
-            only reported, not followed.
-    """
-
-    status: str
-    seconds: float = np.nan
-    pose: np.ndarray | None = None
-    covariance: np.ndarray | None = None
-    velocity: np.ndarray | None = None
-    explained_contrast: float = np.nan
-    reason: str = ""
-    probability: float = 0.0
-    second_target: np.ndarray | None = None
-
-
-def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
-    """Return the four features of the logistic models for the probability of a pose.
-
-    Args:
-        covariance: (6, 6) of the pose, radians and model units.
-        contrast: fraction of the frame's contrast that the pose explains; NaN counts as 0.
-        diameter: of the target, model units.
-
-    Returns:
-        (4,): 1, the contrast, and log10 of both standard deviations, in radians and in diameters.
-    """
-    rotation_variance = np.trace(covariance[:3, :3])
-    translation_variance = np.trace(covariance[3:, 3:]) / diameter**2
-    deviations = np.log10([rotation_variance, translation_variance]) / 2
-    return np.array([1.0, np.nan_to_num(contrast), *deviations])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """What was measured in one frame, and what the filter made of it."""
-
-    seconds: float
-    estimate: xu.PoseEstimate  # what was measured, accepted or not
-    filtered: FilteredMotion
-    reason: str  # why the measurement was not used; empty where it was
-    second_target: np.ndarray | None  # (4, 4)
-
-
-@dataclasses.dataclass
-class _Redetection:
-    """When the network looks again for a target that is followed.
-
-    A track is most often wrong when it is new. So the network looks again whenever the track is
-    twice as old as it was the last time, but not less often than every REDETECTION_SECONDS. Once a
-    track is older than that, its frames do not wait: the network works in the background.
-    """
-
-    track_started: float = 0.0  # time in seconds
-    last: float = 0.0  # time in seconds when the network looked last
-    contradictions: int = 0  # redetections in a row that contradict the track
-    pending: Future | None = None  # the result of the redetection in the background
-
-    def start_track(self, seconds):
-        """Begin again with a new track."""
-        self.track_started = seconds
-        self.last = seconds
-        self.pending = None
-
-    def is_due(self, seconds):
-        """Whether the network should look again."""
-        interval = min(REDETECTION_SECONDS, self.last - self.track_started)
-        return seconds - self.last >= interval
-
-    def runs_in_background(self, seconds):
-        """Whether the track is so old that its frames do not wait for the network."""
-        return seconds - self.track_started >= REDETECTION_SECONDS
-
-    def has_result(self, seconds):
-        """Whether a result from the background is to be used now."""
-        return self.pending is not None and seconds >= self.last + REDETECTION_DELAY
-
-    def take_result(self):
-        """The result from the background; waits until it is there."""
-        result = self.pending.result()
-        self.pending = None
-        return result
-
-
-class Tracker:
-    """Follows one target frame by frame, with what is known up to each frame.
-
-        tracker = Tracker(K, 30, Detector("weights/xwing.weights.h5"), Aligner(xu.XWING))
-        for frame in clip:
-            tracked = tracker.update(frame.image, frame.seconds)  # a TrackedPose
-
-    The prediction bridges gaps of up to MAX_GAP_SECONDS. Then the target is lost, until a frame
-    shows it clearly. Without an aligner every frame is measured by the network. A tracker that
-    keeps its steps needs 4 kB a frame.
-
-    Without a detector, `start` begins a track at a pose that is known:
-
-        tracker = Tracker(K, 30, aligner=Aligner(xu.load_target("box.obj")))
-        tracked = tracker.start(first_image, pose)
-
-    Attributes:
-        K, fps, detector, aligner: as they were given; the last two may be replaced between frames.
-        target: the `Target` that is followed.
-        model: the `MotionModel` that predicts it.
-        motion: its `Motion` in the last frame, or None where it is lost.
-        second_target: (4, 4) pose of a second target that the network saw lately, or None.
-        learns: whether the aligner learns how the target looks; from `start` on.
-        steps: measurement and filter state of the last frame, or of all frames if they are kept.
-        age: number of frames of the track so far.
-    """
-
-    def __init__(
-        self,
-        K: np.ndarray,
-        fps: float = 30.0,
-        detector=None,
-        aligner=None,
-        keep: bool = False,
-    ):
-        """Make a tracker that has not seen a frame yet.
-
-        Args:
-            K: (3, 3) camera matrix, pixels.
-            fps: frames a second, where frames come without a time.
-            detector: `Detector`, or another callable like it; None: `start` or `update_pose` has to
-                start the track.
-            aligner: `Aligner`, or None.
-            keep: keep the steps of all frames, for `smoothed`.
-
-        Raises:
-            ValueError: a wrong K, fps that are not positive, or a detector and an aligner of
-                different targets.
-        """
-        if fps is None or not fps > 0:
-            raise ValueError(
-                f"fps: expected a positive number of frames a second, got {fps}; "
-                "a folder of frames does not say: give the camera's"
-            )
-
-        self.K = xu.check_camera_matrix(K)
-        self.fps = fps
-        self.detector = detector
-        self.aligner = aligner
-        self.target = _common_target(aligner, detector)
-        self.model = MotionModel(self.target.diameter)
-
-        self.motion = None
-        self.seconds = -1 / fps  # time of the last frame
-        self.measured_seconds = 0.0  # time of the last frame with a measurement
-        self.usual_contrast = 0.0  # running mean of the fraction of the contrast that is explained
-        self.age = 0
-        self.learns = False
-        self.second_target = None
-        self.steps = collections.deque(maxlen=None if keep else 1)
-
-        self._redetection = _Redetection()
-        self._background = ThreadPoolExecutor(1)
-
-    def update(
-        self, image: np.ndarray | None, seconds: float | None = None, fault: str = ""
-    ) -> TrackedPose:
-        """Take the next frame.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, or None where the frame cannot be read.
-            seconds: the frame's time; None is one frame later than the last one.
-            fault: why the image is None.
-
-        Returns:
-            the frame's `TrackedPose`.
-        """
-        seconds = self._next_time(seconds)
-        if image is None:
-            estimate = xu.PoseEstimate(None, reason=fault or "the frame is missing")
-        elif self.motion is None:
-            estimate = self._detect(image)
-        elif self.aligner is None:
-            estimate = self._measure_without_pixels(image, seconds)
-        else:
-            estimate = self._measure_on_pixels(image, seconds)
-        tracked = self.update_pose(estimate, seconds)
-        if self.learns and tracked.status == "tracked":
-            self._learn(image, tracked)
-        return tracked
-
-    def start(
-        self, image: np.ndarray, pose: np.ndarray, seconds: float | None = None
-    ) -> TrackedPose:
-        """Take the next frame at a pose that the user gives: a new track begins there.
-
-        What the aligner has learnt before is forgotten. It learns how the target looks at this
-        pose, so a wrong pose is followed like a right one.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            pose: (4, 4) model -> OpenCV camera.
-            seconds: the frame's time; None is one frame later than the last one.
-
-        Returns:
-            the frame's `TrackedPose`, at this pose.
-
-        Raises:
-            ValueError: there is no aligner or no image, the pose is no rigid motion, or too little
-                of the target is in sight there. The tracker stays as it was.
-        """
-        pose = xu.rigid_matrix(pose, "start")
-        self._check_start(image, pose)
-        self.aligner.forget()
-        self.aligner.learn(image, pose, self.K)
-        self.learns = True
-
-        deviations = np.repeat([START_TURN, START_SHIFT * self.target.diameter], 3)
-        covariance = np.diag(np.square(deviations))
-        aligned = self.aligner.track(image, pose, self.K, covariance)
-        estimate = xu.PoseEstimate(
-            pose, covariance, True, explained_contrast=aligned.explained_contrast
-        )
-        self.motion = None
-        return self.update_pose(estimate, seconds)
-
-    def update_pose(self, estimate: xu.PoseEstimate, seconds: float | None = None) -> TrackedPose:
-        """Take the next frame's `PoseEstimate`, for callers that have made it themselves.
-
-        Args:
-            estimate: what was measured in the frame, accepted or not.
-            seconds: the frame's time; None is one frame later than the last one.
-
-        Returns:
-            the frame's `TrackedPose`.
-        """
-        seconds = self._next_time(seconds)
-        predicted = None
-        transition = None
-        if self.motion is not None:
-            predicted, transition = self.model.predict(self.motion, seconds - self.seconds)
-
-        motion, started, reason = self._filter(estimate, predicted)
-        self.age = 1 if started else self.age + 1
-        if motion is not None:
-            self._remember_measurement(estimate, seconds, started)
-        elif predicted is not None and self._is_bridged(predicted, seconds):
-            motion = predicted
-
-        self.motion = motion
-        self.seconds = seconds
-        if motion is None:
-            self.second_target = None
-            self._redetection.pending = None
-
-        filtered = FilteredMotion(predicted, transition, motion, started)
-        step = _Step(seconds, estimate, filtered, reason, self.second_target)
-        self.steps.append(step)
-        return self._tracked(step, motion)
-
-    def smoothed(self) -> list[TrackedPose]:
-        """Return the forward-backward smoothed track of all frames whose steps are kept.
-
-        Frames that were predicted after the target was last seen stay as they are.
-        """
-        motions = smooth([step.filtered for step in self.steps])
-        return [self._tracked(step, motion) for step, motion in zip(self.steps, motions)]
-
-    # ---------------------------------------------------------------- start
-
-    def _check_start(self, image, pose):
-        """Raise ValueError where no track can start."""
-        if self.aligner is None:
-            raise ValueError("start: a track starts on pixels; give the tracker an aligner")
-        if image is None:
-            raise ValueError("start: the frame cannot be read; start in another one")
-        if self.aligner.picture(image, pose, self.K) is None:
-            raise ValueError(
-                "start: too little of the target is in sight at this pose; "
-                "is it in mesh units, model to OpenCV camera, and is K that of the clip?"
-            )
-
-    def _learn(self, image, tracked):
-        """Let the aligner learn from a frame that the target explains as well as usual."""
-        if tracked.explained_contrast >= CONFIDENT_CONTRAST_RATIO * self.usual_contrast:
-            self.aligner.learn(image, tracked.pose, self.K)
-
-    # ---------------------------------------------------------------- filter
-
-    def _next_time(self, seconds):
-        """The time of the next frame, which is always later than that of the one before."""
-        if seconds is None:
-            seconds = self.seconds + 1 / self.fps
-        return max(seconds, self.seconds + 1e-3)
-
-    def _filter(self, estimate, predicted):
-        """The filter's motion after an estimate, whether that starts a track, and a reason.
-
-        Where the estimate is not used, the motion is None and the reason says why.
-        """
-        if not estimate.accepted:
-            return None, False, estimate.reason or "not measured"
-
-        if predicted is not None:
-            motion = _continued(estimate, predicted)
-            if motion is not None:
-                return motion, False, ""
-            if not _is_aligned(estimate):
-                return None, False, "too far from where it should be"
-
-        if estimate.log_likelihood_margin < START_MARGIN:
-            return None, False, "not clear enough to start from"
-        return self.model.start(estimate.pose, estimate.covariance), True, ""
-
-    def _remember_measurement(self, estimate, seconds, started):
-        """Note when and how well the target was measured."""
-        self.measured_seconds = seconds
-        if started:
-            self._redetection.start_track(seconds)
-        if _is_aligned(estimate):
-            weight = 1.0 if started else CONTRAST_WEIGHT
-            self.usual_contrast += weight * (estimate.explained_contrast - self.usual_contrast)
-
-    def _is_bridged(self, predicted, seconds):
-        """Whether a prediction stands in for the measurement that a frame lacks."""
-        gap = seconds - self.measured_seconds
-        return gap <= MAX_GAP_SECONDS + 1e-9 and predicted.pose[2, 3] > 0
-
-    def _tracked(self, step, motion):
-        """The `TrackedPose` of a step, with its filtered or its smoothed motion."""
-        if motion is None:
-            return TrackedPose(
-                "lost", step.seconds, reason=step.reason, second_target=step.second_target
-            )
-
-        status = "predicted" if step.reason else "tracked"
-        covariance = motion.covariance[:6, :6]
-        contrast = step.estimate.explained_contrast
-        return TrackedPose(
-            status,
-            step.seconds,
-            motion.pose,
-            covariance,
-            motion.velocity,
-            contrast,
-            step.reason,
-            _probability(status, covariance, contrast, self.target.diameter),
-            step.second_target,
-        )
-
-    # ---------------------------------------------------------------- measurement
-
-    def _predict(self, seconds):
-        """The motion that is expected at a time."""
-        predicted, _ = self.model.predict(self.motion, seconds - self.seconds)
-        return predicted
-
-    def _measure_on_pixels(self, image, seconds):
-        """The alignment's `PoseEstimate` near the prediction, or the network's if needed."""
-        predicted = self._predict(seconds)
-        aligned = _align(self, image, predicted, self.usual_contrast)
-        if aligned.accepted:
-            return self._check_by_redetection(image, aligned, seconds)
-
-        self._redetection.last = seconds
-        detected = self._detect(image, near=predicted.pose, prior=predicted.pose)
-        return detected if detected.accepted else aligned
-
-    def _measure_without_pixels(self, image, seconds):
-        """The network's `PoseEstimate` near the prediction.
-
-        The prediction is a prior of the estimate, which would keep a wrong track alive. So now and
-        then the pose is estimated without it. A track is dropped when several such estimates in a
-        row contradict it.
-        """
-        predicted = self._predict(seconds)
-        if self._is_redetection_due(seconds):
-            redetected = self._detect(image, near=predicted.pose)
-            if redetected.accepted and _contradict(redetected.pose, predicted.pose):
-                self._redetection.contradictions += 1  # a redetection remains due in the next frame
-            else:
-                self._redetection.contradictions = 0
-                self._redetection.last = seconds
-
-            if self._redetection.contradictions >= MAX_CONTRADICTIONS:
-                self._redetection.contradictions = 0
-                self._redetection.last = seconds
-                self.motion = None
-                return redetected
-
-        return self._detect(image, near=predicted.pose, prior=predicted.pose)
-
-    def _detect(self, image, near=None, prior=None):
-        """The network's `PoseEstimate`, verified on the pixels where there is an aligner."""
-        if self.detector is None:
-            return xu.PoseEstimate(None, reason="there is no detector to find the target with")
-        estimate = self._estimate(image, near, prior)
-        if self.aligner is None:
-            return estimate
-        return self.aligner.verify(image, estimate, self.K)
-
-    def _estimate(self, image, near=None, prior=None):
-        """The `PoseEstimate` from the network's keypoints, in the whole frame or near a pose."""
-        box = None
-        corners = None if near is None else self._box_corners(near)
-        if corners is not None:
-            box = np.stack([corners.min(0), corners.max(0)])
-
-        keypoints, confidence, sigma = self.detector(image, box)
-        return xu.estimate_pose(
-            keypoints, self.K, confidence, sigma, prior=prior, target=self.target
-        )
-
-    def _box_corners(self, pose):
-        """The target's box at a pose, (8, 2) pixels; None if a corner is behind the camera."""
-        corners = xu.project_pose(self.target.box, pose, self.K)
-        return corners if np.isfinite(corners).all() else None
-
-    # ---------------------------------------------------------------- redetection
-
-    def _is_redetection_due(self, seconds):
-        """Whether the network should look again for the target that is followed."""
-        return self.detector is not None and self._redetection.is_due(seconds)
-
-    def _check_by_redetection(self, image, aligned, seconds):
-        """The aligned estimate of a track, or the network's if that explains the frame better.
-
-        While a track is new, its frames wait for the network. Later the network works in the
-        background. A better pose that it finds there is of an older frame, so the target is then
-        detected again in the current one.
-        """
-        better = None
-        if self._redetection.has_result(seconds):
-            better, self.second_target = self._redetection.take_result()
-            if better is not None:
-                better = self._detect(image)
-        elif self._is_redetection_due(seconds):
-            self._redetection.last = seconds
-            # In the background the result would depend on what was learnt meanwhile.
-            if self._redetection.runs_in_background(seconds) and not self.learns:
-                self._redetection.pending = self._background.submit(
-                    self._redetect_all, image.copy(), aligned.pose
-                )
-            else:
-                self.second_target = None
-                better = self._redetect(image, aligned.pose)
-
-        return better if better is not None and better.accepted else aligned
-
-    def _redetect_all(self, image, pose):
-        """A better estimate of the target than a pose, and the pose of a second target."""
-        return self._redetect(image, pose), self._detect_second(image, pose)
-
-    def _redetect(self, image, pose):
-        """The network's `PoseEstimate` if it explains a frame better than a pose, or None."""
-        other = self._estimate(image, near=pose)
-        if not other.accepted or not _contradict(other.pose, pose):
-            return None  # verifying it would take time
-
-        other = self.aligner.verify(image, other, self.K)
-        if not other.accepted or not _contradict(other.pose, pose):
-            return None
-
-        costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
-        return other if costs[1] + MIN_COST_GAIN < costs[0] else None
-
-    def _detect_second(self, image, pose):
-        """The pose (4, 4) of a second target, beside the one at a pose, or None."""
-        corners = self._box_corners(pose)
-        if corners is None:
-            return None
-
-        # The first target is painted over in the median colour of the frame.
-        hull = cv2.convexHull(corners.clip(-1e4, 1e4).round().astype(np.int32))
-        painted_over = cv2.fillConvexPoly(image.copy(), hull, np.median(image, axis=(0, 1)))
-        found = self._estimate(painted_over)
-        if found.accepted:
-            found = self.aligner.verify(painted_over, found, self.K)
-        return found.pose if found.accepted else None
-
-
-def _common_target(aligner, detector):
-    """The target of an aligner and a detector; the X-wing where neither has one."""
-    aligned = getattr(aligner, "target", None)
-    detected = getattr(detector, "target", None)
-    if aligned is not None and detected is not None:
-        xu.check_same_target(detected, aligned, "the detector's weights")
-
-    known = [target for target in (aligned, detected) if target is not None]
-    return known[0] if known else xu.XWING
-
-
-def _probability(status, covariance, contrast, diameter):
-    """The probability that a pose is right: a logistic model of its features, see PROBABILITY."""
-    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
-    return float(expit(np.dot(weights, trust_features(covariance, contrast, diameter))))
-
-
-def _is_aligned(estimate):
-    """Whether an estimate was compared with the pixels."""
-    return bool(np.isfinite(estimate.explained_contrast))
-
-
-def _contradict(one, other):
-    """Whether two poses cannot both be right."""
-    return xu.rotation_error(one, other) > CONTRADICTION_TURN
-
-
-def _continued(estimate, predicted):
-    """A track's motion after an estimate; None where that is too far from the prediction."""
-    excess = predicted.distance(estimate.pose, estimate.covariance) / GATE
-    if excess > 1 and _is_aligned(estimate) and _is_near(estimate, predicted):
-        # The pixels confirm a manoeuvre that the model did not expect.
-        predicted = dataclasses.replace(predicted, covariance=predicted.covariance * excess)
-        excess = 1.0
-    return predicted.updated(estimate.pose, estimate.covariance) if excess <= 1 else None
-
-
-def _is_near(estimate, predicted):
-    """Whether an aligned estimate is turned little enough against the prediction."""
-    return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
-
-
-def _align(tracker, image, predicted, usual_contrast):
-    """The alignment's `PoseEstimate` from a prediction, accepted only if as good as usual."""
-    covariance = predicted.covariance[:6, :6]
-    estimate = tracker.aligner.track(image, predicted.pose, tracker.K, covariance, usual_contrast)
-    if tracker.learns:
-        accepted = _explains_as_learnt(estimate, usual_contrast)
-    else:
-        enough = MIN_CONTRAST_RATIO * usual_contrast
-        accepted = estimate.accepted and estimate.explained_contrast >= enough
-
-    if accepted and _is_near(estimate, predicted):
-        return dataclasses.replace(estimate, accepted=True, reason="")
-    reason = estimate.reason or "the pose explains less of the frame than it did"
-    return dataclasses.replace(estimate, accepted=False, reason=reason)
-
-
-def _explains_as_learnt(estimate, usual_contrast):
-    """Whether an estimate explains about as much as the target did since it was started."""
-    enough = max(MIN_LEARNT_CONTRAST, MIN_LEARNT_CONTRAST_RATIO * usual_contrast)
-    return estimate.explained_contrast >= enough  # also false for NaN
+# Two poses of one frame that are right, within 5 degrees and 0.106 diameters each, differ by no
+# more than this: degrees, and diameters.
+MAX_DISAGREEMENT_TURN = 10.0
+MAX_DISAGREEMENT_SHIFT = 0.21285
 
 
 def track_clip(
@@ -685,7 +68,8 @@ def track_clip(
         fps: frames a second where the clip does not say.
         progress: show a bar.
         starts: {number of a frame: pose (4, 4)} that the user knows. The target is followed from
-            each one forwards and backwards. Between two starts, the nearer one counts.
+            each one forwards and backwards. Between two starts, the nearer one counts. Where the
+            tracks from both differ, `reason` says so, and the probability is at most one half.
 
     Returns:
         list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked frames are
@@ -721,14 +105,16 @@ def track_clip(
             _track_backwards(tracker, recent_images, estimates)
 
     _check_frame_numbers(starts, len(estimates))
+    doubts = {}
     for index in sorted(starts):
-        _follow_backwards(tracker, clip, starts, index, estimates, progress)
+        doubts |= _follow_backwards(tracker, clip, starts, index, estimates, progress)
 
     # With an aligner, estimates may have been replaced, so the filter runs again. Without one, none
     # was replaced, and only the live filter knows which tracks were dropped.
     if aligner is not None:
         tracker = _filter_again(tracker, estimates)
-    return _without_open_gaps(tracker.smoothed(), fps)
+    track = _without_open_gaps(tracker.smoothed(), fps)
+    return [_doubted(tracked, doubts.get(index)) for index, tracked in enumerate(track)]
 
 
 def _check_starts(starts, detector, aligner):
@@ -765,12 +151,16 @@ def _follow_backwards(live, clip, starts, start, estimates, progress):
 
     A second live tracker takes the frames in reverse order. Its estimates replace those that are
     missing, and those of frames that are nearer to this start than to the one before.
+
+    Returns:
+        {number of a frame: how the tracks from both starts differ there}, where they do.
     """
     before = max((index for index in starts if index < start), default=None)
     first = 0 if before is None else before + 1
     if first == start:
-        return
+        return {}
 
+    doubts = {}
     tracker = Tracker(live.K, live.fps, None, live.aligner)
     frames = _reversed_frames(clip, first, start)
     for index, frame in tqdm(
@@ -782,12 +172,38 @@ def _follow_backwards(live, clip, starts, start, estimates, progress):
             continue
 
         tracker.update(frame.image, seconds, frame.fault)
-        if tracker.motion is None:
-            break
         found = tracker.steps[-1].estimate
+        known = estimates[index]
+        if not found.accepted:
+            continue
+
+        if before is not None and known.accepted:
+            difference = _difference(known.pose, found.pose, live.target)
+            if difference:
+                doubts[index] = f"the tracks from frames {before} and {start} {difference}"
         is_nearer = before is None or start - index < index - before
-        if found.accepted and (is_nearer or not estimates[index].accepted):
+        if is_nearer or not known.accepted:
             estimates[index] = found
+
+    return doubts
+
+
+def _difference(one, other, target):
+    """How two poses differ, in words; empty where both may be right."""
+    equivalent = [other @ symmetry for symmetry in target.symmetries]
+    turn = min(xu.rotation_error(one, pose) for pose in equivalent)
+    centre = np.append(target.box.mean(0), 1)
+    shift = np.linalg.norm((one - other)[:3] @ centre) / target.diameter
+    if turn <= MAX_DISAGREEMENT_TURN and shift <= MAX_DISAGREEMENT_SHIFT:
+        return ""
+    return f"differ by {turn:.0f} degrees and {shift:.2f} diameters"
+
+
+def _doubted(tracked, doubt):
+    """A `TrackedPose` of which two starts disagree: at most one of them is right."""
+    if doubt is None or tracked.pose is None:
+        return tracked
+    return dataclasses.replace(tracked, probability=min(tracked.probability, 0.5), reason=doubt)
 
 
 def _reversed_frames(clip, first, last):
@@ -829,7 +245,7 @@ def _track_backwards(tracker, recent_images, estimates):
 
         earlier = steps[index].seconds
         predicted, _ = tracker.model.predict(motion, earlier - seconds)
-        estimate = _align(tracker, image, predicted, usual_contrast)
+        estimate = tracker.align(image, predicted, usual_contrast)
         if not (estimate.accepted and _is_better(estimate, estimates[index])):
             break
 
@@ -872,13 +288,17 @@ def _without_open_gaps(track, fps):
 def summary(track: Sequence[TrackedPose]) -> str:
     """Return a line that says how many frames of a track are tracked, predicted and lost.
 
-    It also says in how many frames a second target was seen, if in any.
+    It also says in how many frames the starts disagree, and a second target was seen, if in any.
 
     Args:
         track: one `TrackedPose` a frame.
     """
     counts = collections.Counter(tracked.status for tracked in track)
     parts = [f"{counts[status]} {status}" for status in ("tracked", "predicted", "lost")]
+
+    doubted = sum(tracked.status == "tracked" and bool(tracked.reason) for tracked in track)
+    if doubted:
+        parts.append(f"the starts disagree in {doubted}")
 
     with_second = sum(tracked.second_target is not None for tracked in track)
     if with_second:
@@ -952,7 +372,7 @@ def _track_to_files(options):
     if options.camera is None:
         K = xu.lens_camera(clip.width, clip.height, options.focal)
     else:
-        K = _read_camera(options.camera, clip)
+        K = read_camera(options.camera, clip)
 
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
@@ -967,40 +387,21 @@ def _track_to_files(options):
     return track
 
 
-def read_starts(path: str | Path) -> dict[int, np.ndarray]:
-    """Read the poses that a user knows of a clip, for `track_clip`.
+def read_camera(path: str | Path, clip: Clip) -> np.ndarray:
+    """Read the camera of a clip, and remove its distortion from the clip.
 
     Args:
-        path: of a JSON file: {"frame": number from 0, "pose": 4 x 4 model -> OpenCV camera}, or a
-            list of them. Other keys are ignored.
+        path: of a JSON file {"K": 3 x 3, "width", "height"}, and "distortion" (k1, k2, p1, p2, ...)
+            if it is known. Other keys are ignored.
+        clip: `Clip` that it has taken.
 
     Returns:
-        {number of the frame: pose (4, 4)}.
+        K (3, 3), pixels.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, no start, or two of one frame.
+        ValueError: it holds something else, or is of frames of another size.
     """
-    rows = xu.read_json(path)
-    rows = rows if isinstance(rows, list) else [rows]
-    starts = {}
-    for row in rows:
-        if not (isinstance(row, dict) and {"frame", "pose"} <= set(row)):
-            raise ValueError(f'{path}: expected {{"frame": 0, "pose": 4 x 4}} or a list of them')
-        index = row["frame"]
-        if type(index) is not int or index < 0:
-            raise ValueError(f"{path}: frame: expected a number from 0, got {index!r}")
-        if index in starts:
-            raise ValueError(f"{path}: there are two starts in frame {index}; keep one")
-        starts[index] = xu.rigid_matrix(row["pose"], f"{path}, frame {index}")
-
-    if not starts:
-        raise ValueError(f"{path}: there is no start in it")
-    return starts
-
-
-def _read_camera(path, clip):
-    """K (3, 3) of a camera file; its distortion is removed from the clip."""
     camera = xu.read_json(path)
     if not (isinstance(camera, dict) and {"K", "width", "height"} <= set(camera)):
         raise ValueError(f'{path}: expected {{"K": 3 x 3, "width": ..., "height": ...}}')
