@@ -1560,7 +1560,8 @@ def make_dataset(
         randomise: a function (image, pose, K, rng) -> image that changes frames before they are
             augmented.
         synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame
-            that is `frame` pixels wide.
+            that is `frame` pixels wide. If it draws several shapes, it also returns the `Target`
+            that is drawn, with as many keypoints.
         shares: which fraction of the samples is changed by `randomise`, and which is drawn by
             `synthesise` (and not augmented). The rest are plain frames.
         epoch_size: samples of an epoch; by default there are as many as frames.
@@ -1709,9 +1710,10 @@ class _Frames:
     def _synthesised(self, rng):
         """Return a sample that `synthesise` draws."""
         frame = FRAME_SIZE if self.crop else self.size
-        image, pose, K = self.synthesise(self.size, rng, frame)
-        facing = front_facing([pose], OPENCV, target=self.target)[0]
-        keypoints = project_pose(self.target.keypoints, pose, K)
+        image, pose, K, *drawn = self.synthesise(self.size, rng, frame)
+        target = drawn[0] if drawn else self.target
+        facing = front_facing([pose], OPENCV, target=target)[0]
+        keypoints = project_pose(target.keypoints, pose, K)
         return image, self._with_visibility(keypoints, facing)
 
     def _mirrored(self, image, keypoints, facing, rng):
