@@ -2403,10 +2403,9 @@ class PoseEstimate:
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     runner_up: np.ndarray | None = None  # (4, 4) the best pose turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    # The package `xwing` measures the last four on the frame's pixels.
+    # The package `xwing` measures the last three on the frame's pixels.
     explained_contrast: float = np.nan  # fraction of the frame's contrast
     probability: float = np.nan  # of being right
-    colour_separation: float = np.nan  # -1 to 1, of the colours on both sides of the outline
     local_agreement: float = np.nan  # 0 to 1, fraction of the drawing that the frame looks like
 
     @property

@@ -1,4 +1,4 @@
-"""Fit the constants that judge the poses of a track: EVIDENCE and PROBABILITY of `tracker`.
+"""Fit what judges the poses of a learnt target: MIN_AGREEMENT, LEARNT_PROBABILITY of `tracker`.
 
     python tools/fit_track_evidence.py CLIP.json ...
 
@@ -22,7 +22,7 @@ from fit_evidence import fit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing import metrics, tracker
+from xwing import metrics
 from xwing.alignment import Aligner
 from xwing.footage import Clip
 from xwing.tracker import Tracker, trust_features
@@ -32,7 +32,7 @@ STARTS = 4  # poses that are refined in each of these frames
 NEAR = 5.0, 0.03  # degrees and diameters, standard deviations of a start that is nearly right
 FAR = 40.0, 0.15  # of a start that is wrong
 MIN_VISIBLE = 0.25  # fraction of the target: with less of it in sight no pose is judged
-FEATURES = ["constant", "contrast", "separation", "agreement"]
+FEATURES = ["constant", "contrast", "agreement"]
 TRUST_FEATURES = ["constant", "agreement", "rotation", "translation"]
 STEPS = (1, 3)  # frames between two that are tracked
 WRONG_EVERY = 24  # frames between two wrong poses
@@ -77,7 +77,7 @@ def judged_poses(path):
             usual = explained if not usual else 0.8 * usual + 0.2 * explained
 
     rows = pd.DataFrame(rows, columns=["clip", *FEATURES, "right"])
-    return rows[np.isfinite(rows["contrast"])]
+    return rows[np.isfinite(rows["agreement"])]
 
 
 def is_right(pose, true, target):
@@ -87,9 +87,8 @@ def is_right(pose, true, target):
 
 
 def features(estimate):
-    """One, the explained contrast, the separation of the colours, the local agreement."""
-    measured = estimate.explained_contrast, estimate.colour_separation, estimate.local_agreement
-    return 1.0, *np.nan_to_num(measured, nan=tracker.USUAL_SEPARATION)
+    """One, the explained contrast, the local agreement."""
+    return 1.0, estimate.explained_contrast, estimate.local_agreement
 
 
 def tracked_poses(path):
@@ -166,7 +165,7 @@ def main():
 def fits(rows, names, measure):
     """Yield choices of features, their weights, and a measure of each clip that was left out."""
     choices = itertools.chain.from_iterable(
-        itertools.combinations(names[1:], count) for count in (1, 2, 3)
+        itertools.combinations(names[1:], count) for count in range(1, len(names))
     )
     for chosen in choices:
         used = [names[0], *chosen]

@@ -46,23 +46,19 @@ CONTRADICTION_TURN = 30.0
 # The network is asked where the explained contrast falls below this fraction of its usual value.
 MIN_CONTRAST_RATIO = 0.7
 
-# Log-odds that an aligned pose is right, from 1, the separation of the colours inside and outside
-# of its outline, and the local agreement. Fitted by tools/fit_track_evidence.py to poses that were
-# refined from anywhere near the target, of which every second one is right.
-EVIDENCE = (-10.38, 2.52, 15.04)
-
-# The separation that stands for an unknown one: it is neither evidence for a pose nor against it.
-USUAL_SEPARATION = 0.4
-
-# The log-odds from which a track goes on. A pose near the prediction is right much more often than
-# every second time, and one that is hidden in part has less evidence.
-MIN_EVIDENCE = -4.0
+# The local agreement from which a track goes on. Of poses that were refined from anywhere near the
+# target, most right ones have more than 0.55 and most wrong ones have less, and a logistic model
+# gains nothing from the explained contrast and the colours at the outline beside it
+# (tools/fit_track_evidence.py). A pose near the prediction is right far more often than those, and
+# what hides a part of the target lowers the agreement. So less is enough.
+MIN_AGREEMENT = 0.33
 
 # The fraction of the target that has to be within the frame: anything may look like a corner of it.
 MIN_IN_SIGHT = 0.15
 
-# The log-odds from which a pose is learnt from, and from which one that was found again is used.
-CONFIDENT_EVIDENCE = 0.0
+# The local agreement from which the aligner learns from a frame, and from which a pose that was
+# found again is used.
+CONFIDENT_AGREEMENT = 0.6
 
 # The probability from which a track of the network begins to teach the aligner.
 CONFIDENT_PROBABILITY = 0.95
@@ -405,7 +401,7 @@ class Tracker:
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
             in_sight = self._in_sight(image, estimate.pose)
-            accepted = evidence(estimate) > MIN_EVIDENCE and in_sight > MIN_IN_SIGHT
+            accepted = estimate.local_agreement > MIN_AGREEMENT and in_sight > MIN_IN_SIGHT
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
@@ -444,7 +440,7 @@ class Tracker:
         teaches the aligner.
         """
         if self.learns:
-            return evidence(self.steps[-1].estimate) >= CONFIDENT_EVIDENCE
+            return self.steps[-1].estimate.local_agreement > CONFIDENT_AGREEMENT
         is_old = self._redetection.runs_in_background(tracked.seconds)
         return self.aligner is not None and is_old and tracked.probability >= CONFIDENT_PROBABILITY
 
@@ -552,19 +548,19 @@ class Tracker:
         The poses that the best one is ambiguous with are its rivals.
         """
         poses = self.aligner.find(image, self.K, self._last_pose)[:SEARCHED_POSES]
-        best = self._most_probable(image, poses)
-        if best is None or evidence(best) < CONFIDENT_EVIDENCE:
+        best = self._best_aligned(image, poses)
+        if best is None or best.local_agreement < CONFIDENT_AGREEMENT:
             return None
-        rivals = xu.ambiguous_poses(best.pose, self.target)[1:]
-        rival = self._most_probable(image, rivals)
-        if rival is not None and evidence(rival) > evidence(best):
+        rival = self._best_aligned(image, xu.ambiguous_poses(best.pose, self.target)[1:])
+        if rival is not None and rival.local_agreement > best.local_agreement:
             best = rival
         return dataclasses.replace(best, accepted=True, reason="")
 
-    def _most_probable(self, image, poses):
-        """The aligned `PoseEstimate` with the most evidence to which some poses lead, or None."""
+    def _best_aligned(self, image, poses):
+        """The aligned `PoseEstimate` with the highest agreement to which poses lead, or None."""
         aligned = [self.aligner.track(image, pose, self.K) for pose in poses]
-        return max(aligned, key=evidence, default=None)
+        aligned = [one for one in aligned if np.isfinite(one.local_agreement)]
+        return max(aligned, key=lambda one: one.local_agreement, default=None)
 
     def _measure_without_pixels(self, image, seconds):
         """The network's `PoseEstimate` near the prediction.
@@ -736,20 +732,3 @@ def _continued(estimate, predicted):
 def _is_near(estimate, predicted):
     """Whether an aligned estimate is turned little enough against the prediction."""
     return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
-
-
-def evidence(estimate: xu.PoseEstimate) -> float:
-    """Return the log-odds that an aligned pose is right, as far as its frame says.
-
-    Args:
-        estimate: `PoseEstimate` of `Aligner.track`, after it has learnt how the target looks.
-
-    Returns:
-        log-odds; minus infinity where nothing was aligned.
-    """
-    if not np.isfinite(estimate.local_agreement):
-        return -np.inf
-    separation = estimate.colour_separation
-    if np.isnan(separation):
-        separation = USUAL_SEPARATION
-    return float(np.dot(EVIDENCE, (1, separation, estimate.local_agreement)))
