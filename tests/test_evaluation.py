@@ -12,8 +12,10 @@ from PIL import Image
 
 import xwing_utils as xu
 from xwing import evaluation, metrics
+from xwing.film import write_clip
 from xwing.footage import Clip
 from xwing.mesh import load_mesh, rasterise
+from xwing.tracker import TrackedPose
 
 
 @pytest.fixture
@@ -234,3 +236,100 @@ def test_flights_show_the_ship_where_their_matrices_say(root, name, width, heigh
             near = cv2.dilate(np.uint8(covered), np.ones((15, 15))) > 0
             sky = frame.image[near & ~covered].min(1).mean()
             assert frame.image[covered].min(1).mean() > 2 * sky + 20
+
+
+# ------------------------------------------------------------ clips whose poses are known
+
+
+def write_object(footage, folder, **changes):
+    """Write the first eight frames of the drawn box like a clip of data/objects/."""
+    shutil.copy(footage.mesh, folder)
+    write_clip(footage.images[:8], folder / "box.mp4", 30)
+    poses = footage.poses[:8].tolist()
+    known = {"target": "box.obj", "K": footage.K.tolist(), "fps": 30}
+    known |= {"poses": poses, "visible": [1.0] * 8} | changes
+    path = folder / "box.json"
+    path.write_text(json.dumps(known))
+    return path
+
+
+@pytest.fixture(scope="module")
+def known(footage, tmp_path_factory):
+    """The `KnownClip` of `write_object`."""
+    return evaluation.load_object(write_object(footage, tmp_path_factory.mktemp("object")))
+
+
+def made_track(known, letters):
+    """A track with a letter for each frame: right, turned too far, predicted or lost."""
+    far = np.eye(4)
+    far[:3, :3] = cv2.Rodrigues(np.radians([0.0, 6.0, 0.0]))[0]
+    poses = [true @ far if letter == "t" else true for true, letter in zip(known.poses, letters)]
+    made = {"r": "tracked", "t": "tracked", "p": "predicted", "l": "lost"}
+    return [
+        TrackedPose(made[letter], pose=None if letter == "l" else pose)
+        for pose, letter in zip(poses, letters)
+    ]
+
+
+def test_an_object_is_followed_live_from_its_first_pose(known):
+    track = evaluation.follow(known, limit=6)
+    assert [tracked.status for tracked in track] == ["tracked"] * 6
+    figures = evaluation.track_figures(known, track)
+    assert figures["visible"] == 6 and figures["right"] == 1 and figures["wrong"] == 0
+    assert 0 < figures["rotation_deg_median"] < 1
+
+
+def test_the_figures_of_a_track(known):
+    figures = evaluation.track_figures(known, made_track(known, "rttrtppl"))
+    assert figures["visible"] == 8 and figures["right"] == 2 / 8
+    assert figures["wrong"] == 3 and figures["wrong_in_a_row"] == 2
+    assert figures["rotation_deg_median"] == pytest.approx(6)  # of 0, 6, 6, 0 and 6 degrees
+    assert figures["found_again"] == []
+
+
+def test_a_pose_of_a_target_out_of_sight_is_wrong_and_its_return_is_waited_for(known):
+    track = made_track(known, "rrtllrlt")
+    poses = [*known.poses[:2], None, *known.poses[3:]]
+    visible = np.array([1, 0.5, 0, 0.5, 1, 1, 0.4, 0.6])
+    figures = evaluation.track_figures(
+        dataclasses.replace(known, poses=poses, visible=visible), track
+    )
+    assert figures["visible"] == 6 and figures["right"] == 3 / 6
+    assert figures["wrong"] == 2 and figures["wrong_in_a_row"] == 1
+    assert figures["found_again"] == [2, None]
+
+    table = evaluation.tracks_table({"box": figures})
+    assert table.loc["box"].tolist() == ["6", "50.0%", "0.00°", "2", "1", "2, never"]
+
+
+def test_turns_that_nobody_can_see_are_no_error(known):
+    turned = [true @ known.target.symmetries[-1] for true in known.poses]
+    assert xu.rotation_error(turned[0], known.poses[0]) > 100
+    track = [TrackedPose("tracked", pose=pose) for pose in turned]
+    assert evaluation.track_figures(known, track)["right"] == 1
+    symmetries = np.eye(4)[None]
+    printed = dataclasses.replace(known.target, symmetries=symmetries)
+    assert evaluation.track_figures(dataclasses.replace(known, target=printed), track)["right"] == 0
+
+
+def test_a_track_without_a_pose_has_no_error(known):
+    figures = evaluation.track_figures(known, made_track(known, "llllllll"))
+    assert figures["right"] == 0 and np.isnan(figures["rotation_deg_median"])
+
+
+def test_an_object_has_to_be_in_sight_at_first(footage, tmp_path):
+    poses = [None, *footage.poses[1:8].tolist()]
+    path = write_object(footage, tmp_path, poses=poses)
+    with pytest.raises(ValueError, match="box.json: expected a pose of the first frame"):
+        evaluation.load_object(path)
+
+
+@pytest.mark.parametrize("name,count", [("frames", 75), ("wild.json", 75)])
+def test_clips_of_the_x_wing_know_how_much_of_it_is_in_sight(root, name, count):
+    known = evaluation.load_xwing_clip(root / "data" / name, step=4)
+    assert known.clip.count == len(known.poses) == len(known.visible) == count
+    assert known.fps == 7.5
+    assert known.visible.min() == 0 and known.visible.max() == 1
+    away = known.poses[known.visible.argmin()]
+    middle = xu.project_pose(xu.BOUNDING_BOX, away, known.K).mean(0)
+    assert not xu.in_frame(middle[None])[0]

@@ -62,6 +62,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/evaluation": {
         "xwing_utils",
         "xwing/metrics",
+        "xwing/footage",
+        "xwing/tracker",
         "xwing/alignment",
         "xwing/verification",
     },

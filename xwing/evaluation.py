@@ -5,10 +5,14 @@ keypoints, PnP makes a pose of them, and the pixels refine it and accept or reje
 `Evaluation` keeps what was found and what is true. `xwing.metrics` computes figures from it, and
 this file puts them into tables: for the screen, for the README, and as JSON for scripts.
 
+A `KnownClip` is a clip whose true poses are known. `follow` tracks its target live from the first
+of them, without a network, and `track_figures` says how well a track does.
+
     python -m xwing.evaluation data/test --json panel.json
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -23,7 +27,15 @@ from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
-from xwing.metrics import frame_errors, heatmap_errors, summarise
+from xwing.footage import Clip
+from xwing.metrics import (
+    frame_errors,
+    heatmap_errors,
+    recalled,
+    summarise,
+    symmetry_transforms,
+)
+from xwing.tracker import TrackedPose, Tracker
 from xwing.verification import verify_frames
 
 # ------------------------------------------------------------ tables and files
@@ -307,6 +319,191 @@ def load_flight(path: Path) -> tuple[Path, list, np.ndarray]:
     K = xu.camera_matrix(projection, info["width"], info["height"])
     poses = [xu.pose_in_camera(view, np.array(matrix)) for matrix in info["matrices"]]
     return Path(path).with_name(info["video"]), poses, K
+
+
+# ------------------------------------------------------------ a clip whose poses are known
+
+VISIBLE = 0.5  # a target is visible in a frame that shows at least this fraction of it
+
+
+@dataclass(frozen=True)
+class KnownClip:
+    """A clip of a target, and what is true in its N frames."""
+
+    clip: Clip
+    target: xu.Target
+    K: np.ndarray  # (3, 3) pixels
+    poses: list  # N (4, 4), or None where the target is out of sight
+    visible: np.ndarray  # (N,) fraction of the target that shows, 0 to 1
+    fps: float  # frames a second
+
+
+def load_object(path: Path) -> KnownClip:
+    """Read a clip of another object.
+
+    Args:
+        path: a file like data/objects/carton.json; the video is beside it.
+
+    Returns:
+        its `KnownClip`. What is visible is the fraction of the object's silhouette.
+
+    Raises:
+        ValueError: the object is not in sight in the first frame, where a track has to begin.
+    """
+    path = Path(path)
+    info = xu.read_json(path)
+    poses = [None if pose is None else np.array(pose) for pose in info["poses"]]
+    if poses[0] is None:
+        raise ValueError(f"{path}: expected a pose of the first frame, got null")
+    return KnownClip(
+        clip=Clip(path.with_suffix(".mp4")),
+        target=xu.load_target(path.with_name(info["target"])),
+        K=np.array(info["K"]),
+        poses=poses,
+        visible=np.array(info["visible"]),
+        fps=info["fps"],
+    )
+
+
+def load_xwing_clip(path: Path, step: int = 1, fps: float = 30.0) -> KnownClip:
+    """Read a clip of the X-wing.
+
+    Args:
+        path: a folder of frames like data/frames, or the file of a flight, see `load_flight`.
+        step: every step-th frame is taken.
+        fps: frames a second of the folder or the video.
+
+    Returns:
+        its `KnownClip`. What is visible is the fraction of the eight corners of the ship's bounding
+        box that lie in the frame.
+    """
+    path = Path(path)
+    if path.is_dir():
+        video = path
+        view, projection = xu.load_camera(path)
+        K = xu.camera_matrix(projection, xu.FRAME_SIZE, xu.FRAME_SIZE)
+        poses = [xu.pose_in_camera(view, matrix) for matrix in xu.load_dataset(path)[1]]
+    else:
+        video, poses, K = load_flight(path)
+
+    clip = Clip(video, step)
+    poses = poses[::step]
+    corners = np.array([xu.project_pose(xu.BOUNDING_BOX, pose, K) for pose in poses])
+    visible = xu.in_frame(corners, clip.width, clip.height).mean(1)
+    return KnownClip(clip, xu.XWING, K, poses, visible, fps / step)
+
+
+def follow(known: KnownClip, limit: int | None = None) -> list[TrackedPose]:
+    """Follow the target of a clip live from its first true pose, without a network.
+
+    Args:
+        known: the clip.
+        limit: largest number of frames, or None.
+
+    Returns:
+        one `TrackedPose` a frame, from what is known up to that frame.
+    """
+    tracker = Tracker(known.K, known.fps, aligner=Aligner(known.target))
+    frames = itertools.islice(known.clip, limit)
+    track = [tracker.start(next(frames).image, known.poses[0])]
+    return track + [tracker.update(frame.image, fault=frame.fault) for frame in frames]
+
+
+def track_figures(known: KnownClip, track: Sequence[TrackedPose]) -> dict:
+    """Compare a track with the truth. Symmetries and axes of the target count as no error.
+
+    A pose is right if it is "tracked" and within 5 degrees and 0.106 diameters of the true one.
+
+    Args:
+        known: the clip.
+        track: `TrackedPose` of its first N frames, or of all.
+
+    Returns:
+        "visible": the number of frames in which the target is visible (see VISIBLE). Of these:
+        "right", the fraction with a right pose, and "rotation_deg_median" of the tracked poses, NaN
+        without one. Of all frames: "wrong", the number of poses that are called tracked and are not
+        right, and "wrong_in_a_row", the most of them in a row. "found_again" is a list with, for
+        each time that the target becomes visible again, the number of frames until its pose is
+        right; None where this never happens.
+    """
+    visible = known.visible[: len(track)] >= VISIBLE
+    tracked = np.array([frame.status == "tracked" for frame in track])
+    close, degrees = _compare_poses(known, track)
+    right = tracked & close
+    wrong = tracked & ~close
+    return {
+        "visible": int(visible.sum()),
+        "right": float(right[visible].mean()),
+        "rotation_deg_median": float(pd.Series(degrees[tracked & visible]).median()),
+        "wrong": int(wrong.sum()),
+        "wrong_in_a_row": _longest_run(wrong),
+        "found_again": _frames_until_found(visible, right),
+    }
+
+
+# figure of `track_figures` -> title in tables
+_TRACK_TITLES = {
+    "visible": "visible frames",
+    "right": "right",
+    "rotation_deg_median": "rotation error, median",
+    "wrong": "wrong but tracked",
+    "wrong_in_a_row": "... in a row",
+    "found_again": "frames until found again",
+}
+
+
+def tracks_table(figures: Mapping) -> pd.DataFrame:
+    """The figures of several tracks as a table of text: one row a track, one column a figure.
+
+    Args:
+        figures: dict name of the track -> `track_figures`.
+    """
+    rows = []
+    for measured in figures.values():
+        text = {key: str(value) for key, value in measured.items()}
+        text["right"] = f"{measured['right']:.1%}"
+        text["rotation_deg_median"] = f"{measured['rotation_deg_median']:.2f}°"
+        waits = ["never" if wait is None else str(wait) for wait in measured["found_again"]]
+        text["found_again"] = ", ".join(waits) or "–"
+        rows.append([text[key] for key in _TRACK_TITLES])
+    return pd.DataFrame(rows, index=list(figures), columns=list(_TRACK_TITLES.values()))
+
+
+def _compare_poses(known, track):
+    """Which poses of a track are close to the truth (N,), and rotation errors (N,) or NaN."""
+    symmetries = symmetry_transforms(known.target)
+    poses = []
+    nearest = []
+    for tracked, true in zip(track, known.poses):
+        is_comparable = tracked.pose is not None and true is not None
+        poses.append(tracked.pose if is_comparable else None)
+        nearest.append(_nearest(tracked.pose, true @ symmetries) if is_comparable else None)
+
+    close = recalled(poses, nearest, target=known.target)
+    degrees = [
+        np.nan if pose is None else xu.rotation_error(pose, true)
+        for pose, true in zip(poses, nearest)
+    ]
+    return close, np.array(degrees)
+
+
+def _nearest(pose, candidates):
+    """The candidate (4, 4) whose rotation is nearest to that of a pose."""
+    return min(candidates, key=lambda candidate: xu.rotation_error(pose, candidate))
+
+
+def _longest_run(flags):
+    """The greatest number of flags in a row that are set."""
+    return max(sum(run) for _, run in itertools.groupby(map(int, flags)))
+
+
+def _frames_until_found(visible, right):
+    """For each frame in which a target becomes visible again, how long until it is right."""
+    waits = []
+    for back in np.flatnonzero(visible[1:] & ~visible[:-1]) + 1:
+        found = np.flatnonzero(right[back:])
+        waits.append(int(found[0]) if len(found) else None)
+    return waits
 
 
 # ------------------------------------------------------------ the command
