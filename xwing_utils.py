@@ -1560,7 +1560,8 @@ def make_dataset(
         randomise: a function (image, pose, K, rng) -> image that changes frames before they are
             augmented.
         synthesise: a function (size, rng, frame) -> image, pose, K that draws a square of a frame
-            that is `frame` pixels wide.
+            that is `frame` pixels wide. If it draws several shapes, it also returns the `Target`
+            that is drawn, with as many keypoints.
         shares: which fraction of the samples is changed by `randomise`, and which is drawn by
             `synthesise` (and not augmented). The rest are plain frames.
         epoch_size: samples of an epoch; by default there are as many as frames.
@@ -1709,9 +1710,10 @@ class _Frames:
     def _synthesised(self, rng):
         """Return a sample that `synthesise` draws."""
         frame = FRAME_SIZE if self.crop else self.size
-        image, pose, K = self.synthesise(self.size, rng, frame)
-        facing = front_facing([pose], OPENCV, target=self.target)[0]
-        keypoints = project_pose(self.target.keypoints, pose, K)
+        image, pose, K, *drawn = self.synthesise(self.size, rng, frame)
+        target = drawn[0] if drawn else self.target
+        facing = front_facing([pose], OPENCV, target=target)[0]
+        keypoints = project_pose(target.keypoints, pose, K)
         return image, self._with_visibility(keypoints, facing)
 
     def _mirrored(self, image, keypoints, facing, rng):
@@ -2401,10 +2403,9 @@ class PoseEstimate:
     inliers: np.ndarray | None = None  # (K,) bool, the points that the pose rests on
     runner_up: np.ndarray | None = None  # (4, 4) the best pose turned by over 30 degrees against it
     log_likelihood_margin: float = np.inf  # by how much the runner-up fits worse
-    # The package `xwing` measures the last four on the frame's pixels.
+    # The package `xwing` measures the last three on the frame's pixels.
     explained_contrast: float = np.nan  # fraction of the frame's contrast
     probability: float = np.nan  # of being right
-    colour_separation: float = np.nan  # -1 to 1, of the colours on both sides of the outline
     local_agreement: float = np.nan  # 0 to 1, fraction of the drawing that the frame looks like
 
     @property

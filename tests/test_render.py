@@ -452,6 +452,131 @@ def test_hull_keypoints_lie_on_the_mesh():
     assert distance.max() < 0.0105  # intakes and nozzles are hollow; an intake has that radius
 
 
+STRETCHED = make_xwing.Shape(  # differs from the film's ship in everything
+    wing_shift=0.02,
+    wing_span=1.2,
+    wing_chord=0.8,
+    cannon_length=1.4,
+    cannon_radius=0.5,
+    engine_length=1.3,
+    engine_radius=0.75,
+    nose_length=1.2,
+    nose_width=1.4,
+    canopy=1.2,
+    s_foils=13,
+)
+
+
+@pytest.fixture(scope="module")
+def ships():
+    """The film's ship and one of another shape: a trimesh each."""
+    shapes = make_xwing.FILM, STRETCHED
+    return [trimesh.util.concatenate(list(make_xwing.build(shape).values())) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def stretched(tmp_path_factory):
+    """The target that is written for the ship of another shape."""
+    folder = tmp_path_factory.mktemp("stretched")
+    make_xwing.write(folder, STRETCHED)
+    return xu.load_target(folder / "xwing.json")
+
+
+def test_the_film_s_shape_gives_the_film_s_target(tmp_path):
+    make_xwing.main([str(tmp_path)])
+    target = xu.load_target(tmp_path / "xwing.json")
+    assert target.mesh.read_text() == xu.XWING.mesh.read_text()
+    xu.check_same_target(target, xu.XWING, "the film's ship")
+    np.testing.assert_array_equal(target.keypoints, xu.KEYPOINTS)
+    np.testing.assert_array_equal(target.lasers, xu.LASERS)
+
+
+def test_a_ship_of_another_shape_has_the_same_triangles_and_left_is_still_right(ships, stretched):
+    film, other = ships
+    np.testing.assert_array_equal(other.faces, film.faces)
+    assert other.vertices.shape == film.vertices.shape
+    assert KDTree(other.vertices).query(other.vertices * [-1, 1, 1])[0].max() < 1e-9
+    np.testing.assert_array_equal(stretched.mirror_permutation, xu.XWING.mirror_permutation)
+    np.testing.assert_allclose(stretched.box[[0, 7]], other.bounds, atol=1e-3)
+
+
+def on_an_axis(name):
+    """Whether a keypoint is the centre of a circle of vertices of a cannon or an engine."""
+    return name.split()[-1] in ("muzzle", "cannon", "intake", "nozzle")
+
+
+def test_keypoints_follow_the_surface(ships, stretched):
+    """The surface point nearest to a keypoint moves with it."""
+    film, other = ships
+    corners = film.triangles
+    for point, moved, name in zip(xu.KEYPOINTS[8:], stretched.keypoints[8:], xu.KEYPOINT_NAMES[8:]):
+        if on_an_axis(name):
+            continue
+        nearest = trimesh.triangles.closest_point(corners, np.tile(point, (len(corners), 1)))
+        distance = np.linalg.norm(nearest - point, axis=1)
+        face = distance.argmin()
+        weights = trimesh.triangles.points_to_barycentric(corners[[face]], nearest[[face]])[0]
+        expected = weights @ other.triangles[face]
+        assert np.linalg.norm(expected - moved) <= distance[face] + 4e-4, name
+
+
+def test_keypoints_stay_in_the_middle_of_their_circles(ships, stretched):
+    film, other = ships
+    for point, moved, name in zip(xu.KEYPOINTS[8:], stretched.keypoints[8:], xu.KEYPOINT_NAMES[8:]):
+        if not on_an_axis(name):
+            continue
+        offsets = np.abs(film.vertices - point)
+        circle = other.vertices[(offsets[:, 1] < 1e-9) & (offsets.max(1) < 0.0106)]
+        middle = (circle.min(0) + circle.max(0)) / 2
+        assert len(circle) >= 24 and np.ptp(circle, axis=0).max() > 2e-3
+        np.testing.assert_allclose(moved, middle, atol=2e-6, err_msg=name)
+
+
+def test_open_wings_turn_about_the_hull(stretched):
+    opened = make_xwing.target_record(make_xwing.Shape(s_foils=13))["keypoints"]
+    points = np.array([entry["point"] for entry in opened])
+    upward = np.array([entry["normal"] for entry in opened])
+    film = xu.KEYPOINTS[8:]
+    on_foils = [
+        make_xwing.PART_NAMES[name.split()[-1]] in ("wing", "engine", "cannon")
+        for name in xu.KEYPOINT_NAMES[8:]
+    ]
+    turned = np.where(on_foils, 13.0, 0.0) * np.sign(film[:, 0] * film[:, 2])
+    angles = [np.rad2deg(np.arctan2(p[:, 2], np.abs(p[:, 0]))) for p in (points, film)]
+    expected = turned * np.sign(film[:, 0])
+    np.testing.assert_allclose(angles[0] - angles[1], expected, atol=1e-3)
+    np.testing.assert_allclose(points[:, 1], film[:, 1])
+    left_upper_wing = xu.KEYPOINT_NAMES[8:].index("left upper wing")
+    sine, cosine = np.sin(np.deg2rad(13)), np.cos(np.deg2rad(13))
+    np.testing.assert_allclose(upward[left_upper_wing], [-sine, 0, cosine], atol=1e-6)
+
+
+def test_random_shapes_are_written_with_their_targets(tmp_path):
+    make_xwing.main([str(tmp_path), "--count", "2", "--seed", "1"])
+    targets = [xu.load_target(tmp_path / f"{i:03d}.json") for i in range(2)]
+    assert np.abs(targets[0].keypoints - targets[1].keypoints).max() > 1e-3
+    assert [target.mesh.name for target in targets] == ["000.obj", "001.obj"]
+    rng = np.random.default_rng(0)
+    angles = [make_xwing.random_shape(rng).s_foils for _ in range(50)]
+    assert 10 < angles.count(0) < 30 and 0 <= min(angles) and 10 < max(angles) <= 13
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--s-foils", "14"], "s_foils: expected 0 to 13, got 14"),
+        (["--canopy", "nan"], "canopy: expected 0.25 to 4, got nan"),
+        (["--nose-width", "1.1"], "holds the film's ship"),
+        (["--count", "2"], "holds the film's ship"),
+        (["x", "--count", "2", "--canopy", "1.1"], "leave out the other arguments"),
+    ],
+)
+def test_shapes_that_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        make_xwing.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_meshes_of_one_digest_are_the_same(root):
     mesh = meshes.load_mesh(root / "data" / "xwing.obj")
     other = meshes.Mesh(

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import cv2
+import make_xwing
 import numpy as np
 import pytest
 import skimage
@@ -251,9 +252,9 @@ def test_a_mesh_in_other_units_is_repainted_alike(ship, randomiser, frames, K):
         np.testing.assert_array_equal(changed, again)
 
 
-@pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
-def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame):
-    """A white ship in the dark covers exactly the pixels that the mesh covers at its pose."""
+@pytest.fixture
+def silhouettes(monkeypatch):
+    """Squares show a white ship in the dark."""
     monkeypatch.setattr(synthesis, "TAME_FRACTION", 1.0)
     monkeypatch.setattr(synthesis, "random_light", lambda rng, tame: PLAIN)
     monkeypatch.setattr(
@@ -265,6 +266,11 @@ def test_the_truth_fits_the_drawing(synthesiser, ship, monkeypatch, size, frame)
     monkeypatch.setattr(
         scenery, "expose", lambda light, rng, tame: np.uint8(255 * light.clip(0, 1))
     )
+
+
+@pytest.mark.parametrize("size,frame", [(128, 256), (64, 64), (256, 256)])
+def test_the_truth_fits_the_drawing(synthesiser, ship, silhouettes, size, frame):
+    """A ship covers exactly the pixels that the mesh covers at its pose."""
     whole = 0
     for seed in range(30):
         image, pose, K = draw(synthesiser, seed, size, frame)
@@ -347,6 +353,81 @@ def test_meshes_that_cannot_be_drawn(ship, monkeypatch):
     vertices[7, 1] = np.nan
     with pytest.raises(ValueError, match="1 not finite"):
         synthesis.Randomiser(dataclasses.replace(ship, vertices=vertices))
+
+
+# ------------------------------------------------------------ several shapes
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """One ship with open wings and long cannons: a list of its mesh and target."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shape = make_xwing.Shape(s_foils=13, cannon_length=1.4, wing_shift=0.02)
+    make_xwing.write(folder, shape, "000")
+    return synthesis.read_shapes(folder, xu.XWING)
+
+
+@pytest.fixture(scope="module")
+def varied(synthesiser, shapes):
+    """Draws the other shape only."""
+    return synthesis.ShapeSynthesiser(synthesiser, xu.XWING, shapes, 1.0)
+
+
+def test_a_share_of_the_squares_shows_other_shapes(varied, shapes, monkeypatch):
+    monkeypatch.setattr(varied, "share", 0.5)
+    drawn = [draw(varied, seed, 32, 64)[3] for seed in range(60)]
+    others = sum(target is shapes[0][1] for target in drawn)
+    assert 15 < others < 45 and drawn.count(xu.XWING) == 60 - others
+
+
+def test_without_other_shapes_the_squares_stay_the_same(synthesiser):
+    same = synthesis.ShapeSynthesiser(synthesiser, xu.XWING, [], 0.0)
+    for seed in range(4):
+        *square, target = draw(same, seed)
+        assert target is xu.XWING
+        for first, again in zip(draw(synthesiser, seed), square):
+            np.testing.assert_array_equal(first, again)
+
+
+def test_another_shape_fits_its_drawing_and_its_keypoints(
+    varied, shapes, ship, silhouettes, camera
+):
+    """Squares show the other mesh, and a batch has the keypoints of the other target."""
+    ((mesh, target),) = shapes
+    seen = []
+
+    def recorded(*arguments):
+        seen.append(varied(*arguments))
+        return seen[-1]
+
+    options = {"batch_size": 8, "size": 128, "crop": True, "epoch_size": 8, "shares": (0, 1)}
+    dataset = xu.make_dataset([], [], *camera, synthesise=recorded, **options)
+    _, batch = dataset[0]
+    unlike_the_film_s = 0
+    for (image, pose, K, drawn), keypoints in zip(seen, batch):
+        assert drawn is target
+        facing = xu.front_facing([pose], xu.OPENCV, target=target)[0]
+        expected = xu.project_pose(target.keypoints, pose, K)
+        np.testing.assert_allclose(keypoints[facing, :2], expected[facing], atol=1e-3)
+        assert (keypoints[~facing, :2] < -1000).all()
+
+        white = image[..., 0] > 0
+        covered = [(samples(m, pose, K, 128, 128) >= 0).any(-1) for m in (mesh, ship)]
+        near = [cv2.dilate(c.astype(np.uint8), np.ones((3, 3))).astype(bool) for c in covered]
+        assert not (white & ~near[0]).any()
+        unlike_the_film_s += (white & ~near[1]).any()
+    assert unlike_the_film_s > 4
+
+
+def test_shapes_that_cannot_be_drawn(synthesiser, shapes, tmp_path):
+    for share, others in ((1.5, shapes), (float("nan"), shapes), (0.5, [])):
+        with pytest.raises(ValueError, match="share: expected 0 to 1, and shapes"):
+            synthesis.ShapeSynthesiser(synthesiser, xu.XWING, others, share)
+    with pytest.raises(FileNotFoundError, match="no JSON files of shapes"):
+        synthesis.read_shapes(tmp_path, xu.XWING)
+    fewer = dataclasses.replace(xu.XWING, names=xu.XWING.names[:-1])
+    with pytest.raises(ValueError, match="expected the 35 keypoints of X-wing, got 36"):
+        synthesis.read_shapes(shapes[0][1].mesh.parent, fewer)
 
 
 # ------------------------------------------------------------ mixed batches

@@ -1,4 +1,4 @@
-"""Fit the constants that judge the poses of a track (`tracker.EVIDENCE`).
+"""Fit what judges the poses of a learnt target: MIN_AGREEMENT, LEARNT_PROBABILITY of `tracker`.
 
     python tools/fit_track_evidence.py CLIP.json ...
 
@@ -6,6 +6,9 @@ Each clip is one of data/objects/, or another in the same form. The aligner lear
 before at the true poses. Then it refines poses that are off, as `Tracker.align` does. Some end at
 the true pose and some elsewhere. A logistic model is fitted to whether a refined pose is right, on
 all clips together, and judged on clips that are left out in turn.
+
+For the probability the clips are followed live, from the true pose and from wrong ones of a target
+that was learnt at the true one.
 """
 
 import argparse
@@ -19,16 +22,21 @@ from fit_evidence import fit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing import metrics, tracker
+from xwing import metrics
 from xwing.alignment import Aligner
 from xwing.footage import Clip
+from xwing.tracker import Tracker, trust_features
 
 EVERY = 4  # frames between two of which poses are judged
 STARTS = 4  # poses that are refined in each of these frames
 NEAR = 5.0, 0.03  # degrees and diameters, standard deviations of a start that is nearly right
 FAR = 40.0, 0.15  # of a start that is wrong
 MIN_VISIBLE = 0.25  # fraction of the target: with less of it in sight no pose is judged
-FEATURES = ["constant", "contrast", "separation", "agreement"]
+FEATURES = ["constant", "contrast", "agreement"]
+TRUST_FEATURES = ["constant", "agreement", "rotation", "translation"]
+STEPS = (1, 3)  # frames between two that are tracked
+WRONG_EVERY = 24  # frames between two wrong poses
+WRONG_FRAMES = 8  # tracked from each wrong pose
 SEED = 27
 
 
@@ -60,7 +68,7 @@ def judged_poses(path):
             for i in range(STARTS):
                 start = moved(pose, FAR if i % 2 else NEAR, target, rng)
                 estimate = aligner.track(frame.image, start, K, usual=usual)
-                right = metrics.recalled([estimate.pose], [pose], target=target)[0]
+                right = is_right(estimate.pose, pose, target)
                 rows.append([path.stem, *features(estimate), right])
 
         if clip["visible"][index] > 0.9:
@@ -69,13 +77,63 @@ def judged_poses(path):
             usual = explained if not usual else 0.8 * usual + 0.2 * explained
 
     rows = pd.DataFrame(rows, columns=["clip", *FEATURES, "right"])
-    return rows[np.isfinite(rows["contrast"])]
+    return rows[np.isfinite(rows["agreement"])]
+
+
+def is_right(pose, true, target):
+    """Whether a pose is within 5 degrees and 0.106 diameters of the true one or its equal."""
+    equivalent = true @ target.symmetries
+    return bool(metrics.recalled([pose] * len(equivalent), equivalent, target=target).any())
 
 
 def features(estimate):
-    """One, the explained contrast, the separation of the colours, the local agreement."""
-    measured = estimate.explained_contrast, estimate.colour_separation, estimate.local_agreement
-    return 1.0, *np.nan_to_num(measured, nan=tracker.USUAL_SEPARATION)
+    """One, the explained contrast, the local agreement."""
+    return 1.0, estimate.explained_contrast, estimate.local_agreement
+
+
+def tracked_poses(path):
+    """A DataFrame of the tracked poses of a clip: their features, and whether each is right."""
+    clip = json.loads(path.read_text())
+    K = np.array(clip["K"])
+    target = xu.load_target(path.parent / clip["target"])
+    images = [frame.image for frame in Clip(path.with_suffix(".mp4"))]
+    rng = np.random.default_rng(SEED)
+    visible = np.array(clip["visible"])
+
+    rows = []
+    for step in STEPS:
+        tracker = Tracker(K, clip["fps"] / step, aligner=Aligner(target))
+        numbers = np.arange(0, len(images), step)
+        track = [tracker.start(images[0], np.array(clip["poses"][0]))]
+        track += [tracker.update(images[i]) for i in numbers[1:]]
+        followed = list(zip(numbers, track))
+
+        for begin in range(WRONG_EVERY, len(images) - WRONG_FRAMES * step, WRONG_EVERY):
+            if visible[begin] < 0.9:
+                continue
+            true = np.array(clip["poses"][begin])
+            tracker.start(images[begin], true)
+            wrong = moved(true, (rng.uniform(3, 40), 0.05), target, rng)
+            tracker.motion = None
+            tracker.update_pose(xu.PoseEstimate(wrong, 1e-4 * np.eye(6), True))
+            numbers = range(begin + step, begin + WRONG_FRAMES * step, step)
+            followed += [(i, tracker.update(images[i])) for i in numbers]
+
+        for i, tracked in followed:
+            if tracked.status == "tracked" and visible[i] >= MIN_VISIBLE:
+                right = is_right(tracked.pose, np.array(clip["poses"][i]), target)
+                measured = trust_features(
+                    tracked.covariance, tracked.local_agreement, target.diameter
+                )
+                rows.append([path.stem, *measured, right])
+    rows = pd.DataFrame(rows, columns=["clip", *TRUST_FEATURES, "right"])
+    return rows[rows["agreement"] > 0]
+
+
+def log_loss(rows, weights, used):
+    """The mean negative log-likelihood of whether the poses are right."""
+    logit = rows[used].to_numpy() @ weights
+    return (np.logaddexp(0, logit) - rows["right"] * logit).mean()
 
 
 def errors(rows, weights, used):
@@ -94,19 +152,29 @@ def main():
         rows.groupby(["clip", "right"])[FEATURES[1:]].describe(percentiles=[0.05, 0.95]).to_string()
     )
 
+    for used, weights, table in fits(rows, FEATURES, errors):
+        print("\n", used, weights.round(2).tolist())
+        print(pd.DataFrame(table, ["right refused", "wrong accepted"]).T.round(3).to_string())
+
+    rows = pd.concat([tracked_poses(path) for path in options.clips])
+    print(rows.groupby("clip")["right"].agg(frames="size", right="mean").round(3).to_string())
+    for used, weights, table in fits(rows, TRUST_FEATURES, log_loss):
+        print(f"{np.mean(list(table.values())):.4f}", used, weights.round(2).tolist())
+
+
+def fits(rows, names, measure):
+    """Yield choices of features, their weights, and a measure of each clip that was left out."""
     choices = itertools.chain.from_iterable(
-        itertools.combinations(FEATURES[1:], count) for count in (1, 2, 3)
+        itertools.combinations(names[1:], count) for count in range(1, len(names))
     )
     for chosen in choices:
-        used = ["constant", *chosen]
+        used = [names[0], *chosen]
         table = {}
         for clip, left_out in rows.groupby("clip"):
             others = rows[rows["clip"] != clip]
             weights = fit(others[used].to_numpy(), others["right"].to_numpy(float))
-            table[clip] = errors(left_out, weights, used)
-        weights = fit(rows[used].to_numpy(), rows["right"].to_numpy(float))
-        print("\n", used, weights.round(2).tolist())
-        print(pd.DataFrame(table, ["right refused", "wrong accepted"]).T.round(3).to_string())
+            table[clip] = measure(left_out, weights, used)
+        yield used, fit(rows[used].to_numpy(), rows["right"].to_numpy(float)), table
 
 
 if __name__ == "__main__":

@@ -153,14 +153,12 @@ class Aligner:
         enough = explained >= settings.min_explained_contrast
         reason = "" if enough else f"the pose explains only {explained:.0%} of what is seen"
         self._tracked = image, refined
-        lines = refined.lines
         found = xu.PoseEstimate(
             refined.pose,
             refined.covariance,
             enough,
             reason,
             explained_contrast=explained,
-            colour_separation=np.nan if lines is None else lines.separation(refined.pose),
             local_agreement=agreement,
         )
         return _scale_estimate(found, 1 / self.scale)

@@ -159,18 +159,6 @@ class ContourLines:
         cost = 0.5 * CAUCHY**2 * float(np.log1p(squared).sum())
         return weighted @ self.jacobian.T, weighted @ error, cost
 
-    def separation(self, pose: np.ndarray) -> float:
-        """Return how differently the colours on both sides of the outline look at a pose (4, 4).
-
-        Returns:
-            -1 to 1, the mean posterior just inside less that just outside: about 0 for a wrong
-            pose, and below 1 for a right one where target and background share colours.
-        """
-        outline = STEPS // 2 + self.distances(pose)[:, None]
-        reach = np.arange(1, FREE_STEPS + 1)
-        inside = _interpolate(self.posterior, outline - reach)
-        return float((inside - _interpolate(self.posterior, outline + reach)).mean())
-
     def distances(self, pose: np.ndarray) -> np.ndarray:
         """Return the distances (L,) of the points at a pose (4, 4)."""
         turn = pose[:3, :3] @ self.pose[:3, :3].T

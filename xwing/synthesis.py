@@ -5,12 +5,14 @@ The `Synthesiser` draws squares with their true poses, any number of them, in a 
 each. It shades the target's mesh triangle by triangle in linear light, adds other things, and
 passes the result through a camera with faults. The `Randomiser` changes an existing frame. It
 multiplies the target's pixels by another paint and light and replaces the background, so the target
-keeps the details of its picture. Both know nothing of the target but its mesh.
+keeps the details of its picture. Both know nothing of the target but its mesh. A
+`ShapeSynthesiser` draws the target in other shapes too, each with its own keypoints.
 
 Source: Tobin et al. 2017, Domain Randomization for Transferring Deep Neural Networks.
 """
 
 import dataclasses
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -444,6 +446,79 @@ class Synthesiser:
         part = sides[near] - first_corners[near].mean(0)
         radius = np.linalg.norm(part, axis=-1).max()
         return part / max(radius, 1e-9 * self.exterior.mesh.diameter), self.exterior.materials[near]
+
+
+class ShapeSynthesiser:
+    """A function for `synthesise` of `make_dataset`: squares of a target in several shapes.
+
+    Args:
+        first: draws the target's own shape.
+        target: the target.
+        shapes: meshes and targets of the other shapes, see `read_shapes`.
+        share: fraction of the squares that show another shape, each equally often. With 0 the
+            squares are those of `first`.
+
+    Raises:
+        ValueError: a share outside [0, 1], or no shapes for it.
+    """
+
+    def __init__(
+        self,
+        first: Synthesiser,
+        target: xu.Target,
+        shapes: list[tuple[meshes.Mesh, xu.Target]],
+        share: float,
+    ):
+        if not 0 <= share <= 1 or (share and not shapes):
+            expected = "expected 0 to 1, and shapes to draw unless it is 0"
+            raise ValueError(f"share: {expected}; got {share:g} and {len(shapes)} shapes")
+        self.first = first, target
+        self.others = [(Synthesiser(mesh), other) for mesh, other in shapes]
+        self.share = share
+
+    def __call__(
+        self, size: int, rng: np.random.Generator, frame: int = xu.FRAME_SIZE
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, xu.Target]:
+        """Draw a square.
+
+        Args:
+            size: pixels, width and height.
+            rng: its state decides everything.
+            frame: pixels, see `Synthesiser`.
+
+        Returns:
+            image (size, size, 3) uint8, pose (4, 4) model -> OpenCV camera, K (3, 3), and the
+            target that is drawn, whose keypoints follow its shape.
+        """
+        synthesiser, target = self.first
+        if self.share and rng.random() < self.share:
+            synthesiser, target = self.others[rng.integers(len(self.others))]
+        return *synthesiser(size, rng, frame), target
+
+
+def read_shapes(folder: str | Path, target: xu.Target) -> list[tuple[meshes.Mesh, xu.Target]]:
+    """Read a target's other shapes, such as those that `data/make_xwing.py` writes.
+
+    Args:
+        folder: holds a JSON file for each shape, as `xwing_utils.load_target` reads them.
+        target: the shapes must have its keypoints, by name and in the same order.
+
+    Returns:
+        a list of meshes and targets, in the order of the files' names.
+
+    Raises:
+        FileNotFoundError: no JSON file in the folder.
+        ValueError: a shape with other keypoints, and as `load_target`.
+    """
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no JSON files of shapes; see data/make_xwing.py")
+    shapes = [xu.load_target(path) for path in paths]
+    for path, shape in zip(paths, shapes):
+        if shape.names != target.names:
+            expected = f"expected the {len(target.names)} keypoints of {target.name}"
+            raise ValueError(f"{path}: {expected}, got {len(shape.names)} or others")
+    return [(meshes.load_mesh(shape.mesh), shape) for shape in shapes]
 
 
 def _random_distance(rng):

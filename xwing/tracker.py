@@ -46,23 +46,19 @@ CONTRADICTION_TURN = 30.0
 # The network is asked where the explained contrast falls below this fraction of its usual value.
 MIN_CONTRAST_RATIO = 0.7
 
-# Log-odds that an aligned pose is right, from 1, the separation of the colours inside and outside
-# of its outline, and the local agreement. Fitted by tools/fit_track_evidence.py to poses that were
-# refined from anywhere near the target, of which every second one is right.
-EVIDENCE = (-10.38, 2.52, 15.04)
-
-# The separation that stands for an unknown one: it is neither evidence for a pose nor against it.
-USUAL_SEPARATION = 0.4
-
-# The log-odds from which a track goes on. A pose near the prediction is right much more often than
-# every second time, and one that is hidden in part has less evidence.
-MIN_EVIDENCE = -4.0
+# The local agreement from which a track goes on. Of poses that were refined from anywhere near the
+# target, most right ones have more than 0.55 and most wrong ones have less, and a logistic model
+# gains nothing from the explained contrast and the colours at the outline beside it
+# (tools/fit_track_evidence.py). A pose near the prediction is right far more often than those, and
+# what hides a part of the target lowers the agreement. So less is enough.
+MIN_AGREEMENT = 0.33
 
 # The fraction of the target that has to be within the frame: anything may look like a corner of it.
 MIN_IN_SIGHT = 0.15
 
-# The log-odds from which a pose is learnt from, and from which one that was found again is used.
-CONFIDENT_EVIDENCE = 0.0
+# The local agreement from which the aligner learns from a frame, and from which a pose that was
+# found again is used.
+CONFIDENT_AGREEMENT = 0.6
 
 # The probability from which a track of the network begins to teach the aligner.
 CONFIDENT_PROBABILITY = 0.95
@@ -103,6 +99,9 @@ PROBABILITY = {
     ("predicted", False): (-3.3136, 0.0, 0.0, -2.58),
 }
 
+# The same for a tracked pose of a target whose looks were learnt, by tools/fit_track_evidence.py.
+LEARNT_PROBABILITY = (-6.0, 9.0, -1.0, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrackedPose:
@@ -118,6 +117,8 @@ class TrackedPose:
         velocity: (6,) rotation in camera axes, rad/s, then translation, model units/s, or None.
         explained_contrast: fraction of the frame's contrast that the target explains, 0 to 1, or
             NaN.
+        local_agreement: fraction of the drawn target that the frame looks like, 0 to 1; NaN where
+            nobody knows yet how it looks.
         reason: why the pose was not measured, or what speaks against it.
         probability: that the pose is within 5 degrees and 0.106 diameters of the true one.
         second_target: (4, 4) pose of a second target, if the network saw one lately, or None. It is
@@ -133,23 +134,26 @@ class TrackedPose:
     reason: str = ""
     probability: float = 0.0
     second_target: np.ndarray | None = None
+    local_agreement: float = np.nan
 
 
-def trust_features(covariance: np.ndarray, contrast: float, diameter: float) -> np.ndarray:
+def trust_features(covariance: np.ndarray, seen: float, diameter: float) -> np.ndarray:
     """Return the four features of the logistic models for the probability of a pose.
 
     Args:
         covariance: (6, 6) of the pose, radians and model units.
-        contrast: fraction of the frame's contrast that the pose explains; NaN counts as 0.
+        seen: how well the frame agrees with the pose: the local agreement where it is known, else
+            the fraction of the contrast that is explained; NaN counts as 0.
         diameter: of the target, model units.
 
     Returns:
-        (4,): 1, the contrast, and log10 of both standard deviations, in radians and in diameters.
+        (4,): 1, how well the frame agrees, and log10 of both standard deviations, in radians and
+        in diameters.
     """
     rotation_variance = np.trace(covariance[:3, :3])
     translation_variance = np.trace(covariance[3:, 3:]) / diameter**2
     deviations = np.log10([rotation_variance, translation_variance]) / 2
-    return np.array([1.0, np.nan_to_num(contrast), *deviations])
+    return np.array([1.0, np.nan_to_num(seen), *deviations])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +341,8 @@ class Tracker:
         deviations = np.repeat([START_TURN, START_SHIFT * self.target.diameter], 3)
         covariance = np.diag(np.square(deviations))
         aligned = self.aligner.track(image, pose, self.K, covariance)
-        estimate = xu.PoseEstimate(
-            pose, covariance, True, explained_contrast=aligned.explained_contrast
+        estimate = dataclasses.replace(
+            aligned, pose=pose, covariance=covariance, accepted=True, reason=""
         )
         self.motion = None
         return self.update_pose(estimate, seconds)
@@ -397,7 +401,7 @@ class Tracker:
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
             in_sight = self._in_sight(image, estimate.pose)
-            accepted = evidence(estimate) > MIN_EVIDENCE and in_sight > MIN_IN_SIGHT
+            accepted = estimate.local_agreement > MIN_AGREEMENT and in_sight > MIN_IN_SIGHT
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
@@ -436,7 +440,7 @@ class Tracker:
         teaches the aligner.
         """
         if self.learns:
-            return evidence(self.steps[-1].estimate) >= CONFIDENT_EVIDENCE
+            return self.steps[-1].estimate.local_agreement > CONFIDENT_AGREEMENT
         is_old = self._redetection.runs_in_background(tracked.seconds)
         return self.aligner is not None and is_old and tracked.probability >= CONFIDENT_PROBABILITY
 
@@ -504,8 +508,9 @@ class Tracker:
             motion.velocity,
             contrast,
             step.reason,
-            _probability(status, covariance, contrast, self.target.diameter),
+            _probability(status, covariance, step.estimate, self.target.diameter),
             step.second_target,
+            step.estimate.local_agreement,
         )
 
     # ---------------------------------------------------------------- measurement
@@ -543,19 +548,19 @@ class Tracker:
         The poses that the best one is ambiguous with are its rivals.
         """
         poses = self.aligner.find(image, self.K, self._last_pose)[:SEARCHED_POSES]
-        best = self._most_probable(image, poses)
-        if best is None or evidence(best) < CONFIDENT_EVIDENCE:
+        best = self._best_aligned(image, poses)
+        if best is None or best.local_agreement < CONFIDENT_AGREEMENT:
             return None
-        rivals = xu.ambiguous_poses(best.pose, self.target)[1:]
-        rival = self._most_probable(image, rivals)
-        if rival is not None and evidence(rival) > evidence(best):
+        rival = self._best_aligned(image, xu.ambiguous_poses(best.pose, self.target)[1:])
+        if rival is not None and rival.local_agreement > best.local_agreement:
             best = rival
         return dataclasses.replace(best, accepted=True, reason="")
 
-    def _most_probable(self, image, poses):
-        """The aligned `PoseEstimate` with the most evidence to which some poses lead, or None."""
+    def _best_aligned(self, image, poses):
+        """The aligned `PoseEstimate` with the highest agreement to which poses lead, or None."""
         aligned = [self.aligner.track(image, pose, self.K) for pose in poses]
-        return max(aligned, key=evidence, default=None)
+        aligned = [one for one in aligned if np.isfinite(one.local_agreement)]
+        return max(aligned, key=lambda one: one.local_agreement, default=None)
 
     def _measure_without_pixels(self, image, seconds):
         """The network's `PoseEstimate` near the prediction.
@@ -689,10 +694,14 @@ def _common_target(aligner, detector):
     return known[0] if known else xu.XWING
 
 
-def _probability(status, covariance, contrast, diameter):
+def _probability(status, covariance, estimate, diameter):
     """The probability that a pose is right: a logistic model of its features, see PROBABILITY."""
-    weights = PROBABILITY[status, bool(np.isfinite(contrast))]
-    return float(expit(np.dot(weights, trust_features(covariance, contrast, diameter))))
+    seen = estimate.explained_contrast
+    weights = PROBABILITY[status, bool(np.isfinite(seen))]
+    if status == "tracked" and np.isfinite(estimate.local_agreement):
+        seen = estimate.local_agreement
+        weights = LEARNT_PROBABILITY
+    return float(expit(np.dot(weights, trust_features(covariance, seen, diameter))))
 
 
 def _is_aligned(estimate):
@@ -723,20 +732,3 @@ def _continued(estimate, predicted):
 def _is_near(estimate, predicted):
     """Whether an aligned estimate is turned little enough against the prediction."""
     return xu.rotation_error(estimate.pose, predicted.pose) < MAX_TURN
-
-
-def evidence(estimate: xu.PoseEstimate) -> float:
-    """Return the log-odds that an aligned pose is right, as far as its frame says.
-
-    Args:
-        estimate: `PoseEstimate` of `Aligner.track`, after it has learnt how the target looks.
-
-    Returns:
-        log-odds; minus infinity where nothing was aligned.
-    """
-    if not np.isfinite(estimate.local_agreement):
-        return -np.inf
-    separation = estimate.colour_separation
-    if np.isnan(separation):
-        separation = USUAL_SEPARATION
-    return float(np.dot(EVIDENCE, (1, separation, estimate.local_agreement)))

@@ -377,6 +377,7 @@ def _track_to_files(options):
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
     aligner = Aligner(target)
+    print(xu.describe_target(target, next(iter(starts.values()), None)))
     options.out.mkdir(parents=True, exist_ok=True)
     track = track_clip(clip, K, detector, aligner, fps, starts=starts)
 
