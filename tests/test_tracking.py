@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing import metrics, tracking
+from xwing import tracker as tracker_module
 from xwing.alignment import Aligner
 from xwing.footage import Clip, Frame
 from xwing.lens import compare_focal_lengths
@@ -752,6 +753,65 @@ def test_a_target_that_is_gone_is_lost(footage, box_aligner):
     live = [tracker.update(footage.background) for _ in range(20)]
     assert live[0].status == "predicted" and live[-1].status == "lost"
     assert len(box_aligner.key_frames.frames) == 1
+
+
+def test_a_target_that_was_hidden_is_found_again(footage, box_aligner):
+    """The key frames of its first frames lead back to it."""
+    tracker = Tracker(footage.K, FPS, aligner=box_aligner)
+    tracker.start(footage.images[0], footage.poses[0])
+    for image in footage.images[1:10]:
+        tracker.update(image)
+    hidden = [tracker.update(footage.background) for _ in range(20)]
+    assert hidden[-1].status == "lost"
+    back = [tracker.update(image) for image in footage.images[10:20]]
+    found = [t.status for t in back].index("tracked")
+    assert found <= tracker_module.SEARCH_FRAMES
+    assert errors(back[found:], footage.poses[10 + found : 20]).max() < 3
+
+
+def test_an_occluder_does_not_drag_the_pose(footage, box_aligner):
+    """A hand of one colour moves over half of the box, and with it."""
+    tracker = Tracker(footage.K, FPS, aligner=box_aligner)
+    tracker.start(footage.images[0], footage.poses[0])
+    live = [tracker.update(image) for image in footage.images[1:6]]
+    for i in range(6, 14):
+        pixels = xu.project_pose(box_aligner.target.box, footage.poses[i], footage.K)
+        low, high = pixels.min(0).astype(int), pixels.max(0).astype(int)
+        image = footage.images[i].copy()
+        reach = low[0] + (high[0] - low[0]) * min(i - 5, 4) // 8
+        image[low[1] : high[1], low[0] : reach] = (190, 140, 120)
+        live.append(tracker.update(image))
+    assert [t.status for t in live] == ["tracked"] * 13
+    assert errors(live, footage.poses[1:14]).max() < 4
+    assert 0.35 < live[-1].local_agreement < 0.75 < live[0].local_agreement
+
+
+def test_a_track_of_the_network_teaches_and_a_contradiction_unteaches(K, clip_frames, root):
+    images, poses = clip_frames
+    own = Aligner(load_mesh(root / "data" / "xwing.obj"))
+    detector = NoNetwork(K)
+    tracker = Tracker(K, FPS, detector, own)
+    for image, detector.pose in zip(images[60:105], poses[60:105]):
+        tracker.update(image)
+    assert tracker.learns and own.key_frames.frames
+
+    flipped = xu.ambiguous_poses(poses[105])[1]
+    verified = xu.PoseEstimate(
+        flipped, np.eye(6) * 1e-5, True, explained_contrast=0.9, probability=0.99
+    )
+    tracker.update_pose(verified)
+    assert tracker.age == 1
+    assert not tracker.learns and not own.key_frames.frames
+
+
+def test_what_was_learnt_does_not_count_on_a_single_frame(K, clip_frames, root):
+    images, poses = clip_frames
+    own = Aligner(load_mesh(root / "data" / "xwing.obj"))
+    estimate = xu.PoseEstimate(poses[60], np.eye(6) * 1e-5, True)
+    before = own.verify(images[60], estimate, K)
+    own.learn(255 - images[58], poses[58], K)
+    after = own.verify(images[60], estimate, K)
+    assert np.array_equal(before.pose, after.pose) and before.probability == after.probability
 
 
 def test_a_second_start_begins_anew(footage, box_aligner):

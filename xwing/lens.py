@@ -63,12 +63,14 @@ def compare_focal_lengths(
         images: N frames (H, W, 3) uint8 that show the whole target; a dozen are plenty.
         poses: N (4, 4), as they were tracked with K.
         K: (3, 3) camera matrix in pixels.
-        aligner: the target's `xwing.alignment.Aligner`.
+        aligner: the target's `xwing.alignment.Aligner`. It forgets what it has learnt, because
+            that was seen through the lens K.
 
     Returns:
         The best factor on fx and fy of K; the factors (F,) that were tried; and the fraction of a
         frame's contrast that the target explains with each of them (F,), the mean over all frames.
     """
+    aligner.forget()
     middle = len(FOCAL_FACTORS) // 2
     upwards = range(middle, len(FOCAL_FACTORS))
     downwards = range(middle, -1, -1)

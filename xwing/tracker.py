@@ -364,8 +364,8 @@ class Tracker:
             predicted, transition = self.model.predict(self.motion, seconds - self.seconds)
 
         motion, started, reason = self._filter(estimate, predicted)
-        if started and predicted is not None and self.learns and _is_verified(estimate):
-            self._forget()
+        if started:
+            self._forget_if_untaught(estimate, predicted)
         self.age = 1 if started else self.age + 1
         if motion is not None:
             self._remember_measurement(estimate, seconds, started)
@@ -444,10 +444,12 @@ class Tracker:
         is_old = self._redetection.runs_in_background(tracked.seconds)
         return self.aligner is not None and is_old and tracked.probability >= CONFIDENT_PROBABILITY
 
-    def _forget(self):
-        """Forget what was learnt from a track that turned out to be wrong."""
-        self.learns = False
-        self.aligner.forget()
+    def _forget_if_untaught(self, estimate, predicted):
+        """Forget what was learnt in another clip, or from a track that turned out to be wrong."""
+        was_wrong = predicted is not None and _is_verified(estimate)
+        if self.aligner is not None and (was_wrong or not self.learns):
+            self.aligner.forget()
+            self.learns = False
 
     # ---------------------------------------------------------------- filter
 
