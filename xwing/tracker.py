@@ -99,8 +99,9 @@ PROBABILITY = {
     ("predicted", False): (-3.3136, 0.0, 0.0, -2.58),
 }
 
-# The same for a tracked pose of a target whose looks were learnt. tools/fit_track_evidence.py fitted
-# them to 1,870 poses, 48 of them wrong, of eight objects. Not all of their clips are kept here.
+# The same for a tracked pose of a target whose looks were learnt. They were fitted by
+# tools/fit_track_evidence.py to 1,870 poses, 48 of them wrong, of eight objects. Not all of their
+# clips are kept here.
 LEARNT_PROBABILITY = (-12.63, 11.32, 0.0, -3.02)
 
 
