@@ -239,7 +239,7 @@ def test_the_outline_widens_the_basin_of_the_aligner(aligner):
 
     aligner.learn(image, pose, K)
     found = aligner.track(image, start, K)
-    assert xu.rotation_error(found.pose, pose) < 2 and found.local_agreement > 0.7
+    assert xu.rotation_error(found.pose, pose) < 2 and found.local_agreement > 0.4
     aligned, _ = aligner.align(image, start, K)
     assert xu.rotation_error(aligned, pose) < 2
 
