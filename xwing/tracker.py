@@ -367,7 +367,7 @@ class Tracker:
 
         motion, started, reason = self._filter(estimate, predicted)
         if started:
-            self._forget_if_untaught(estimate, predicted)
+            self._forget_if_untaught(estimate)
         self.age = 1 if started else self.age + 1
         if motion is not None:
             self._remember_measurement(estimate, seconds, started)
@@ -446,10 +446,12 @@ class Tracker:
         is_old = self._redetection.runs_in_background(tracked.seconds)
         return self.aligner is not None and is_old and tracked.probability >= CONFIDENT_PROBABILITY
 
-    def _forget_if_untaught(self, estimate, predicted):
-        """Forget what was learnt in another clip, or from a track that turned out to be wrong."""
-        was_wrong = predicted is not None and _is_verified(estimate)
-        if self.aligner is not None and (was_wrong or not self.learns):
+    def _forget_if_untaught(self, estimate):
+        """Forget what was learnt in another clip, or before the network has found the target anew.
+
+        What was learnt may have been wrong then. And the light may have changed.
+        """
+        if self.aligner is not None and (_is_verified(estimate) or not self.learns):
             self.aligner.forget()
             self.learns = False
 
