@@ -403,7 +403,9 @@ class Tracker:
         estimate = self.aligner.track(image, predicted.pose, self.K, covariance, usual_contrast)
         if self.learns:
             in_sight = self._in_sight(image, estimate.pose)
-            accepted = estimate.local_agreement > MIN_AGREEMENT and in_sight > MIN_IN_SIGHT
+            # Where there is a network, it is asked rather than that a doubtful track goes on.
+            enough = MIN_AGREEMENT if self.detector is None else CONFIDENT_AGREEMENT
+            accepted = estimate.local_agreement > enough and in_sight > MIN_IN_SIGHT
         else:
             enough = MIN_CONTRAST_RATIO * usual_contrast
             accepted = estimate.accepted and estimate.explained_contrast >= enough
