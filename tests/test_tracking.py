@@ -736,7 +736,8 @@ def test_a_mesh_alone_is_followed_from_a_start(footage, box_aligner):
     assert live[0].seconds == 0 and live[-1].seconds == pytest.approx(29 / FPS)
     assert np.median(errors(live, footage.poses)) < 0.5
     assert errors(live, footage.poses).max() < 2
-    assert probability(live).min() > 0.8
+    assert probability(live)[0] > 0.75  # as exact as a start is taken to be
+    assert probability(live)[1:].min() > 0.9
     assert 2 <= len(box_aligner.key_frames.frames) <= 5
 
 
