@@ -10,7 +10,8 @@ redetection replaces the track only if it explains the pixels better.
 
 A target without a network is followed from a pose that the user gives (`Tracker.start`). Beyond the
 colours of its mesh nobody knows then how it looks, so the aligner learns that at the start, and
-later wherever the track is confident.
+later wherever the track is confident. From what was learnt the target is also found again. A track
+of the network teaches the aligner too, after its first second, where the mesh explains too little.
 """
 
 import collections
