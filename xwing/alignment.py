@@ -20,7 +20,7 @@ import numpy as np
 import xwing_utils as xu
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
-from xwing.refinement import RefinementSettings, Refiner, local_agreement
+from xwing.refinement import RefinementSettings, Refiner
 from xwing.verification import VerificationSettings, Verifier, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
@@ -167,7 +167,7 @@ class Aligner:
         """The local agreement of a `Refined` pose; NaN where nobody knows how the target looks."""
         if refined is None or not self.key_frames.frames:
             return np.nan
-        return local_agreement(refined)
+        return refined.local_agreement
 
     def _improve(self, image, start, K, prior, refined):
         """The better of a `Refined` pose and of what the start leads to by way of the outline.
@@ -182,7 +182,7 @@ class Aligner:
         other = self.refiner.refine(image, sought, K, prior, expected=start)
         quality = self.verifier.explained_contrast
         if self.key_frames.frames:
-            quality = local_agreement
+            quality = self._agreement
         best = max((one for one in (refined, other) if one is not None), key=quality, default=None)
         return best, self.verifier.explained_contrast(best)
 

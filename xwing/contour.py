@@ -54,7 +54,6 @@ SEEKING_SPAN = 160  # pixels that the target spans in the drawing whose outline 
 MAX_ZOOM = 2.0  # a smaller target is enlarged by at most this much
 MIN_SPAN = 6  # pixels: a smaller target has no outline
 SCALES = (5, 3, 2, 1)  # pixels of a segment, the longest lines first
-MAX_SCALE = 0.04  # spans of the target: longer segments reach across it
 SEEKING_STEPS = 2  # of Gauss-Newton at each scale
 SEEKING_PENALTY = 20.0, 4.0  # information about a step, per squared radian and squared diameter
 MAX_TURN = 0.6  # radians about one axis: a larger step is rejected

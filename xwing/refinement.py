@@ -17,6 +17,7 @@ Source: Lucas and Kanade, IJCAI 1981; Baker and Matthews, IJCV 56(3), 2004 (Gaus
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import cv2
@@ -217,27 +218,21 @@ class Refined:
         """(6, 6): rotation vector in camera axes (radians), then translation."""
         return np.linalg.inv(self.information)
 
+    @functools.cached_property
+    def local_agreement(self) -> float:
+        """0 to 1, in how much of the drawing the frame looks like it, whatever hides the rest.
+
+        In a small window about each pixel the brightness of the frame is compared with that of the
+        drawing (normalised cross-correlation). Windows count by the contrast that they are drawn
+        with. An occluder costs its own windows only, and a wrong pose agrees nearly nowhere.
+
+        Source: Lewis, Fast Normalized Cross-Correlation, Vision Interface 1995.
+        """
+        agrees, weight = _compare_windows(self.template, self.residual)
+        return float((weight * agrees).sum() / (weight.sum() + 1e-6))
+
 
 # ============================================================ what is hidden
-
-
-def local_agreement(refined: Refined) -> float:
-    """Measure in how much of a drawing the frame looks like it, however much hides the rest.
-
-    In a small window about each pixel the brightness of the frame is compared with that of the
-    drawing (normalised cross-correlation). Windows count by the contrast that they are drawn with.
-    An occluder costs its own windows only, and a wrong pose agrees nearly nowhere.
-
-    Args:
-        refined: `Refined`.
-
-    Returns:
-        0 to 1, fraction of the drawn contrast that agrees.
-
-    Source: Lewis, Fast Normalized Cross-Correlation, Vision Interface 1995.
-    """
-    agrees, weight = _compare_windows(refined.template, refined.residual)
-    return float((weight * agrees).sum() / (weight.sum() + 1e-6))
 
 
 def _visible_part(template):
@@ -457,21 +452,20 @@ class Refiner:
 
             pose = refined.pose
             if part is not template:
-                residual = template.residual(template.positions(pose))
+                positions = template.positions(pose)
+                if positions is None:
+                    return None
+                residual = template.residual(positions)
                 refined = dataclasses.replace(refined, template=template, residual=residual)
 
+            # Something may hide so much of the target that it would drag the pose along.
             was_hidden = is_hidden
-            is_hidden = (
-                drawing.albedo is not None and not coarse and self._is_partly_hidden(refined)
-            )
+            may_be_hidden = drawing.albedo is not None and not coarse
+            is_hidden = may_be_hidden and refined.local_agreement < self.settings.partly_hidden
             if refined.shift < self.settings.max_shift and was_hidden == is_hidden:
                 break
 
         return refined if np.linalg.cond(refined.information) < MAX_CONDITION else None
-
-    def _is_partly_hidden(self, refined):
-        """Whether something hides so much of the target that it would drag the pose along."""
-        return local_agreement(refined) < self.settings.partly_hidden
 
     def _prior(self, pose, covariance):
         information = np.zeros((6, 6))
