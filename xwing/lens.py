@@ -3,9 +3,12 @@
 A pose is only as accurate as the camera matrix K. Black bars, a crop or a zoom change the focal
 length, and no file says so. But the shape of the target is known, and its perspective in the frames
 depends on the focal length: seen from near, its front is large compared with its back.
-`compare_focal_lengths` tries several focal lengths and returns the one with which the target
-explains the frames best. `picture_area` finds black bars.
+`check_lens` finds the focal length with which the target explains the frames best.
+`picture_area` finds black bars.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,7 +17,18 @@ from xwing.footage import Clip, frames_at
 BAR_FRAMES = 12  # frames to examine; a scene may be dark in one of them, but hardly in all
 BAR_BRIGHTNESS = 16  # of 255; compression leaves bars not quite black
 BAR_ASYMMETRY = 2  # pixels by which the widths of opposite bars may differ
-FOCAL_FACTORS = np.geomspace(0.5, 2, 13)  # to try, on the focal length of K; the middle one is 1
+
+FOCAL_STEP = 2 ** (1 / 3)  # ratio of two focal lengths that are tried one after the other
+MAX_STEPS = 4  # of them, from K: factors of 0.4 to 2.5
+MIN_FRAMES = 4  # fewer say nothing
+
+# Of 16 clips with the right focal length the factor was found between 0.99 and 1.06. So a factor is
+# wrong from 12 % on, if it is this many standard deviations from 1. Frames tell nothing where the
+# target explains too little of them with any focal length, or they disagree.
+MAX_FOCAL_ERROR = 0.12
+SIGNIFICANT = 3.0
+MIN_EXPLAINED = 0.1
+MAX_DEVIATION = 0.08
 
 
 def picture_area(clip: Clip) -> tuple[int, int, int, int]:
@@ -51,61 +65,124 @@ def _lit_span(brightness):
     return before, size - before - after
 
 
-def compare_focal_lengths(
-    images: list[np.ndarray], poses: np.ndarray, K: np.ndarray, aligner
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Find the focal length that explains some frames best.
+@dataclasses.dataclass(frozen=True)
+class LensCheck:
+    """What frames say about the focal length of K.
+
+    Attributes:
+        factor: on fx and fy of K, with which the target explains the frames best; NaN where there
+            are too few frames.
+        deviation: standard deviation of its logarithm, from frame to frame.
+        factors: (F,) that were tried.
+        explained: (F,) fraction of a frame's contrast that the target explains with each of them,
+            the mean over all frames.
+        focal: the focal length with this factor, in mm for a sensor whose longer side is 36 mm.
+        verdict: "confirmed", "wrong", or "unknown" where the frames cannot tell.
+    """
+
+    factor: float
+    deviation: float
+    factors: np.ndarray
+    explained: np.ndarray
+    focal: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether K has the right focal length."""
+        off = abs(np.log(self.factor))
+        if not (self.explained.max() >= MIN_EXPLAINED and self.deviation <= MAX_DEVIATION):
+            return "unknown"  # also where they are NaN
+        if off <= MAX_FOCAL_ERROR:
+            return "confirmed"
+        return "wrong" if off > SIGNIFICANT * self.deviation else "unknown"
+
+    def __str__(self) -> str:
+        if self.verdict == "wrong":
+            return (
+                f"the focal length is wrong: the target's perspective fits {self.factor:.2f} times "
+                f"that of K, a lens of {self.focal:.1f} mm (36 mm sensor); set it and track again"
+            )
+        if self.verdict == "confirmed":
+            return f"the frames confirm the focal length (factor {self.factor:.2f})"
+        return "the frames cannot tell whether the focal length is right"
+
+
+def check_lens(images: list[np.ndarray], poses: Sequence, K: np.ndarray, aligner) -> LensCheck:
+    """Find out from some frames whether K has the right focal length.
 
     With a wrong focal length the target's perspective is wrong at any distance, and no pose
-    explains the frames as well.
+    explains the frames as well. From K on, the focal length is changed in steps as long as the
+    frames are explained better.
 
     Args:
-        images: N frames (H, W, 3) uint8 that show the whole target; a dozen are plenty.
-        poses: N (4, 4), as they were tracked with K.
+        images: N frames (H, W, 3) uint8 that show the whole target; eight are plenty.
+        poses: N (4, 4), as they were found with K.
         K: (3, 3) camera matrix in pixels.
         aligner: the target's `xwing.alignment.Aligner`. It forgets what it has learnt, because
             that was seen through the lens K.
-
-    Returns:
-        The best factor on fx and fy of K; the factors (F,) that were tried; and the fraction of a
-        frame's contrast that the target explains with each of them (F,), the mean over all frames.
     """
+    if len(images) < MIN_FRAMES:
+        return LensCheck(np.nan, np.nan, np.array([1.0]), np.array([np.nan]), np.nan)
+
     aligner.forget()
-    middle = len(FOCAL_FACTORS) // 2
-    upwards = range(middle, len(FOCAL_FACTORS))
-    downwards = range(middle, -1, -1)
-    explained = np.zeros(len(FOCAL_FACTORS))
-    for order in (upwards, downwards):
-        explained[order] = _explained_contrasts(images, poses, K, aligner, FOCAL_FACTORS[order])
-    return _peak(FOCAL_FACTORS, explained), FOCAL_FACTORS, explained
+    tried = {0: _align_all(images, poses, K, aligner)}  # step -> what `_align_all` returns
+    best = 0
+    for direction in (1, -1):
+        while abs(best + direction) <= MAX_STEPS:
+            following = best + direction
+            if following not in tried:
+                tried[following] = _align_again(images, tried[best], K, following, best, aligner)
+            if tried[following][0].mean() <= tried[best][0].mean():
+                break
+            best = following
+
+    steps = sorted(tried)
+    explained = np.array([tried[step][0] for step in steps])
+    centre = np.clip(steps.index(best), 1, len(steps) - 2)
+    near = slice(centre - 1, centre + 2)
+    logarithm, deviation = _peak(np.log(FOCAL_STEP) * np.array(steps[near]), explained[near])
+    factor = float(np.exp(logarithm))
+    focal = 36 * K[0, 0] * factor / max(images[0].shape[:2])
+    return LensCheck(
+        factor, deviation, FOCAL_STEP ** np.array(steps, float), explained.mean(1), focal
+    )
 
 
-def _explained_contrasts(images, poses, K, aligner, factors):
-    """The mean explained contrast with each factor on the focal length.
+def _align_all(images, poses, K, aligner):
+    """The explained contrasts (N,) of frames with a K, and the aligned poses."""
+    found = [aligner.track(image, pose, K) for image, pose in zip(images, poses)]
+    explained = np.nan_to_num([one.explained_contrast for one in found])
+    return explained, [one.pose for one in found]
 
-    Alignment with one factor starts from the poses that were found with the factor before.
+
+def _align_again(images, known, K, step, known_step, aligner):
+    """What `_align_all` finds with another focal length, from what it found with a known one."""
+    poses = np.array(known[1])
+    # The target stays as large in the picture.
+    poses[:, 2, 3] *= FOCAL_STEP ** (step - known_step)
+    factor = FOCAL_STEP**step
+    return _align_all(images, poses, K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]], aligner)
+
+
+def _peak(places, explained):
+    """Where a parabola through the means of explained contrasts (3, N) has its peak.
+
+    Its standard deviation is that of the jackknife, which leaves out one frame at a time.
+
+    Source: Efron, The Jackknife, the Bootstrap and Other Resampling Plans, SIAM 1982, chapter 3.
     """
-    poses = np.array(poses)
-    explained = []
-    last_factor = 1.0
-    for factor in factors:
-        scaled_K = K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]]
-        poses[:, 2, 3] *= factor / last_factor  # so that the target stays as large in the picture
-        estimates = [aligner.track(image, pose, scaled_K) for image, pose in zip(images, poses)]
-        explained.append(np.nan_to_num([each.explained_contrast for each in estimates]).mean())
-        poses = np.array([estimate.pose for estimate in estimates])
-        last_factor = factor
-    return explained
+    count = explained.shape[1]
+    without = [
+        _peak_of(places, np.delete(explained, left_out, axis=1).mean(1))
+        for left_out in range(count)
+    ]
+    deviation = np.std(without) * np.sqrt(count - 1)
+    return _peak_of(places, explained.mean(1)), float(deviation)
 
 
-def _peak(factors, explained):
-    """The factor at the peak of a parabola through the best one and its neighbours.
-
-    The parabola is over the logarithm of the factor.
-    """
-    best = int(np.clip(explained.argmax(), 1, len(factors) - 2))
-    near = slice(best - 1, best + 2)
-    curvature, slope, _ = np.polyfit(np.log(factors[near]), explained[near], 2)
-    curvature = min(curvature, -1e-9)  # a parabola without a peak leads to an end of the range
-    peak = -slope / (2 * curvature)
-    return float(np.exp(np.clip(peak, *np.log(factors[[0, -1]]))))
+def _peak_of(places, values):
+    """The peak of the parabola through three values; at most half a step beyond their places."""
+    curvature, slope, _ = np.polyfit(places, values, 2)
+    curvature = min(curvature, -1e-9)  # a parabola without a peak leads to an end
+    beyond = np.log(FOCAL_STEP) / 2
+    return float(np.clip(-slope / (2 * curvature), places[0] - beyond, places[-1] + beyond))

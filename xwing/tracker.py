@@ -549,7 +549,7 @@ class Tracker:
     def _find(self, image, near=None, prior=None):
         """The `PoseEstimate` of a target without a track, by the network or by the key frames."""
         if self.detector is not None or not self.learns:
-            return self._detect(image, near, prior)
+            return self.detect(image, near, prior)
 
         self._searches += 1
         found = None
@@ -586,7 +586,7 @@ class Tracker:
         """
         predicted = self._predict(seconds)
         if self._is_redetection_due(seconds):
-            redetected = self._detect(image, near=predicted.pose)
+            redetected = self.detect(image, near=predicted.pose)
             if redetected.accepted and _contradict(redetected.pose, predicted.pose):
                 self._redetection.contradictions += 1  # a redetection remains due in the next frame
             else:
@@ -599,7 +599,7 @@ class Tracker:
                 self.motion = None
                 return redetected
 
-        return self._detect(image, near=predicted.pose, prior=predicted.pose)
+        return self.detect(image, near=predicted.pose, prior=predicted.pose)
 
     def _in_sight(self, image, pose):
         """The fraction of the target's box in the picture that lies within the frame."""
@@ -610,8 +610,16 @@ class Tracker:
         inside = np.ptp(corners.clip(0, image.shape[1::-1]), axis=0)
         return float(np.prod(inside / size))
 
-    def _detect(self, image, near=None, prior=None):
-        """The network's `PoseEstimate`, verified on the pixels where there is an aligner."""
+    def detect(
+        self, image: np.ndarray, near: np.ndarray | None = None, prior: np.ndarray | None = None
+    ) -> xu.PoseEstimate:
+        """Return the network's estimate, verified on the pixels where there is an aligner.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            near: (4, 4) pose around which the network looks; None: in the whole frame.
+            prior: (4, 4) pose that is a prior of the estimate, or None.
+        """
         if self.detector is None:
             return xu.PoseEstimate(None, reason="there is no detector to find the target with")
         estimate = self._estimate(image, near, prior)
@@ -653,7 +661,7 @@ class Tracker:
         if self._redetection.has_result(seconds):
             better, self.second_target = self._redetection.take_result()
             if better is not None:
-                better = self._detect(image)
+                better = self.detect(image)
         elif self._is_redetection_due(seconds):
             self._redetection.last = seconds
             if self._redetection.runs_in_background(seconds):
@@ -668,7 +676,7 @@ class Tracker:
 
     def _redetect_all(self, image, pose):
         """A better estimate of the target than a pose, and the pose of a second target."""
-        return self._redetect(image, pose), self._detect_second(image, pose)
+        return self._redetect(image, pose), self.detect_second(image, pose)
 
     def _redetect(self, image, pose):
         """The network's `PoseEstimate` if it explains a frame better than a pose, or None."""
@@ -683,8 +691,13 @@ class Tracker:
         costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
         return other if costs[1] + MIN_COST_GAIN < costs[0] else None
 
-    def _detect_second(self, image, pose):
-        """The pose (4, 4) of a second target, beside the one at a pose, or None."""
+    def detect_second(self, image: np.ndarray, pose: np.ndarray) -> np.ndarray | None:
+        """Return the pose (4, 4) of a second target in a frame, or None.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            pose: (4, 4) of the first target.
+        """
         corners = self._box_corners(pose)
         if corners is None:
             return None

@@ -1,8 +1,10 @@
-"""A finished clip: tracked forwards and backwards, and smoothed; from a shell, too.
+"""A finished clip: tracked from where it is most certain, and smoothed; from a shell, too.
 
-A clip goes through a live `Tracker`. Where a track starts, it is also followed backwards, to the
-frames that showed the target before the network was confident, or before the start that the user
-gave. In the end the whole track is smoothed.
+The network looks at frames spread over the clip. From the most probable detection, or from the
+starts that the user gives, a live `Tracker` follows the target on the pixels, forwards and
+backwards. Where that part of the track ends, or where other detections contradict it, the next best
+detection starts another part. Each frame belongs to the part that the detections around it support
+best, and in the end the whole track is smoothed.
 
     python -m xwing.tracking CLIP --target MESH --start START --out DIR
 """
@@ -12,6 +14,7 @@ import collections
 import dataclasses
 import itertools
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,14 +23,22 @@ from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
+from xwing.detections import Witnesses, detect, detection_interval, difference, ranked
 from xwing.detector import Detector
 from xwing.export import export_track
 from xwing.film import write_clip
-from xwing.footage import Clip
-from xwing.motion import smooth
+from xwing.footage import Clip, frames_at
+from xwing.lens import LensCheck, check_lens
 from xwing.overlay import draw_tracked
 from xwing.starts import read_starts
-from xwing.tracker import MAX_GAP_SECONDS, START_FRAMES, TrackedPose, Tracker, trust_features
+from xwing.tracker import (
+    CONFIDENT_AGREEMENT,
+    ENOUGH_CONTRAST,
+    MAX_GAP_SECONDS,
+    TrackedPose,
+    Tracker,
+    trust_features,
+)
 
 __all__ = [
     "TrackedPose",
@@ -40,13 +51,34 @@ __all__ = [
     "trust_features",
 ]
 
-# Bytes of the frames that are kept at a time where a clip is read backwards.
-BACKWARD_BYTES = 2e8
+# Bytes of the frames of a clip that are kept at a time.
+KEPT_BYTES = 2e8
 
-# Two poses of one frame that are right, within 5 degrees and 0.106 diameters each, differ by no
-# more than this: degrees, and diameters.
-MAX_DISAGREEMENT_TURN = 10.0
-MAX_DISAGREEMENT_SHIFT = 0.21285
+# The lens is checked in so many frames: those of the clearest detections, or some near the starts.
+LENS_FRAMES = 8
+LENS_SECONDS = 0.5
+
+# The probability of a pose falls by these factors. With a focal length that is wrong by 12 % or
+# more, the distance of a target is wrong by more than a right pose may be.
+LENS_PROBABILITY = {"confirmed": 1.0, "unknown": 0.7, "wrong": 0.05}
+
+# Where no part leads, the network looks at frames that are so many seconds apart at last.
+CLOSEST = 0.1
+
+# Where no detection is probable enough alone, tracks are tried from so many of them, and one counts
+# if so many detections agree with it.
+DOUBTFUL_TRIED = 3
+MIN_AGREEING = 3
+
+
+class Track(list):
+    """The `TrackedPose` of each frame of a clip.
+
+    Attributes:
+        lens: `LensCheck` of the camera matrix; None where the pixels were not compared.
+    """
+
+    lens: LensCheck | None = None
 
 
 def track_clip(
@@ -57,24 +89,29 @@ def track_clip(
     fps: float | None = None,
     progress: bool = True,
     starts: dict | None = None,
-) -> list[TrackedPose]:
+) -> Track:
     """Track a finished clip; the track is forward-backward smoothed.
 
+    Before that the focal length of K is checked in frames that show the target clearly. Where it is
+    wrong, a warning says so, and the poses are improbable.
+
     Args:
-        clip: `Clip`, or another iterable of `Frame`; with starts it is read more than once.
+        clip: `Clip`, or another iterable of `Frame`; it is read more than once where there is an
+            aligner, and kept in memory where that is not possible.
         K: (3, 3) camera matrix, pixels.
         detector: see `Tracker`; None: there are starts.
-        aligner: see `Tracker`.
+        aligner: see `Tracker`. None: every frame is measured by the network.
         fps: frames a second where the clip does not say.
         progress: show a bar.
         starts: {number of a frame: pose (4, 4)} that the user knows. The target is followed from
             each one forwards and backwards. Between two starts, the nearer one counts. Where the
-            tracks from both differ, `reason` says so, and the probability is at most one half.
+            tracks from both differ, `reason` says so, and the probability is at most one half. The
+            network is used in the frames that no start leads to.
 
     Returns:
-        list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked frames are
-        "predicted". Frames in longer gaps, before the first and after the last tracked frame are
-        "lost" and have no pose.
+        `Track`, a list of N `TrackedPose`. Frames in gaps of up to MAX_GAP_SECONDS between tracked
+        frames are "predicted". Frames in longer gaps, before the first and after the last tracked
+        frame are "lost" and have no pose.
 
     Raises:
         ValueError: a wrong K, fps that are not positive, a detector and an aligner of different
@@ -83,38 +120,26 @@ def track_clip(
     starts = _check_starts(starts or {}, detector, aligner)
     fps = getattr(clip, "fps", None) or fps
     tracker = Tracker(K, fps, detector, aligner, keep=True)
-    estimates = []
-    recent_images = collections.deque(maxlen=round(MAX_GAP_SECONDS * fps) + START_FRAMES)
-    if starts and iter(clip) is clip:
-        clip = list(clip)  # it can be read only once
+    if aligner is None:
+        for frame in _bar(clip, "tracking", getattr(clip, "count", None), progress):
+            tracker.update(frame.image, frame.seconds, frame.fault)
+        return Track(_without_open_gaps(tracker.smoothed(), fps))
 
-    count = len(clip) if isinstance(clip, list) else getattr(clip, "count", None)
-    if count is not None:
-        _check_frame_numbers(starts, count)
-    for frame in tqdm(clip, "tracking", count, unit="frame", disable=not progress):
-        index = len(estimates)
-        if index in starts:
-            tracked = _start(tracker, frame, index, starts[index])
-        else:
-            tracked = tracker.update(frame.image, frame.seconds, frame.fault)
-        estimates.append(tracker.steps[-1].estimate)
-        recent_images.append(frame.image)
-        has_settled = tracked.status != "lost" and tracker.age == START_FRAMES
-        is_found = index + 1 - START_FRAMES not in starts
-        if has_settled and is_found and aligner is not None:
-            _track_backwards(tracker, recent_images, estimates)
+    clip, count = _readable_again(clip)
+    _check_frame_numbers(starts, count)
+    film, detections = _look_through(clip, count, tracker, progress)
+    lens = _check_lens(film, detections, starts)
+    if lens.verdict == "wrong":
+        warnings.warn(str(lens), stacklevel=2)
 
-    _check_frame_numbers(starts, len(estimates))
-    doubts = {}
-    for index in sorted(starts):
-        doubts |= _follow_backwards(tracker, clip, starts, index, estimates, progress)
+    parts = [_grow_from_start(film, starts, start) for start in sorted(starts)]
+    parts, detections = _grow_from_detections(film, detections, parts)
+    return _finish(film, parts, detections, lens)
 
-    # With an aligner, estimates may have been replaced, so the filter runs again. Without one, none
-    # was replaced, and only the live filter knows which tracks were dropped.
-    if aligner is not None:
-        tracker = _filter_again(tracker, estimates)
-    track = _without_open_gaps(tracker.smoothed(), fps)
-    return [_doubted(tracked, doubts.get(index)) for index, tracked in enumerate(track)]
+
+def _bar(frames, words, count, progress):
+    """The frames with a progress bar."""
+    return tqdm(frames, words, count, unit="frame", disable=not progress)
 
 
 def _check_starts(starts, detector, aligner):
@@ -138,72 +163,87 @@ def _check_frame_numbers(starts, count):
         raise ValueError(f"starts, frame {outside[0]}: the clip has the frames 0 to {count - 1}")
 
 
-def _start(tracker, frame, index, pose):
-    """The `TrackedPose` of a frame in which the user gives the pose."""
-    try:
-        return tracker.start(frame.image, pose, frame.seconds)
-    except ValueError as error:
-        raise ValueError(f"starts, frame {index}: {error}") from None
+# ------------------------------------------------------------ the frames
 
 
-def _follow_backwards(live, clip, starts, start, estimates, progress):
-    """Follow a target back from a start to the one before, or to the clip's first frame.
+@dataclasses.dataclass(frozen=True)
+class _Film:
+    """The frames of a clip, which are read again as often as a track needs them."""
 
-    A second live tracker takes the frames in reverse order. Its estimates replace those that are
-    missing, and those of frames that are nearer to this start than to the one before.
+    clip: Iterable
+    width: int  # pixels
+    height: int
+    seconds: list  # of each frame
+    faults: list  # of each frame, why it cannot be read
+    live: Tracker  # has K, fps, detector and aligner; it takes no frame
+    progress: bool
+    looked: set  # numbers of the frames that the network has seen
 
-    Returns:
-        {number of a frame: how the tracks from both starts differ there}, where they do.
-    """
-    before = max((index for index in starts if index < start), default=None)
-    first = 0 if before is None else before + 1
-    if first == start:
-        return {}
+    def forwards(self, first, last):
+        """Yield number and `Frame`, from the first to the last."""
+        frames = itertools.islice(self.clip, first, last + 1)
+        return enumerate(_bar(frames, "forwards", last + 1 - first, self.progress), first)
 
-    doubts = {}
-    tracker = Tracker(live.K, live.fps, None, live.aligner)
-    frames = _reversed_frames(clip, first, start)
-    for index, frame in tqdm(
-        frames, "backwards", start - first + 1, unit="frame", disable=not progress
-    ):
-        seconds = live.steps[start].seconds - live.steps[index].seconds
-        if index == start:
-            tracker.start(frame.image, starts[start], seconds)
-            continue
+    def backwards(self, first, last):
+        """Yield number and `Frame`, from the last to the first."""
+        frames = _reversed_frames(self.clip, first, last)
+        return _bar(frames, "backwards", last + 1 - first, self.progress)
 
-        tracker.update(frame.image, seconds, frame.fault)
-        found = tracker.steps[-1].estimate
-        known = estimates[index]
-        if not found.accepted:
-            continue
-
-        if before is not None and known.accepted:
-            difference = _difference(known.pose, found.pose, live.target)
-            if difference:
-                doubts[index] = f"the tracks from frames {before} and {start} {difference}"
-        is_nearer = before is None or start - index < index - before
-        if is_nearer or not known.accepted:
-            estimates[index] = found
-
-    return doubts
+    def new_tracker(self):
+        """A `Tracker` that follows the target on the pixels alone."""
+        return Tracker(self.live.K, self.live.fps, None, self.live.aligner)
 
 
-def _difference(one, other, target):
-    """How two poses differ, in words; empty where both may be right."""
-    equivalent = [other @ symmetry for symmetry in target.symmetries]
-    turn = min(xu.rotation_error(one, pose) for pose in equivalent)
-    centre = np.append(target.box.mean(0), 1)
-    shift = np.linalg.norm((one - other)[:3] @ centre) / target.diameter
-    if turn <= MAX_DISAGREEMENT_TURN and shift <= MAX_DISAGREEMENT_SHIFT:
-        return ""
-    return f"differ by {turn:.0f} degrees and {shift:.2f} diameters"
+def _readable_again(clip):
+    """A clip that can be read more than once, a list where it is short; its number of frames."""
+    if iter(clip) is clip or not hasattr(clip, "count"):
+        clip = list(clip)
+    elif not isinstance(clip, list) and clip.count * 3 * clip.width * clip.height <= KEPT_BYTES:
+        clip = list(clip)
+    count = len(clip) if isinstance(clip, list) else clip.count
+    return clip, count
 
 
-def _doubted(tracked, doubt):
-    """A `TrackedPose` of which two starts disagree: at most one of them is right."""
-    if doubt is None or tracked.pose is None:
-        return tracked
-    return dataclasses.replace(tracked, probability=min(tracked.probability, 0.5), reason=doubt)
+def _look_through(clip, count, tracker, progress):
+    """Read a clip once: its `_Film`, and the `Detection`s of every n-th frame."""
+    interval = detection_interval(count, tracker.fps)
+    wanted = range(interval // 2, count, interval) if tracker.detector is not None else ()
+    seconds = []
+    faults = []
+    detections = []
+    height, width = 0, 0
+    for index, frame in enumerate(_bar(clip, "detecting", count, progress)):
+        time = frame.seconds
+        if time is None:
+            time = seconds[-1] + 1 / tracker.fps if seconds else 0.0
+        seconds.append(time)
+        faults.append(frame.fault)
+        if frame.image is not None:
+            height, width = frame.image.shape[:2]
+        if index in wanted and frame.image is not None:
+            detections.append(detect(tracker, index, frame.image))
+    film = _Film(clip, width, height, seconds, faults, tracker, progress, set(wanted))
+    return film, detections
+
+
+def _look_again(film, parts, interval):
+    """The `Detection`s of every n-th frame in the long gaps between parts."""
+    covered = {-1, len(film.seconds)}.union(*(part.poses for part in parts))
+    longest = MAX_GAP_SECONDS * film.live.fps
+    wanted = set()
+    for before, after in itertools.pairwise(sorted(covered)):
+        if after - before > longest:
+            wanted.update(range(before + 1, after))
+    wanted = {index for index in wanted if index % interval == 0} - film.looked
+    film.looked.update(wanted)
+    if not wanted:
+        return []
+    frames = film.forwards(min(wanted), max(wanted))
+    return [
+        detect(film.live, index, frame.image)
+        for index, frame in frames
+        if index in wanted and frame.image is not None
+    ]
 
 
 def _reversed_frames(clip, first, last):
@@ -218,54 +258,246 @@ def _reversed_frames(clip, first, last):
         end = begin
         image = frames[-1].image
         if image is not None:
-            count = max(1, int(BACKWARD_BYTES / image.nbytes))
+            count = max(1, int(KEPT_BYTES / image.nbytes))
 
 
-def _track_backwards(tracker, recent_images, estimates):
-    """Follow a target back from where its track has started, while the pixels confirm it.
+# ------------------------------------------------------------ the lens
 
-    Entries of `estimates` that were not accepted, or that explain less of their frames, are
-    replaced. `recent_images` are those of the last frames, the START_FRAMES of the new track among
-    them.
+
+def _check_lens(film, detections, starts):
+    """The `LensCheck` of the clearest detections, or else of what is tracked near the starts."""
+    clear = ranked(one for one in detections if one is not None and one.probability > 0.5)
+    poses = {one.index: one.estimate.pose for one in clear if _is_whole(film, one.estimate.pose)}
+    poses = dict(itertools.islice(poses.items(), LENS_FRAMES))
+    if len(poses) < LENS_FRAMES and starts:
+        poses = _poses_near(film, starts)
+
+    numbers = sorted(poses)
+    images = list(frames_at(film.clip, numbers))
+    live = film.live
+    return check_lens(images, [poses[index] for index in numbers], live.K, live.aligner)
+
+
+def _poses_near(film, starts):
+    """The poses of a few frames that are tracked near starts, {number of a frame: (4, 4)}."""
+    poses = {}
+    reach = round(LENS_SECONDS * film.live.fps)
+    for start in starts:
+        last = min(start + reach, len(film.seconds) - 1)
+        part = _grow_from_start(film, starts, start, max(start - reach, 0), last)
+        poses |= {index: one for index, one in part.poses.items() if _is_whole(film, one)}
+    numbers = sorted(poses)
+    chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), LENS_FRAMES)).round().astype(int)
+    return {numbers[i]: poses[numbers[i]] for i in chosen}
+
+
+def _is_whole(film, pose):
+    """Whether the whole target is in sight at a pose."""
+    corners = xu.project_pose(film.live.target.box, pose, film.live.K)
+    return bool(xu.in_frame(corners, film.width, film.height).all())
+
+
+# ------------------------------------------------------------ parts of a track
+
+
+@dataclasses.dataclass
+class _Part:
+    """A track that grew from one frame in both directions."""
+
+    start: int  # number of the frame
+    is_given: bool  # whether the user knows the pose there
+    estimates: dict  # {number of a frame: PoseEstimate}, accepted or not
+    witnesses: Witnesses | None = None  # where the network found its start
+
+    @property
+    def poses(self):
+        """{number of a frame: pose (4, 4)} of the accepted estimates."""
+        return {index: one.pose for index, one in self.estimates.items() if one.accepted}
+
+    @property
+    def agreement(self):
+        """The median local agreement of the accepted estimates; NaN where nothing was learnt."""
+        accepted = [one.local_agreement for one in self.estimates.values() if one.accepted]
+        return float(np.nanmedian(accepted)) if np.isfinite(accepted).any() else np.nan
+
+    def rank(self, index):
+        """How well it is founded near a frame, to compare: a start beats all detections."""
+        if self.is_given:
+            return 1, -abs(index - self.start)
+        support, opposition = self.witnesses.support(index)
+        return 0, support - opposition
+
+
+def _grow(film, start, estimate, first, last, is_given):
+    """The `_Part` that grows from an estimate in one frame, between two frames.
+
+    One from a detection ends where the target is lost.
     """
-    steps = list(tracker.steps)
-    start = len(steps) - START_FRAMES
-    smoothed = smooth([step.filtered for step in steps[start:]])[0]
-    # The way back is a new track: it has the smoothed velocity, but the covariance of a start.
-    motion = tracker.model.start(smoothed.pose, smoothed.covariance[:6, :6])
-    motion = dataclasses.replace(motion, velocity=smoothed.velocity)
+    part = _Part(start, is_given, {})
+    for frames in (film.forwards(start, last), film.backwards(first, start)):
+        tracker = film.new_tracker()
+        for index, frame in frames:
+            seconds = abs(film.seconds[index] - film.seconds[start])
+            if index == start:
+                _begin(tracker, frame.image, estimate, seconds, is_given)
+            elif tracker.update(frame.image, seconds, frame.fault).status == "lost":
+                if not is_given:
+                    break
+            part.estimates[index] = tracker.steps[-1].estimate
+    return part
 
-    seconds = steps[start].seconds
-    usual_contrast = steps[start].estimate.explained_contrast
-    first = len(steps) - len(recent_images)
-    for index in reversed(range(first, start)):
-        image = recent_images[index - first]
-        if image is None:
+
+def _begin(tracker, image, estimate, seconds, is_given):
+    """Begin a track at an estimate. Where the mesh explains too little, the aligner learns."""
+    if is_given or estimate.explained_contrast < ENOUGH_CONTRAST:
+        tracker.start(image, estimate.pose, seconds)
+    else:
+        start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
+        tracker.update_pose(start, seconds)
+
+
+def _grow_from_start(film, starts, start, first=0, last=None):
+    """The `_Part` of a start, up to the starts before and after it, or up to other frames."""
+    last = len(film.seconds) - 1 if last is None else last
+    first = max(first, *(index + 1 for index in starts if index < start), 0)
+    last = min(last, *(index - 1 for index in starts if index > start), last)
+    try:
+        return _grow(film, start, xu.PoseEstimate(starts[start]), first, last, is_given=True)
+    except ValueError as error:
+        raise ValueError(f"starts, frame {start}: {error}") from None
+
+
+def _grow_from_detections(film, detections, parts):
+    """All parts, with those of detections where the given ones do not lead; all detections.
+
+    The network looks again, and closer, where no part leads.
+    """
+    interval = detection_interval(len(film.seconds), film.live.fps)
+    while True:
+        detections = ranked(one for one in detections if one is not None)
+        for part in parts:
+            _hear_witnesses(film, part, detections)
+        for detection in detections:
+            is_open = not any(_is_supported(part, detection.index) for part in parts)
+            if detection.estimate.accepted and is_open:
+                parts.append(_grow_from(film, detection, detections))
+
+        interval //= 2
+        if film.live.detector is None or interval < max(1, CLOSEST * film.live.fps):
             break
+        detections += _look_again(film, parts, interval)
 
-        earlier = steps[index].seconds
-        predicted, _ = tracker.model.predict(motion, earlier - seconds)
-        estimate = tracker.align(image, predicted, usual_contrast)
-        if not (estimate.accepted and _is_better(estimate, estimates[index])):
-            break
-
-        motion = predicted.updated(estimate.pose, estimate.covariance)
-        seconds = earlier
-        estimates[index] = estimate
+    if len(parts) == 0:
+        parts += _grow_from_doubtful(film, detections)
+    return parts, detections
 
 
-def _is_better(estimate, known):
-    """Whether an accepted estimate should replace the known one."""
-    return not known.accepted or estimate.explained_contrast > known.explained_contrast
+def _is_supported(part, index):
+    """Whether a part has a pose in a frame that more speaks for than against."""
+    return index in part.poses and (part.is_given or part.rank(index)[1] > 0)
 
 
-def _filter_again(live, estimates):
-    """A new tracker after a clip's final estimates, at the times of the live one's frames."""
-    tracker = Tracker(live.K, live.fps, live.detector, live.aligner, keep=True)
-    for estimate, step in zip(estimates, live.steps):
-        tracker.second_target = step.second_target
-        tracker.update_pose(estimate, step.seconds)
-    return tracker
+def _grow_from(film, detection, detections):
+    """The `_Part` that grows from a detection."""
+    last = len(film.seconds) - 1
+    part = _grow(film, detection.index, detection.estimate, 0, last, is_given=False)
+    _hear_witnesses(film, part, detections)
+    return part
+
+
+def _hear_witnesses(film, part, detections):
+    """Compare a part with the detections of the clip."""
+    interval = detection_interval(len(film.seconds), film.live.fps)
+    part.witnesses = Witnesses(detections, part.poses, film.live.target, interval)
+
+
+def _grow_from_doubtful(film, detections):
+    """The best `_Part` from detections of which none is probable enough alone, in a list.
+
+    It counts only if it goes on looking like its first frame, and many detections agree with it.
+    """
+    parts = []
+    for detection in detections:
+        seen = any(_agrees(part, detection, film.live.target) for part in parts)
+        if len(parts) < DOUBTFUL_TRIED and not seen:
+            parts.append(_grow_from(film, detection, detections))
+    confirmed = [part for part in parts if _is_confirmed(part)]
+    best = max(confirmed, key=lambda part: len(part.poses) * part.agreement, default=None)
+    return [] if best is None else [best]
+
+
+def _agrees(part, detection, target):
+    """Whether a part passes where a detection is."""
+    pose = part.poses.get(detection.index)
+    return pose is not None and not difference(pose, detection.estimate.pose, target)
+
+
+def _is_confirmed(part):
+    """Whether doubtful detections confirm one another by way of the track between them."""
+    agree = part.witnesses.agree
+    many = agree.sum() >= max(MIN_AGREEING, len(agree) / 2)
+    return many and part.agreement > CONFIDENT_AGREEMENT
+
+
+# ------------------------------------------------------------ the finished track
+
+
+def _finish(film, parts, detections, lens):
+    """The smoothed track that parts make together."""
+    tracker = Tracker(film.live.K, film.live.fps, None, film.live.aligner, keep=True)
+    seconds_targets = {one.index: one.second_target for one in detections}
+    chosen = []
+    doubts = []
+    for index, seconds in enumerate(film.seconds):
+        part, doubt = _choose(parts, index, film.live.target)
+        chosen.append(part)
+        doubts.append(doubt)
+        tracker.second_target = seconds_targets.get(index, tracker.second_target)
+        tracker.update_pose(_estimate(film, parts, part, index), seconds)
+
+    track = _without_open_gaps(tracker.smoothed(), film.live.fps)
+    track = Track(_doubted(*each, lens) for each in zip(track, chosen, doubts))
+    track.lens = lens
+    return track
+
+
+def _choose(parts, index, target):
+    """The `_Part` that is founded best in a frame, or None; and a doubt, or "".
+
+    There is a doubt where another part of the same kind is founded nearly as well and differs.
+    """
+    found = [part for part in parts if _is_supported(part, index)]
+    best = max(found, key=lambda part: part.rank(index), default=None)
+    for other in found:
+        if other is best or other.is_given != best.is_given:
+            continue
+        differs = difference(best.poses[index], other.poses[index], target)
+        if differs:
+            first, second = sorted([best.start, other.start])
+            return best, f"the tracks from frames {first} and {second} {differs}"
+    return best, ""
+
+
+def _estimate(film, parts, part, index):
+    """The `PoseEstimate` of a frame in a part, or one that says why there is none."""
+    if part is not None:
+        return part.estimates[index]
+    for other in parts:
+        missing = other.estimates.get(index)
+        if missing is not None and not missing.accepted:
+            return missing
+    return xu.PoseEstimate(None, reason=film.faults[index] or "the target is not found")
+
+
+def _doubted(tracked, part, doubt, lens):
+    """A `TrackedPose` with what speaks against its part, or against the lens."""
+    probability = tracked.probability * LENS_PROBABILITY[lens.verdict]
+    if part is not None and not part.is_given:
+        probability *= part.witnesses.probability
+    if doubt and tracked.pose is not None:
+        probability = min(probability, 0.5)
+        tracked = dataclasses.replace(tracked, reason=doubt)
+    return dataclasses.replace(tracked, probability=probability)
 
 
 def _without_open_gaps(track, fps):
@@ -288,7 +520,8 @@ def _without_open_gaps(track, fps):
 def summary(track: Sequence[TrackedPose]) -> str:
     """Return a line that says how many frames of a track are tracked, predicted and lost.
 
-    It also says in how many frames the starts disagree, and a second target was seen, if in any.
+    It also says in how many frames the starts disagree, and a second target was seen, if in any,
+    and which focal length fits where that of K is wrong.
 
     Args:
         track: one `TrackedPose` a frame.
@@ -303,6 +536,9 @@ def summary(track: Sequence[TrackedPose]) -> str:
     with_second = sum(tracked.second_target is not None for tracked in track)
     if with_second:
         parts.append(f"a second target in sight in {with_second}")
+    lens = getattr(track, "lens", None)
+    if lens is not None and lens.verdict == "wrong":
+        parts.append(f"the focal length fits {lens.focal:.1f} mm")
     return f"{len(track)} frames: {', '.join(parts)}"
 
 
@@ -317,10 +553,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parse(arguments)
     try:
-        track = _track_to_files(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            track = _track_to_files(options)
     except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     print(f"{options.out}: {summary(track)}")
+
+
+def _print_warning(message, *_, **__):
+    """Print a warning as a line on the error stream."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _parse(arguments):
