@@ -32,7 +32,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/motion": {"xwing_utils"},
     "xwing/detector": {"xwing_utils"},
     "xwing/footage": {"xwing_utils", "xwing/detector"},
-    "xwing/lens": {"xwing/footage"},
+    "xwing/lens": {"xwing_utils", "xwing/footage"},
     "xwing/lasers": {"xwing_utils", "xwing/mesh"},
     "xwing/overlay": {
         "xwing_utils",
@@ -44,10 +44,12 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/export": {"xwing_utils"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
     "xwing/tracker": {"xwing_utils", "xwing/motion"},
+    "xwing/detections": {"xwing_utils", "xwing/metrics", "xwing/tracker"},
     "xwing/tracking": {
         "xwing_utils",
-        "xwing/motion",
         "xwing/tracker",
+        "xwing/detections",
+        "xwing/lens",
         "xwing/footage",
         "xwing/detector",
         "xwing/alignment",

@@ -22,7 +22,7 @@ from xwing import metrics, tracking
 from xwing import tracker as tracker_module
 from xwing.alignment import Aligner
 from xwing.footage import Clip, Frame
-from xwing.lens import compare_focal_lengths
+from xwing.lens import check_lens
 from xwing.mesh import load_mesh, rasterise
 from xwing.tracking import Tracker, track_clip
 
@@ -489,16 +489,27 @@ def test_a_finished_clip_goes_back_to_where_the_network_was_uncertain(K, clip_fr
     assert np.median(errors(track, truth)) < 0.3 and errors(track, truth).max() < 1
 
 
-@pytest.mark.parametrize("wrong", [0.7, 1.0, 1.3])
-def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, wrong):
-    images, truth = (part[30:110:10] for part in clip_frames)
+@pytest.mark.parametrize(
+    "wrong, verdict", [(0.7, "wrong"), (1.0, "confirmed"), (1.3, "wrong"), (1.9, "wrong")]
+)
+def test_the_focal_length_can_be_told_from_the_frames(K, clip_frames, aligner, wrong, verdict):
+    images, truth = (part[30:110:20] for part in clip_frames)
     scaled = K * [[wrong, 1, 1], [1, wrong, 1], [1, 1, 1]]
     started = np.array(truth)
     started[:, 2, 3] *= wrong  # the distance that is found with it
-    best, factors, explained = compare_focal_lengths(images, started, scaled, aligner)
-    assert best * wrong == pytest.approx(1, abs=0.04)
-    assert explained.shape == factors.shape
-    assert factors[explained.argmax()] == pytest.approx(best, rel=0.12)
+    lens = check_lens(images, started, scaled, aligner)
+    assert lens.factor * wrong == pytest.approx(1, abs=0.05)
+    assert lens.verdict == verdict
+    assert lens.focal == pytest.approx(35, abs=2)
+    assert lens.explained.shape == lens.factors.shape
+    assert lens.factors[lens.explained.argmax()] == pytest.approx(lens.factor, rel=0.15)
+
+
+def test_frames_without_the_target_say_nothing_about_the_lens(K, clip_frames, aligner):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8)
+    poses = clip_frames[1][30:110:20]
+    assert check_lens(list(noise), poses, K, aligner).verdict == "unknown"
+    assert check_lens(list(noise[:3]), poses[:3], K, aligner).verdict == "unknown"
 
 
 # ------------------------------------------------------------ how confident

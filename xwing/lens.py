@@ -10,8 +10,10 @@ depends on the focal length: seen from near, its front is large compared with it
 import dataclasses
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
+import xwing_utils as xu
 from xwing.footage import Clip, frames_at
 
 BAR_FRAMES = 12  # frames to examine; a scene may be dark in one of them, but hardly in all
@@ -157,11 +159,31 @@ def _align_all(images, poses, K, aligner):
 
 def _align_again(images, known, K, step, known_step, aligner):
     """What `_align_all` finds with another focal length, from what it found with a known one."""
-    poses = np.array(known[1])
-    # The target stays as large in the picture.
-    poses[:, 2, 3] *= FOCAL_STEP ** (step - known_step)
-    factor = FOCAL_STEP**step
-    return _align_all(images, poses, K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]], aligner)
+    old_K = _scale_focal(K, FOCAL_STEP**known_step)
+    new_K = _scale_focal(K, FOCAL_STEP**step)
+    box = aligner.target.box
+    poses = [_pose_through(box, pose, old_K, new_K) for pose in known[1]]
+    return _align_all(images, poses, new_K, aligner)
+
+
+def _scale_focal(K, factor):
+    """K (3, 3) with another focal length."""
+    return K * [[factor, 1, 1], [1, factor, 1], [1, 1, 1]]
+
+
+def _pose_through(box, pose, K, new_K):
+    """The pose with which a box (8, 3) looks most alike through another camera matrix.
+
+    The target stays about as large in the picture, and turns a little.
+    """
+    seen = xu.project_pose(box, pose, K)
+    start = pose.copy()
+    start[2, 3] *= new_K[0, 0] / K[0, 0]
+    if not np.isfinite(seen).all():
+        return start
+    rotation, translation = cv2.Rodrigues(start[:3, :3])[0], start[:3, 3:].copy()
+    found = cv2.solvePnPRefineLM(box, seen, new_K, None, rotation, translation)
+    return xu.move_pose(np.eye(4), np.concatenate(found).ravel())
 
 
 def _peak(places, explained):

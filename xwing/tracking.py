@@ -196,12 +196,16 @@ class _Film:
 
 def _readable_again(clip):
     """A clip that can be read more than once, a list where it is short; its number of frames."""
-    if iter(clip) is clip or not hasattr(clip, "count"):
+    is_read_once = iter(clip) is clip or not hasattr(clip, "count")
+    if isinstance(clip, list) or is_read_once or _bytes(clip) <= KEPT_BYTES:
         clip = list(clip)
-    elif not isinstance(clip, list) and clip.count * 3 * clip.width * clip.height <= KEPT_BYTES:
-        clip = list(clip)
-    count = len(clip) if isinstance(clip, list) else clip.count
-    return clip, count
+        return clip, len(clip)
+    return clip, clip.count
+
+
+def _bytes(clip):
+    """The size of all frames of a `Clip`; infinite where it does not say."""
+    return 3 * clip.count * getattr(clip, "width", np.inf) * getattr(clip, "height", np.inf)
 
 
 def _look_through(clip, count, tracker, progress):
