@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,9 @@ import xwing_utils as xu
 from xwing import metrics, tracking
 from xwing import tracker as tracker_module
 from xwing.alignment import Aligner
+from xwing.detections import Detection
 from xwing.footage import Clip, Frame
-from xwing.lens import check_lens
+from xwing.lens import LensCheck, check_lens
 from xwing.mesh import load_mesh, rasterise
 from xwing.tracking import Tracker, track_clip
 
@@ -927,6 +929,115 @@ def test_starts_that_cannot_be_are_refused(footage, box_aligner):
         track({0: pose}, aligner=None)
     with pytest.raises(ValueError, match="frame 0: start: the frame cannot be read"):
         track({0: pose}, frames=[Frame(None, 0.0, "damaged"), *frames[1:]])
+
+
+# ------------------------------------------------------------ from what a network detects
+
+
+@pytest.fixture
+def detected(monkeypatch, box_aligner):
+    """A function: {number of a frame: (pose, probability)} -> a detector that finds these."""
+
+    def make(found):
+        def detect(tracker, index, image):
+            pose, probability = found.get(index, (None, 0.0))
+            estimate = xu.PoseEstimate(
+                pose,
+                np.eye(6) * 1e-4,
+                probability > 0.8,
+                "nothing is seen",
+                explained_contrast=0.3,
+                probability=probability,
+            )
+            return None if pose is None else Detection(index, estimate)
+
+        monkeypatch.setattr(tracking, "detect", detect)
+        return SimpleNamespace(target=box_aligner.target)
+
+    return make
+
+
+def track_box(footage, aligner, detector, count=16):
+    frames = iter(box_frames(footage)[:count])  # it can be read only once
+    return track_clip(frames, footage.K, detector, aligner, FPS, progress=False)
+
+
+def test_a_clip_is_tracked_from_its_most_probable_detection(footage, box_aligner, detected):
+    detector = detected({9: (footage.poses[9], 0.98), 5: (footage.poses[5], 0.9)})
+    track = track_box(footage, box_aligner, detector)
+    assert [t.status for t in track] == ["tracked"] * 16
+    assert errors(track, footage.poses).max() < 2
+    assert [t.reason for t in track] == [""] * 16
+    assert min(probability(track)) > 0.6
+
+
+def test_one_bad_detection_does_not_decide_a_clip(footage, box_aligner, detected):
+    """The most probable one is turned by a quarter. Three others contradict it."""
+    quarter = np.eye(4)
+    quarter[:3, :3] = Rotation.from_euler("y", 90, degrees=True).as_matrix()
+    found = {index: (footage.poses[index], 0.9) for index in (5, 7, 9)}
+    found[3] = (footage.poses[3] @ quarter, 0.99)
+    track = track_box(footage, box_aligner, detected(found), 12)
+    assert [t.status for t in track] == ["tracked"] * 12
+    assert errors(track, footage.poses).max() < 2
+
+
+def test_detections_that_contradict_each_other_equally_are_said(footage, box_aligner, detected):
+    beside = shifted(footage.poses[3], [0.3, 0.3, 0])
+    detector = detected({3: (beside, 0.9), 9: (footage.poses[9], 0.9)})
+    track = track_box(footage, box_aligner, detector, 12)
+    assert errors(track[7:], footage.poses[7:]).max() < 2
+    doubted = [t for t in track if t.reason]
+    assert doubted and max(t.probability for t in doubted) <= 0.5
+    assert all("from frames 3 and 9 differ by" in t.reason for t in doubted)
+
+
+def test_doubtful_detections_count_only_where_they_agree(footage, box_aligner, detected):
+    """No detection is probable. Four on one track confirm one another, four at random do not."""
+    right = {index: (footage.poses[index], 0.4) for index in (3, 5, 7, 9)}
+    track = track_box(footage, box_aligner, detected(right), 12)
+    assert [t.status for t in track] == ["tracked"] * 12
+    assert errors(track, footage.poses).max() < 2
+
+    turns = Rotation.random(4, rng=np.random.default_rng(1)).as_matrix()
+    for index, turn in zip(right, turns):
+        pose = footage.poses[index].copy()
+        pose[:3, :3] = turn
+        right[index] = pose, 0.4
+    track = track_box(footage, box_aligner, detected(right), 12)
+    assert {t.status for t in track} == {"lost"}
+    assert all(t.reason == "the target is not found" and t.probability == 0 for t in track)
+
+
+def test_a_wrong_lens_is_said_before_the_track(K, clip_frames, aligner, monkeypatch):
+    """The clip is not even tracked here: a warning that ends it comes first."""
+    images, truth = (part[30:110:16] for part in clip_frames)
+    wide = K * [[0.6, 1, 1], [1, 0.6, 1], [1, 1, 1]]
+    detector = SimpleNamespace(target=xu.XWING)
+
+    def detect(tracker, index, image):
+        pose = truth[index].copy()
+        pose[2, 3] *= 0.6
+        return Detection(index, xu.PoseEstimate(pose, np.eye(6) * 1e-4, True, probability=0.9))
+
+    monkeypatch.setattr(tracking, "detect", detect)
+    monkeypatch.setattr(tracking, "_grow", None)
+    frames = [Frame(image, i / FPS, "") for i, image in enumerate(images)]
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="a lens of 3[3-7].. mm"):
+        warnings.simplefilter("error")
+        track_clip(frames, wide, detector, aligner, FPS, False)
+
+
+def test_poses_through_a_wrong_lens_are_improbable():
+    wrong = LensCheck(1.6, 0.02, np.ones(3), np.full(3, 0.5), 56.0)
+    unknown = dataclasses.replace(wrong, deviation=1.0)
+    right = dataclasses.replace(wrong, factor=1.05)
+    assert [each.verdict for each in (wrong, unknown, right)] == ["wrong", "unknown", "confirmed"]
+    assert "1.60 times" in str(wrong) and "56.0 mm" in str(wrong)
+    track = tracking.Track([tracking.TrackedPose("lost")])
+    assert "focal" not in tracking.summary(track)
+    track.lens = wrong
+    assert "the focal length fits 56.0 mm" in tracking.summary(track)
 
 
 # ------------------------------------------------------------ the command

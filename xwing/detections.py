@@ -24,14 +24,14 @@ INTERVALS = 0.4, 1.0  # seconds
 MIN_DETECTIONS = 6
 
 # A detection speaks for the frames around it: its weight falls to 1/e in so many intervals.
-REACH = 3.0
+REACH = 5.0
 
 # Two poses of one frame that are right, within 5 degrees and 0.106 diameters each, differ by no
 # more than this: degrees, and diameters.
 MAX_DISAGREEMENT_TURN = 10.0
 MAX_DISAGREEMENT_SHIFT = 0.21285
 
-MAX_PROBABILITY = 0.999  # of a detection: no single one outweighs many others
+MAX_PROBABILITY = 0.98  # of a detection: a single one does not outweigh many others
 
 
 @dataclasses.dataclass(frozen=True)

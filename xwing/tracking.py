@@ -12,6 +12,7 @@ best, and in the end the whole track is smoothed.
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import sys
 import warnings
@@ -313,7 +314,7 @@ class _Part:
     estimates: dict  # {number of a frame: PoseEstimate}, accepted or not
     witnesses: Witnesses | None = None  # where the network found its start
 
-    @property
+    @functools.cached_property
     def poses(self):
         """{number of a frame: pose (4, 4)} of the accepted estimates."""
         return {index: one.pose for index, one in self.estimates.items() if one.accepted}
@@ -330,6 +331,18 @@ class _Part:
             return 1, -abs(index - self.start)
         support, opposition = self.witnesses.support(index)
         return 0, support - opposition
+
+    def is_founded(self, index):
+        """Whether it has a pose in a frame that no more speaks against than for it."""
+        return index in self.poses and (self.is_given or self.rank(index)[1] >= 0)
+
+    def contests(self, other, index):
+        """Whether it is founded at least half as well as another part of its kind in a frame."""
+        if index not in self.poses or self.is_given != other.is_given:
+            return False
+        if self.is_given:
+            return True
+        return self.witnesses.support(index)[0] >= 0.5 * other.witnesses.support(index)[0]
 
 
 def _grow(film, start, estimate, first, last, is_given):
@@ -382,7 +395,7 @@ def _grow_from_detections(film, detections, parts):
         for part in parts:
             _hear_witnesses(film, part, detections)
         for detection in detections:
-            is_open = not any(_is_supported(part, detection.index) for part in parts)
+            is_open = not any(part.is_founded(detection.index) for part in parts)
             if detection.estimate.accepted and is_open:
                 parts.append(_grow_from(film, detection, detections))
 
@@ -394,11 +407,6 @@ def _grow_from_detections(film, detections, parts):
     if len(parts) == 0:
         parts += _grow_from_doubtful(film, detections)
     return parts, detections
-
-
-def _is_supported(part, index):
-    """Whether a part has a pose in a frame that more speaks for than against."""
-    return index in part.poses and (part.is_given or part.rank(index)[1] > 0)
 
 
 def _grow_from(film, detection, detections):
@@ -468,12 +476,12 @@ def _finish(film, parts, detections, lens):
 def _choose(parts, index, target):
     """The `_Part` that is founded best in a frame, or None; and a doubt, or "".
 
-    There is a doubt where another part of the same kind is founded nearly as well and differs.
+    There is a doubt where another part that contests it differs.
     """
-    found = [part for part in parts if _is_supported(part, index)]
-    best = max(found, key=lambda part: part.rank(index), default=None)
-    for other in found:
-        if other is best or other.is_given != best.is_given:
+    founded = [part for part in parts if part.is_founded(index)]
+    best = max(founded, key=lambda part: part.rank(index), default=None)
+    for other in parts if best is not None else ():
+        if other is best or not other.contests(best, index):
             continue
         differs = difference(best.poses[index], other.poses[index], target)
         if differs:
