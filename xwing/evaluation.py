@@ -302,6 +302,89 @@ def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
     }
 
 
+# ------------------------------------------------------------ squares that are drawn
+
+MIN_CORNERS = 4  # of the box: a square that shows fewer is not counted
+NEAR = 20.0  # degrees: from there the alignment still finds the pose
+
+
+@dataclass(frozen=True)
+class DrawnSquares:
+    """N squares that a `Synthesiser` has drawn, and what is true in them."""
+
+    images: np.ndarray  # (N, S, S, 3) uint8
+    poses: np.ndarray  # (N, 4, 4) model -> OpenCV camera
+    cameras: np.ndarray  # (N, 3, 3) camera matrices, pixels
+    targets: list  # N `Target`
+
+
+def draw_squares(synthesise, target: xu.Target, count: int, size: int, seed: int) -> DrawnSquares:
+    """Draw squares that show at least MIN_CORNERS corners of a target's box.
+
+    Args:
+        synthesise: see `xwing_utils.make_dataset`.
+        target: what it draws, where it does not say.
+        count: N.
+        size: S, pixels.
+        seed: of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    squares = []
+    while len(squares) < count:
+        image, pose, K, *drawn = synthesise(size, rng)
+        shape = drawn[0] if drawn else target
+        if xu.in_frame(xu.project_pose(shape.box, pose, K), size, size).sum() >= MIN_CORNERS:
+            squares.append((image, pose, K, shape))
+    images, poses, cameras, targets = zip(*squares)
+    return DrawnSquares(np.array(images), np.array(poses), np.array(cameras), list(targets))
+
+
+def estimate_drawn(model, squares: DrawnSquares) -> list[xu.PoseEstimate]:
+    """Estimate the poses in drawn squares from the keypoints alone: N `PoseEstimate`.
+
+    Args:
+        model: from `load_model`, for squares of that size.
+        squares: `DrawnSquares`.
+    """
+    channels = model.settings["keypoints"]
+    maps = xu.predict_heatmaps(model, squares.images, channels=channels)
+    found = zip(squares.cameras, *xu.read_keypoints(maps, model.settings))
+    return [
+        xu.estimate_pose(keypoints, K, confidence, sigma, target=model.target)
+        for K, keypoints, confidence, sigma in found
+    ]
+
+
+def drawn_figures(estimates: Sequence, squares: DrawnSquares) -> dict:
+    """Compare estimates with the truth; turns after which a target looks the same are no errors.
+
+    Args:
+        estimates: N `PoseEstimate`.
+        squares: N `DrawnSquares`.
+
+    Returns:
+        "squares": N; "near": the fraction with a pose within NEAR degrees; "accepted": the fraction
+        with an accepted pose; "wrong": the fraction of these that are not near; and
+        "rotation_deg_median" of all poses.
+    """
+    degrees = []
+    for estimate, true, target in zip(estimates, squares.poses, squares.targets):
+        if estimate.pose is None:
+            degrees.append(np.inf)
+            continue
+        nearest = _nearest(estimate.pose, true @ symmetry_transforms(target))
+        degrees.append(xu.rotation_error(estimate.pose, nearest))
+    near = np.array(degrees) < NEAR
+    accepted = np.array([estimate.accepted for estimate in estimates])
+    return {
+        "squares": len(near),
+        "near": float(near.mean()),
+        "accepted": float(accepted.mean()),
+        "wrong": float((accepted & ~near).sum() / max(accepted.sum(), 1)),
+        "rotation_deg_median": float(np.median(degrees)),
+    }
+
+
 # ------------------------------------------------------------ a rendered flight
 
 
