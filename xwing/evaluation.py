@@ -421,11 +421,12 @@ class KnownClip:
     fps: float  # frames a second
 
 
-def load_object(path: Path) -> KnownClip:
+def load_object(path: Path, step: int = 1) -> KnownClip:
     """Read a clip of another object.
 
     Args:
         path: a file like data/objects/carton.json; the video is beside it.
+        step: every step-th frame is taken.
 
     Returns:
         its `KnownClip`. What is visible is the fraction of the object's silhouette.
@@ -439,12 +440,12 @@ def load_object(path: Path) -> KnownClip:
     if poses[0] is None:
         raise ValueError(f"{path}: expected a pose of the first frame, got null")
     return KnownClip(
-        clip=Clip(path.with_suffix(".mp4")),
+        clip=Clip(path.with_suffix(".mp4"), step),
         target=xu.load_target(path.with_name(info["target"])),
         K=np.array(info["K"]),
-        poses=poses,
-        visible=np.array(info["visible"]),
-        fps=info["fps"],
+        poses=poses[::step],
+        visible=np.array(info["visible"])[::step],
+        fps=info["fps"] / step,
     )
 
 
@@ -490,6 +491,30 @@ def follow(known: KnownClip, limit: int | None = None) -> list[TrackedPose]:
     frames = itertools.islice(known.clip, limit)
     track = [tracker.start(next(frames).image, known.poses[0])]
     return track + [tracker.update(frame.image, fault=frame.fault) for frame in frames]
+
+
+def find_alone(known: KnownClip, detector, aligner: Aligner | None = None) -> list[TrackedPose]:
+    """Find the target of a clip in each frame alone, as if no other had been seen.
+
+    Args:
+        known: the clip.
+        detector: `Detector` for its target.
+        aligner: verifies the poses; None takes those from the keypoints alone.
+
+    Returns:
+        a `TrackedPose` for each frame: "tracked" where the pose was accepted, else "lost". A pose
+        that was not accepted is kept.
+    """
+    found = []
+    for frame in known.clip:
+        keypoints, confidence, sigma = detector(frame.image)
+        estimate = xu.estimate_pose(keypoints, known.K, confidence, sigma, target=known.target)
+        if aligner is not None:
+            estimate = aligner.verify(frame.image, estimate, known.K)
+        status = "tracked" if estimate.accepted else "lost"
+        probability = float(np.nan_to_num(estimate.probability))
+        found.append(TrackedPose(status, frame.seconds, estimate.pose, probability=probability))
+    return found
 
 
 def track_figures(known: KnownClip, track: Sequence[TrackedPose]) -> dict:

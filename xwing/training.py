@@ -80,17 +80,17 @@ OFF_MIRROR = 0.02  # diameters by which 1 % of the surface may differ from its m
 def check_target(target: xu.Target, mesh: Mesh) -> None:
     """Raise ValueError where a network cannot learn a target's keypoints.
 
-    Each keypoint has to be in sight from somewhere, enough of them from everywhere, and a mirror has
-    to map the mesh onto itself.
+    Each keypoint has to be in sight from somewhere, and enough of them from everywhere. A mirror
+    has to map the mesh onto itself.
 
     Args:
         target: `Target`.
         mesh: of the target, from `load_mesh`.
     """
+    _check_enough_in_sight(target)
     points = _visible_points(target, mesh)
     tree = cKDTree(points)
     _check_on_surface(target, tree)
-    _check_enough_in_sight(target)
     if target.mirror is None:
         return
     images = points @ target.mirror[:3, :3].T + target.mirror[:3, 3]
