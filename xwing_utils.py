@@ -1518,6 +1518,7 @@ def keypoint_sigma(
 
 CROP_MARGIN = 48  # pixels by which a training square may reach beyond its frame
 _FAR = -1e4  # pixels, the position given to a keypoint that faces away
+_FRAME_CORNERS = [(0.0, 0.0), (float(FRAME_SIZE), 0.0), (0.0, float(FRAME_SIZE))]  # pixels
 
 
 def make_dataset(
@@ -1582,13 +1583,12 @@ def make_dataset(
         expected = f"expected a multiple of the {shard[1]} workers"
         raise ValueError(f"batch_size: {expected}, got {batch_size}")
 
-    points = target.keypoints
+    # Raises an error where a keypoint lies behind the camera.
+    keypoints_of(matrices, model_view_matrix, projection_matrix, points=target.keypoints)
     frames = _Frames(
         paths=list(paths),
         poses=np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices]),
         K=camera_matrix(projection_matrix, FRAME_SIZE, FRAME_SIZE),
-        keypoints=keypoints_of(matrices, model_view_matrix, projection_matrix, points=points),
-        facing=front_facing(matrices, model_view_matrix, target=target),
         target=target,
         size=size,
         crop=bool(crop),
@@ -1665,8 +1665,6 @@ class _Frames:
     paths: list  # N
     poses: np.ndarray  # (N, 4, 4)
     K: np.ndarray  # (3, 3) pixels
-    keypoints: np.ndarray  # (N, K, 2) pixels
-    facing: np.ndarray  # (N, K) bool, see `front_facing`
     target: Target
     size: int
     crop: bool
@@ -1696,59 +1694,76 @@ class _Frames:
             return self._synthesised(rng)
 
         image = read_image(self.paths[i], (FRAME_SIZE, FRAME_SIZE))
+        pose = self.poses[i]
+        K = self.K
         if choice < sum(self.shares):
-            image = self.randomise(image, self.poses[i], self.K, rng)
+            image = self.randomise(image, pose, K, rng)
 
-        keypoints = self.keypoints[i]
-        facing = self.facing[i]
+        motion = np.eye(2, 3)  # of the pixels
         if self.augmented:
-            image, keypoints, facing = self._mirrored(image, keypoints, facing, rng)
-            image, keypoints = augment(image, keypoints, transform)
-        image, keypoints = self._resized(image, keypoints, rng)
-        return image, self._with_visibility(keypoints, facing)
+            image, pose, K = self._mirrored(image, pose, K, rng)
+            image, corners = augment(image, _FRAME_CORNERS, transform)
+            motion = cv2.getAffineTransform(np.float32(_FRAME_CORNERS), np.float32(corners))
+        image, motion = self._resized(image, pose, K, motion, rng)
+        return image, self._label(self.target, pose, K, motion)
 
     def _synthesised(self, rng):
         """Return a sample that `synthesise` draws."""
         frame = FRAME_SIZE if self.crop else self.size
         image, pose, K, *drawn = self.synthesise(self.size, rng, frame)
         target = drawn[0] if drawn else self.target
-        facing = front_facing([pose], OPENCV, target=target)[0]
-        keypoints = project_pose(target.keypoints, pose, K)
-        return image, self._with_visibility(keypoints, facing)
+        return image, self._label(target, pose, K)
 
-    def _mirrored(self, image, keypoints, facing, rng):
-        """Mirror every second frame, where the target has a mirror."""
-        permutation = self.target.mirror_permutation
-        if rng.random() < 0.5 and permutation is not None:
-            image = np.ascontiguousarray(image[:, ::-1])
-            keypoints = mirror_keypoints(keypoints, FRAME_SIZE, permutation)
-            facing = facing[permutation]
-        return image, keypoints, facing
+    def _mirrored(self, image, pose, K, rng):
+        """Mirror every second frame, where the target has a mirror: image, pose and K."""
+        if rng.random() >= 0.5 or self.target.mirror is None:
+            return image, pose, K
+        image = np.ascontiguousarray(image[:, ::-1])
+        K = K.copy()
+        K[0, 2] = FRAME_SIZE - K[0, 2]
+        return image, MIRROR_IN_X @ pose @ self.target.mirror, K
 
-    def _resized(self, image, keypoints, rng):
-        """Return image and keypoints at `size`: a square around the target or the scaled frame."""
+    def _resized(self, image, pose, K, motion, rng):
+        """Return the image at `size`, and the motion (2, 3) of the pixels up to there.
+
+        It is a square around the target or the scaled frame.
+        """
         if self.crop:
-            return self._cropped(image, keypoints, rng)
+            box = project_pose(self.target.box, pose, K)
+            middle = cv2.transform(box[None], motion)[0].mean(0)
+            return self._cropped(image, middle, motion, rng)
         if self.size == FRAME_SIZE:
-            return image, keypoints
+            return image, motion
 
-        keypoints = keypoints * (self.size / FRAME_SIZE)
         size = (self.size, self.size)
-        return cv2.resize(image, size, interpolation=cv2.INTER_AREA), keypoints
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        return image, motion * (self.size / FRAME_SIZE)
 
-    def _cropped(self, image, keypoints, rng):
-        """Cut a square around the target. Half of them may reach beyond the frame.
+    def _cropped(self, image, middle, motion, rng):
+        """Cut a square around the target's middle (2,). Half of them may reach beyond the frame.
 
         It is black there, and the network learns to find keypoints beyond the frame's edge.
         """
         margin = CROP_MARGIN if rng.random() < 0.5 else 0
-        middle = keypoints[:8].mean(0) + rng.uniform(-self.size / 4, self.size / 4, 2)
+        middle = middle + rng.uniform(-self.size / 4, self.size / 4, 2)
         corner = np.round(middle - self.size / 2)
         corner = corner.clip(-margin, FRAME_SIZE - self.size + margin)
-        return crop_image(image, corner, self.size), keypoints - corner
+        motion = motion - np.column_stack([np.zeros((2, 2)), corner])
+        return crop_image(image, corner, self.size), motion
 
-    def _with_visibility(self, keypoints, facing):
-        """Return (K, 3) float32 from keypoints (K, 2) pixels and `facing` (K,) bool."""
+    def _label(self, target, pose, K, motion=None):
+        """Return the keypoints (K, 3) float32 of a target in pixels that were moved (2, 3).
+
+        Of the poses that look the same, always the same one is meant.
+        """
+        motion = np.eye(2, 3) if motion is None else motion
+        in_plane = np.eye(4)
+        angle = np.arctan2(motion[1, 0] - motion[0, 1], motion[0, 0] + motion[1, 1])
+        in_plane[:3, :3] = _turn((0, 0, 1), angle)
+        pose = pose @ reference_symmetry(in_plane @ pose, target)
+
+        facing = front_facing([pose], OPENCV, target=target)[0]
+        keypoints = cv2.transform(project_pose(target.keypoints, pose, K)[None], motion)[0]
         keypoints = np.where(facing[:, None], keypoints, _FAR)
         visible = in_frame(keypoints, self.size, self.size)
         return np.concatenate([keypoints, visible[:, None]], 1).astype(np.float32)
@@ -2743,6 +2758,65 @@ def ambiguous_poses(
         ambiguous.append(one)
         ambiguous += [one @ motion for motion in lookalikes]
     return ambiguous
+
+
+def reference_symmetry(pose: np.ndarray, target: Target) -> np.ndarray:
+    """Return the symmetry (4, 4) of a target that brings a pose nearest to a reference view.
+
+    After its symmetries a target looks the same, so a network cannot know which of the equivalent
+    poses is meant. `pose @ motion` is always the same one of them: the one whose rotation, as seen
+    along the line of sight, is nearest to that of the target upright and from the front.
+
+    Args:
+        pose: (4, 4) model -> OpenCV camera.
+        target: whose symmetries and axes of revolution count.
+
+    Source: Pitteri et al., On Object Symmetries and 6D Pose Estimation from Images, 3DV 2019.
+    """
+    if len(target.symmetries) == 1 and not len(target.axes):
+        return np.eye(4)
+    turn = _reference_view(target.up).T @ _along_line_of_sight(pose, target)
+    motions = list(target.symmetries)
+    if len(target.axes):
+        motions = [motion @ _best_turn(turn @ motion[:3, :3], target.axes) for motion in motions]
+    nearness = [np.trace(turn @ motion[:3, :3]) for motion in motions]
+    return motions[int(np.argmax(nearness))]
+
+
+def _reference_view(up):
+    """The rotation (3, 3), model -> OpenCV camera, at which `up` (3,) points up in the frame."""
+    up = up / np.linalg.norm(up)
+    side = np.eye(3)[np.abs(up).argmin()]
+    right = np.cross(side, up)
+    right /= np.linalg.norm(right)
+    return np.array([right, -up, np.cross(right, -up)])
+
+
+def _along_line_of_sight(pose, target):
+    """A pose's rotation (3, 3) in a camera that looks at the middle of the target's box."""
+    x, y, z = pose[:3, :3] @ target.box.mean(0) + pose[:3, 3]
+    # The smallest rotation that takes the line of sight to the camera's axis.
+    axis = np.array([y, -x, 0.0])
+    length = np.linalg.norm(axis)
+    if length > 0:
+        axis *= np.arctan2(length, z) / length
+    return cv2.Rodrigues(axis)[0] @ pose[:3, :3]
+
+
+def _best_turn(rotation, axes):
+    """The motion (4, 4) about axes of revolution that brings a rotation nearest to the identity."""
+    point, axis = axes[0]
+    if len(axes) > 1:  # of a ball
+        turn = rotation.T
+    else:
+        sine = (rotation * np.cross(axis, np.eye(3))).sum()
+        along = axis @ rotation @ axis
+        angle = np.arctan2(sine, np.trace(rotation) - along)
+        turn = _turn(axis, angle)
+    motion = np.eye(4)
+    motion[:3, :3] = turn
+    motion[:3, 3] = point - turn @ point
+    return motion
 
 
 def describe_target(target: Target, pose: np.ndarray | None = None) -> str:
