@@ -45,10 +45,12 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
     "xwing/tracker": {"xwing_utils", "xwing/motion"},
     "xwing/detections": {"xwing_utils", "xwing/metrics", "xwing/tracker"},
+    "xwing/parts": {"xwing_utils", "xwing/detections", "xwing/footage", "xwing/tracker"},
     "xwing/tracking": {
         "xwing_utils",
         "xwing/tracker",
         "xwing/detections",
+        "xwing/parts",
         "xwing/lens",
         "xwing/footage",
         "xwing/detector",

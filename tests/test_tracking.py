@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import metrics, tracking
+from xwing import metrics, parts, tracking
 from xwing import tracker as tracker_module
 from xwing.alignment import Aligner
 from xwing.detections import Detection
@@ -949,9 +949,9 @@ def detected(monkeypatch, box_aligner):
                 explained_contrast=0.3,
                 probability=probability,
             )
-            return None if pose is None else Detection(index, estimate)
+            return [] if pose is None else [Detection(index, estimate)]
 
-        monkeypatch.setattr(tracking, "detect", detect)
+        monkeypatch.setattr(parts, "detect", detect)
         return SimpleNamespace(target=box_aligner.target)
 
     return make
@@ -984,7 +984,7 @@ def test_one_bad_detection_does_not_decide_a_clip(footage, box_aligner, detected
 
 def test_detections_that_contradict_each_other_equally_are_said(footage, box_aligner, detected):
     beside = shifted(footage.poses[3], [0.3, 0.3, 0])
-    detector = detected({3: (beside, 0.9), 9: (footage.poses[9], 0.9)})
+    detector = detected({3: (beside, 0.97), 9: (footage.poses[9], 0.97)})
     track = track_box(footage, box_aligner, detector, 12)
     assert errors(track[7:], footage.poses[7:]).max() < 2
     doubted = [t for t in track if t.reason]
@@ -1018,10 +1018,10 @@ def test_a_wrong_lens_is_said_before_the_track(K, clip_frames, aligner, monkeypa
     def detect(tracker, index, image):
         pose = truth[index].copy()
         pose[2, 3] *= 0.6
-        return Detection(index, xu.PoseEstimate(pose, np.eye(6) * 1e-4, True, probability=0.9))
+        return [Detection(index, xu.PoseEstimate(pose, np.eye(6) * 1e-4, True, probability=0.9))]
 
-    monkeypatch.setattr(tracking, "detect", detect)
-    monkeypatch.setattr(tracking, "_grow", None)
+    monkeypatch.setattr(parts, "detect", detect)
+    monkeypatch.setattr(parts, "_grow", None)
     frames = [Frame(image, i / FPS, "") for i, image in enumerate(images)]
     with warnings.catch_warnings(), pytest.raises(UserWarning, match="a lens of 3[3-7].. mm"):
         warnings.simplefilter("error")

@@ -64,7 +64,7 @@ def detection_interval(count: int, fps: float) -> int:
     return max(1, min(round(seconds * fps), count // MIN_DETECTIONS))
 
 
-def detect(tracker: Tracker, index: int, image: np.ndarray) -> Detection | None:
+def detect(tracker: Tracker, index: int, image: np.ndarray) -> list[Detection]:
     """Look for the target in a frame, and for a second one where it is found.
 
     Args:
@@ -73,13 +73,13 @@ def detect(tracker: Tracker, index: int, image: np.ndarray) -> Detection | None:
         image: (H, W, 3) uint8 RGB.
 
     Returns:
-        `Detection`, or None where no pose was found.
+        a `Detection`, or none where no pose was found.
     """
     estimate = tracker.detect(image)
     if estimate.pose is None:
-        return None
+        return []
     second = tracker.detect_second(image, estimate.pose) if estimate.accepted else None
-    return Detection(index, estimate, second)
+    return [Detection(index, estimate, second)]
 
 
 def ranked(detections: Iterable[Detection]) -> list[Detection]:

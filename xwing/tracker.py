@@ -718,7 +718,8 @@ def _common_target(aligner, detector):
     if aligned is not None and detected is not None:
         xu.check_same_target(detected, aligned, "the detector's weights")
 
-    known = [target for target in (aligned, detected) if target is not None]
+    # The detector's has the lookalikes that its keypoints are confused with.
+    known = [target for target in (detected, aligned) if target is not None]
     return known[0] if known else xu.XWING
 
 

@@ -1,10 +1,8 @@
 """A finished clip: tracked from where it is most certain, and smoothed; from a shell, too.
 
-The network looks at frames spread over the clip. From the most probable detection, or from the
-starts that the user gives, a live `Tracker` follows the target on the pixels, forwards and
-backwards. Where that part of the track ends, or where other detections contradict it, the next best
-detection starts another part. Each frame belongs to the part that the detections around it support
-best, and in the end the whole track is smoothed.
+First the network looks at frames spread over the clip, and the clearest of them say whether the
+focal length is right. From the most probable detection, or from the starts that the user gives, a
+track grows forwards and backwards (`xwing.parts`). In the end it is smoothed.
 
     python -m xwing.tracking CLIP --target MESH --start START --out DIR
 """
@@ -12,7 +10,6 @@ best, and in the end the whole track is smoothed.
 import argparse
 import collections
 import dataclasses
-import functools
 import itertools
 import sys
 import warnings
@@ -20,26 +17,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
-from xwing.detections import Witnesses, detect, detection_interval, difference, ranked
+from xwing.detections import ranked
 from xwing.detector import Detector
 from xwing.export import export_track
 from xwing.film import write_clip
 from xwing.footage import Clip, frames_at
 from xwing.lens import LensCheck, check_lens
 from xwing.overlay import draw_tracked
-from xwing.starts import read_starts
-from xwing.tracker import (
-    CONFIDENT_AGREEMENT,
-    ENOUGH_CONTRAST,
-    MAX_GAP_SECONDS,
-    TrackedPose,
-    Tracker,
-    trust_features,
+from xwing.parts import (
+    choose_part,
+    frames_with_bar,
+    grow_from_detections,
+    grow_from_start,
+    look_through,
+    readable_again,
 )
+from xwing.starts import read_starts
+from xwing.tracker import MAX_GAP_SECONDS, TrackedPose, Tracker, trust_features
 
 __all__ = [
     "TrackedPose",
@@ -52,9 +49,6 @@ __all__ = [
     "trust_features",
 ]
 
-# Bytes of the frames of a clip that are kept at a time.
-KEPT_BYTES = 2e8
-
 # The lens is checked in so many frames: those of the clearest detections, or some near the starts.
 LENS_FRAMES = 8
 LENS_SECONDS = 0.5
@@ -62,14 +56,6 @@ LENS_SECONDS = 0.5
 # The probability of a pose falls by these factors. With a focal length that is wrong by 12 % or
 # more, the distance of a target is wrong by more than a right pose may be.
 LENS_PROBABILITY = {"confirmed": 1.0, "unknown": 0.7, "wrong": 0.05}
-
-# Where no part leads, the network looks at frames that are so many seconds apart at last.
-CLOSEST = 0.1
-
-# Where no detection is probable enough alone, tracks are tried from so many of them, and one counts
-# if so many detections agree with it.
-DOUBTFUL_TRIED = 3
-MIN_AGREEING = 3
 
 
 class Track(list):
@@ -122,25 +108,20 @@ def track_clip(
     fps = getattr(clip, "fps", None) or fps
     tracker = Tracker(K, fps, detector, aligner, keep=True)
     if aligner is None:
-        for frame in _bar(clip, "tracking", getattr(clip, "count", None), progress):
+        for frame in frames_with_bar(clip, "tracking", getattr(clip, "count", None), progress):
             tracker.update(frame.image, frame.seconds, frame.fault)
         return Track(_without_open_gaps(tracker.smoothed(), fps))
 
-    clip, count = _readable_again(clip)
+    clip, count = readable_again(clip)
     _check_frame_numbers(starts, count)
-    film, detections = _look_through(clip, count, tracker, progress)
+    film, detections = look_through(clip, count, tracker, progress)
     lens = _check_lens(film, detections, starts)
     if lens.verdict == "wrong":
         warnings.warn(str(lens), stacklevel=2)
 
-    parts = [_grow_from_start(film, starts, start) for start in sorted(starts)]
-    parts, detections = _grow_from_detections(film, detections, parts)
+    parts = [grow_from_start(film, starts, start) for start in sorted(starts)]
+    parts, detections = grow_from_detections(film, detections, parts)
     return _finish(film, parts, detections, lens)
-
-
-def _bar(frames, words, count, progress):
-    """The frames with a progress bar."""
-    return tqdm(frames, words, count, unit="frame", disable=not progress)
 
 
 def _check_starts(starts, detector, aligner):
@@ -164,114 +145,12 @@ def _check_frame_numbers(starts, count):
         raise ValueError(f"starts, frame {outside[0]}: the clip has the frames 0 to {count - 1}")
 
 
-# ------------------------------------------------------------ the frames
-
-
-@dataclasses.dataclass(frozen=True)
-class _Film:
-    """The frames of a clip, which are read again as often as a track needs them."""
-
-    clip: Iterable
-    width: int  # pixels
-    height: int
-    seconds: list  # of each frame
-    faults: list  # of each frame, why it cannot be read
-    live: Tracker  # has K, fps, detector and aligner; it takes no frame
-    progress: bool
-    looked: set  # numbers of the frames that the network has seen
-
-    def forwards(self, first, last):
-        """Yield number and `Frame`, from the first to the last."""
-        frames = itertools.islice(self.clip, first, last + 1)
-        return enumerate(_bar(frames, "forwards", last + 1 - first, self.progress), first)
-
-    def backwards(self, first, last):
-        """Yield number and `Frame`, from the last to the first."""
-        frames = _reversed_frames(self.clip, first, last)
-        return _bar(frames, "backwards", last + 1 - first, self.progress)
-
-    def new_tracker(self):
-        """A `Tracker` that follows the target on the pixels alone."""
-        return Tracker(self.live.K, self.live.fps, None, self.live.aligner)
-
-
-def _readable_again(clip):
-    """A clip that can be read more than once, a list where it is short; its number of frames."""
-    is_read_once = iter(clip) is clip or not hasattr(clip, "count")
-    if isinstance(clip, list) or is_read_once or _bytes(clip) <= KEPT_BYTES:
-        clip = list(clip)
-        return clip, len(clip)
-    return clip, clip.count
-
-
-def _bytes(clip):
-    """The size of all frames of a `Clip`; infinite where it does not say."""
-    return 3 * clip.count * getattr(clip, "width", np.inf) * getattr(clip, "height", np.inf)
-
-
-def _look_through(clip, count, tracker, progress):
-    """Read a clip once: its `_Film`, and the `Detection`s of every n-th frame."""
-    interval = detection_interval(count, tracker.fps)
-    wanted = range(interval // 2, count, interval) if tracker.detector is not None else ()
-    seconds = []
-    faults = []
-    detections = []
-    height, width = 0, 0
-    for index, frame in enumerate(_bar(clip, "detecting", count, progress)):
-        time = frame.seconds
-        if time is None:
-            time = seconds[-1] + 1 / tracker.fps if seconds else 0.0
-        seconds.append(time)
-        faults.append(frame.fault)
-        if frame.image is not None:
-            height, width = frame.image.shape[:2]
-        if index in wanted and frame.image is not None:
-            detections.append(detect(tracker, index, frame.image))
-    film = _Film(clip, width, height, seconds, faults, tracker, progress, set(wanted))
-    return film, detections
-
-
-def _look_again(film, parts, interval):
-    """The `Detection`s of every n-th frame in the long gaps between parts."""
-    covered = {-1, len(film.seconds)}.union(*(part.poses for part in parts))
-    longest = MAX_GAP_SECONDS * film.live.fps
-    wanted = set()
-    for before, after in itertools.pairwise(sorted(covered)):
-        if after - before > longest:
-            wanted.update(range(before + 1, after))
-    wanted = {index for index in wanted if index % interval == 0} - film.looked
-    film.looked.update(wanted)
-    if not wanted:
-        return []
-    frames = film.forwards(min(wanted), max(wanted))
-    return [
-        detect(film.live, index, frame.image)
-        for index, frame in frames
-        if index in wanted and frame.image is not None
-    ]
-
-
-def _reversed_frames(clip, first, last):
-    """Yield number and `Frame`, from the last to the first; a clip is read forwards, in parts."""
-    end = last + 1
-    count = 1
-    while end > first:
-        begin = max(first, end - count)
-        frames = list(itertools.islice(clip, begin, end))
-        yield from zip(reversed(range(begin, end)), reversed(frames))
-
-        end = begin
-        image = frames[-1].image
-        if image is not None:
-            count = max(1, int(KEPT_BYTES / image.nbytes))
-
-
 # ------------------------------------------------------------ the lens
 
 
 def _check_lens(film, detections, starts):
     """The `LensCheck` of the clearest detections, or else of what is tracked near the starts."""
-    clear = ranked(one for one in detections if one is not None and one.probability > 0.5)
+    clear = ranked(one for one in detections if one.probability > 0.5)
     poses = {one.index: one.estimate.pose for one in clear if _is_whole(film, one.estimate.pose)}
     poses = dict(itertools.islice(poses.items(), LENS_FRAMES))
     if len(poses) < LENS_FRAMES and starts:
@@ -289,7 +168,7 @@ def _poses_near(film, starts):
     reach = round(LENS_SECONDS * film.live.fps)
     for start in starts:
         last = min(start + reach, len(film.seconds) - 1)
-        part = _grow_from_start(film, starts, start, max(start - reach, 0), last)
+        part = grow_from_start(film, starts, start, max(start - reach, 0), last)
         poses |= {index: one for index, one in part.poses.items() if _is_whole(film, one)}
     numbers = sorted(poses)
     chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), LENS_FRAMES)).round().astype(int)
@@ -302,192 +181,26 @@ def _is_whole(film, pose):
     return bool(xu.in_frame(corners, film.width, film.height).all())
 
 
-# ------------------------------------------------------------ parts of a track
-
-
-@dataclasses.dataclass
-class _Part:
-    """A track that grew from one frame in both directions."""
-
-    start: int  # number of the frame
-    is_given: bool  # whether the user knows the pose there
-    estimates: dict  # {number of a frame: PoseEstimate}, accepted or not
-    witnesses: Witnesses | None = None  # where the network found its start
-
-    @functools.cached_property
-    def poses(self):
-        """{number of a frame: pose (4, 4)} of the accepted estimates."""
-        return {index: one.pose for index, one in self.estimates.items() if one.accepted}
-
-    @property
-    def agreement(self):
-        """The median local agreement of the accepted estimates; NaN where nothing was learnt."""
-        accepted = [one.local_agreement for one in self.estimates.values() if one.accepted]
-        return float(np.nanmedian(accepted)) if np.isfinite(accepted).any() else np.nan
-
-    def rank(self, index):
-        """How well it is founded near a frame, to compare: a start beats all detections."""
-        if self.is_given:
-            return 1, -abs(index - self.start)
-        support, opposition = self.witnesses.support(index)
-        return 0, support - opposition
-
-    def is_founded(self, index):
-        """Whether it has a pose in a frame that no more speaks against than for it."""
-        return index in self.poses and (self.is_given or self.rank(index)[1] >= 0)
-
-    def contests(self, other, index):
-        """Whether it is founded at least half as well as another part of its kind in a frame."""
-        if index not in self.poses or self.is_given != other.is_given:
-            return False
-        if self.is_given:
-            return True
-        return self.witnesses.support(index)[0] >= 0.5 * other.witnesses.support(index)[0]
-
-
-def _grow(film, start, estimate, first, last, is_given):
-    """The `_Part` that grows from an estimate in one frame, between two frames.
-
-    One from a detection ends where the target is lost.
-    """
-    part = _Part(start, is_given, {})
-    for frames in (film.forwards(start, last), film.backwards(first, start)):
-        tracker = film.new_tracker()
-        for index, frame in frames:
-            seconds = abs(film.seconds[index] - film.seconds[start])
-            if index == start:
-                _begin(tracker, frame.image, estimate, seconds, is_given)
-            elif tracker.update(frame.image, seconds, frame.fault).status == "lost":
-                if not is_given:
-                    break
-            part.estimates[index] = tracker.steps[-1].estimate
-    return part
-
-
-def _begin(tracker, image, estimate, seconds, is_given):
-    """Begin a track at an estimate. Where the mesh explains too little, the aligner learns."""
-    if is_given or estimate.explained_contrast < ENOUGH_CONTRAST:
-        tracker.start(image, estimate.pose, seconds)
-    else:
-        start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
-        tracker.update_pose(start, seconds)
-
-
-def _grow_from_start(film, starts, start, first=0, last=None):
-    """The `_Part` of a start, up to the starts before and after it, or up to other frames."""
-    last = len(film.seconds) - 1 if last is None else last
-    first = max(first, *(index + 1 for index in starts if index < start), 0)
-    last = min(last, *(index - 1 for index in starts if index > start), last)
-    try:
-        return _grow(film, start, xu.PoseEstimate(starts[start]), first, last, is_given=True)
-    except ValueError as error:
-        raise ValueError(f"starts, frame {start}: {error}") from None
-
-
-def _grow_from_detections(film, detections, parts):
-    """All parts, with those of detections where the given ones do not lead; all detections.
-
-    The network looks again, and closer, where no part leads.
-    """
-    interval = detection_interval(len(film.seconds), film.live.fps)
-    while True:
-        detections = ranked(one for one in detections if one is not None)
-        for part in parts:
-            _hear_witnesses(film, part, detections)
-        for detection in detections:
-            is_open = not any(part.is_founded(detection.index) for part in parts)
-            if detection.estimate.accepted and is_open:
-                parts.append(_grow_from(film, detection, detections))
-
-        interval //= 2
-        if film.live.detector is None or interval < max(1, CLOSEST * film.live.fps):
-            break
-        detections += _look_again(film, parts, interval)
-
-    if len(parts) == 0:
-        parts += _grow_from_doubtful(film, detections)
-    return parts, detections
-
-
-def _grow_from(film, detection, detections):
-    """The `_Part` that grows from a detection."""
-    last = len(film.seconds) - 1
-    part = _grow(film, detection.index, detection.estimate, 0, last, is_given=False)
-    _hear_witnesses(film, part, detections)
-    return part
-
-
-def _hear_witnesses(film, part, detections):
-    """Compare a part with the detections of the clip."""
-    interval = detection_interval(len(film.seconds), film.live.fps)
-    part.witnesses = Witnesses(detections, part.poses, film.live.target, interval)
-
-
-def _grow_from_doubtful(film, detections):
-    """The best `_Part` from detections of which none is probable enough alone, in a list.
-
-    It counts only if it goes on looking like its first frame, and many detections agree with it.
-    """
-    parts = []
-    for detection in detections:
-        seen = any(_agrees(part, detection, film.live.target) for part in parts)
-        if len(parts) < DOUBTFUL_TRIED and not seen:
-            parts.append(_grow_from(film, detection, detections))
-    confirmed = [part for part in parts if _is_confirmed(part)]
-    best = max(confirmed, key=lambda part: len(part.poses) * part.agreement, default=None)
-    return [] if best is None else [best]
-
-
-def _agrees(part, detection, target):
-    """Whether a part passes where a detection is."""
-    pose = part.poses.get(detection.index)
-    return pose is not None and not difference(pose, detection.estimate.pose, target)
-
-
-def _is_confirmed(part):
-    """Whether doubtful detections confirm one another by way of the track between them."""
-    agree = part.witnesses.agree
-    many = agree.sum() >= max(MIN_AGREEING, len(agree) / 2)
-    return many and part.agreement > CONFIDENT_AGREEMENT
-
-
 # ------------------------------------------------------------ the finished track
 
 
 def _finish(film, parts, detections, lens):
     """The smoothed track that parts make together."""
     tracker = Tracker(film.live.K, film.live.fps, None, film.live.aligner, keep=True)
-    seconds_targets = {one.index: one.second_target for one in detections}
+    second_targets = {one.index: one.second_target for one in detections}
     chosen = []
     doubts = []
     for index, seconds in enumerate(film.seconds):
-        part, doubt = _choose(parts, index, film.live.target)
+        part, doubt = choose_part(parts, index, film.live.target)
         chosen.append(part)
         doubts.append(doubt)
-        tracker.second_target = seconds_targets.get(index, tracker.second_target)
+        tracker.second_target = second_targets.get(index, tracker.second_target)
         tracker.update_pose(_estimate(film, parts, part, index), seconds)
 
     track = _without_open_gaps(tracker.smoothed(), film.live.fps)
     track = Track(_doubted(*each, lens) for each in zip(track, chosen, doubts))
     track.lens = lens
     return track
-
-
-def _choose(parts, index, target):
-    """The `_Part` that is founded best in a frame, or None; and a doubt, or "".
-
-    There is a doubt where another part that contests it differs.
-    """
-    founded = [part for part in parts if part.is_founded(index)]
-    best = max(founded, key=lambda part: part.rank(index), default=None)
-    for other in parts if best is not None else ():
-        if other is best or not other.contests(best, index):
-            continue
-        differs = difference(best.poses[index], other.poses[index], target)
-        if differs:
-            first, second = sorted([best.start, other.start])
-            return best, f"the tracks from frames {first} and {second} {differs}"
-    return best, ""
 
 
 def _estimate(film, parts, part, index):
