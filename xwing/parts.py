@@ -34,6 +34,9 @@ KEPT_BYTES = 2e8
 # Where no part leads, the network looks at frames that are so many seconds apart at last.
 CLOSEST = 0.1
 
+# Below this fraction of the contrast that is enough, a target is learnt where its track begins.
+CLEARLY_TOO_LITTLE = 0.9
+
 # A part counts if at least one of the detections that agree with it is right with this probability.
 # If not, the network looks at so many more of its frames.
 MIN_FOUNDED = 0.95
@@ -241,8 +244,11 @@ def _grow(film, start, estimate, first, last, is_given):
 
 
 def _begin(tracker, image, estimate, seconds, is_given):
-    """Begin a track at an estimate. Where the mesh explains too little, the aligner learns."""
-    if is_given or estimate.explained_contrast < ENOUGH_CONTRAST:
+    """Begin a track at an estimate. Where the mesh explains too little, the aligner learns.
+
+    Where it explains nearly enough, the track itself decides that later.
+    """
+    if is_given or estimate.explained_contrast < CLEARLY_TOO_LITTLE * ENOUGH_CONTRAST:
         tracker.start(image, estimate.pose, seconds)
     else:
         start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
