@@ -251,6 +251,7 @@ def _begin(tracker, image, estimate, seconds, is_given):
     if is_given or estimate.explained_contrast < CLEARLY_TOO_LITTLE * ENOUGH_CONTRAST:
         tracker.start(image, estimate.pose, seconds)
     else:
+        tracker.learns_outline = False
         start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
         tracker.update_pose(start, seconds)
 

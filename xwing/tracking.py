@@ -49,9 +49,10 @@ __all__ = [
     "trust_features",
 ]
 
-# The lens is checked in so many frames: those of the clearest detections, or some near the starts.
+# The lens is checked in so many frames: those of the clearest detections, or some that are tracked
+# within so many seconds of a start.
 LENS_FRAMES = 8
-LENS_SECONDS = 0.5
+LENS_SECONDS = 1.0
 
 # The probability of a pose falls by these factors. With a focal length that is wrong by 12 % or
 # more, the distance of a target is wrong by more than a right pose may be.
@@ -149,12 +150,14 @@ def _check_frame_numbers(starts, count):
 
 
 def _check_lens(film, detections, starts):
-    """The `LensCheck` of the clearest detections, or else of what is tracked near the starts."""
+    """The `LensCheck` of the clearest detections, and of what is tracked near them or the starts."""
     clear = ranked(one for one in detections if one.probability > 0.5)
     poses = {one.index: one.estimate.pose for one in clear if _is_whole(film, one.estimate.pose)}
     poses = dict(itertools.islice(poses.items(), LENS_FRAMES))
-    if len(poses) < LENS_FRAMES and starts:
-        poses = _poses_near(film, starts)
+    if len(poses) < LENS_FRAMES:
+        accepted = [one for one in clear if one.estimate.accepted]
+        found = {one.index: one.estimate.pose for one in accepted[:1]}
+        poses = _poses_near(film, starts or found) | poses
 
     numbers = sorted(poses)
     images = list(frames_at(film.clip, numbers))
