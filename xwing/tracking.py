@@ -39,6 +39,7 @@ from xwing.starts import read_starts
 from xwing.tracker import MAX_GAP_SECONDS, TrackedPose, Tracker, trust_features
 
 __all__ = [
+    "Track",
     "TrackedPose",
     "Tracker",
     "export_track",
@@ -150,7 +151,7 @@ def _check_frame_numbers(starts, count):
 
 
 def _check_lens(film, detections, starts):
-    """The `LensCheck` of the clearest detections, and of what is tracked near them or the starts."""
+    """The `LensCheck` of the clearest detections, or also of what is tracked near a start."""
     clear = ranked(one for one in detections if one.probability > 0.5)
     poses = {one.index: one.estimate.pose for one in clear if _is_whole(film, one.estimate.pose)}
     poses = dict(itertools.islice(poses.items(), LENS_FRAMES))
