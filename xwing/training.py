@@ -646,7 +646,8 @@ def publish_weights(run: str | Path, folder: str | Path) -> None:
 # ============================================================ several devices and machines
 
 
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of processors that compute in it
+CPU_DESCRIPTION = Path("/proc/cpuinfo")  # by Linux
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of processors that compute in bfloat16
 
 
 def choose_precision(precision: str = "auto") -> str:
@@ -664,9 +665,9 @@ def choose_precision(precision: str = "auto") -> str:
     return "mixed_bfloat16" if accelerated or _computes_in_bfloat16() else "float32"
 
 
-def _computes_in_bfloat16(description=Path("/proc/cpuinfo")):
+def _computes_in_bfloat16():
     """Whether this machine's processor has instructions for bfloat16, as far as Linux says."""
-    text = description.read_text() if description.exists() else ""
+    text = CPU_DESCRIPTION.read_text() if CPU_DESCRIPTION.exists() else ""
     return not BFLOAT16_FLAGS.isdisjoint(text.split())
 
 
