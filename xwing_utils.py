@@ -2012,7 +2012,7 @@ def _build_unet(sm, settings, encoder_weights):
 
 def _encoder_error(backbone, encoder_weights, error):
     """The ValueError that says why encoder weights cannot be had, and what to do."""
-    reason = str(error).splitlines()[0][:200]
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     if encoder_weights == "imagenet":
         text = f"the ImageNet weights of {backbone} cannot be downloaded ({reason})"
         advice = "give a local .h5 file of them, or begin with weights of this project (INIT)"
@@ -2061,10 +2061,10 @@ def _checked_preprocessing(preprocessing):
     """A "preprocessing" of `build_model`, as lists of numbers for JSON."""
     if not isinstance(preprocessing, dict) or set(preprocessing) != {"scale", "offset"}:
         raise ValueError(f"preprocessing: expected scale and offset, got {preprocessing!r}")
-    return {
-        name: check_array(value, (3,), f"preprocessing, {name}").tolist()
-        for name, value in preprocessing.items()
-    }
+    arrays = {name: check_array(preprocessing[name], (3,), name) for name in ("scale", "offset")}
+    if not np.isfinite(list(arrays.values())).all():
+        raise ValueError(f"preprocessing: expected finite numbers, got {preprocessing!r}")
+    return {name: array.tolist() for name, array in arrays.items()}
 
 
 def _check_model_settings(settings):

@@ -247,8 +247,7 @@ def test_encoder_weights_that_cannot_be_had(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise Exception("URL fetch failure on https://...: None -- Name or service not known")
 
-    utils = xu._segmentation_models()._KERAS_UTILS
-    monkeypatch.setattr(utils, "get_file", fail)
+    monkeypatch.setattr(xu._segmentation_models(), "Unet", fail)
     with pytest.raises(ValueError, match="cannot be downloaded .URL fetch.*local .h5 file"):
         xu.build_model(**RESNET, encoder_weights="imagenet")
 
