@@ -431,21 +431,37 @@ class TextureAlbedo:
         pixels = np.flatnonzero(triangles >= 0)
         shown = triangles.ravel()[pixels]
         points = self._points(pixels, shown, depth, pose, K)
-        from_corner = points - self.corners[shown]
-        places = self.origins[shown] + np.einsum("pij,pj->pi", self.maps[shown], from_corner)
-
         albedo = np.ones((*depth.shape, 3), np.float32)
-        for row in self.pyramids:
-            own = self.materials[shown] == row
-            if own.any():
-                pixel = np.median(depth.ravel()[pixels[own]]) / K[0, 0]  # model units
-                albedo.reshape(-1, 3)[pixels[own]] = self._look_up(row, places[own], pixel)
+        size = depth.ravel()[pixels] / K[0, 0]  # model units that a pixel spans
+        albedo.reshape(-1, 3)[pixels] = self.at(shown, points, size)
 
         # What shows no triangle must not mix with what does.
         layers = np.dstack([albedo, np.ones(depth.shape, np.float32)])
         layers[triangles < 0] = 0
         layers = cv2.GaussianBlur(layers, (0, 0), blur).reshape(-1, 4)[pixels]
         albedo.reshape(-1, 3)[pixels] = layers[:, :3] / layers[:, 3:]
+        return albedo
+
+    def at(self, triangles: np.ndarray, points: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Look the albedo up at points of the surface.
+
+        Args:
+            triangles: (P,) which of the triangles each point lies on.
+            points: (P, 3) model units.
+            size: (P,) model units that a pixel spans there. Each material is looked up in the
+                picture that suits the median.
+
+        Returns:
+            (P, 3) float32; 1 where a material has no texture.
+        """
+        from_corner = points - self.corners[triangles]
+        places = np.einsum("pij,pj->pi", self.maps[triangles], from_corner)
+        places += self.origins[triangles]
+        albedo = np.ones((len(points), 3), np.float32)
+        for row in self.pyramids:
+            own = self.materials[triangles] == row
+            if own.any():
+                albedo[own] = self._look_up(row, places[own], np.median(size[own]))
         return albedo
 
     def _pyramid(self, picture, colour):

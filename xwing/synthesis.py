@@ -177,6 +177,32 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
     return appearance.to_light(255 * np.clip(colour, 0.02, 1))
 
 
+def vary_print(
+    ratios: np.ndarray, colours: np.ndarray, rng: np.random.Generator, tame: bool = False
+) -> np.ndarray:
+    """Vary contrast, saturation and hue of a printed surface.
+
+    Args:
+        ratios: (P, 3) float32 of the print's light to that of `colours`.
+        colours: (P, 3) float32 in linear light.
+        rng: its state decides everything.
+        tame: stay near the true print.
+
+    Returns:
+        (P, 3) float32 in linear light.
+    """
+    spread = 0.3 if tame else 1.0
+    contrast, saturation = np.exp(rng.normal(0, (0.3, 0.5)) * spread)
+    hue = rng.normal(0, 0.4) * spread
+    if not tame and rng.random() < 0.15:
+        saturation = 0.0
+    axis = np.full(3, 3**-0.5)  # of the greys
+    grey = np.outer(axis, axis)
+    turned = Rotation.from_rotvec(hue * axis).as_matrix() - grey
+    light = colours * ratios ** np.float32(contrast)
+    return np.maximum(light @ np.float32(grey + saturation * turned).T, 0)
+
+
 def decorate(colours: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> None:
     """Paint stripes, bands and patches over a surface, and weather it.
 
@@ -245,6 +271,10 @@ class _Exterior:
         self.normals = np.cross(b - a, c - a)
         self.offsets = (self.normals * a).sum(1)
         self.middle = (self.sides.min((0, 1)) + self.sides.max((0, 1))) / 2
+
+        self.print = None
+        if mesh.textures is not None:
+            self.print = appearance.TextureAlbedo(mesh, np.concatenate([front, back]))
 
         # Small triangles cost time in the shadow map and hardly change it.
         self.occluders = mesh.triangles[meshes.largest_triangles(mesh.triangles, 0.8)]
@@ -371,13 +401,20 @@ class Synthesiser:
 
     def _draw(self, pose, K, size, light, rng, tame):
         """The target and other things: (size, size, 4), their light times coverage, coverage."""
-        corners, colours, openness, count = self._scene(pose, K, size, rng, tame)
+        exterior = self.exterior
+        corners, colours, openness, shown = self._scene(pose, K, size, rng, tame)
         side = SUPERSAMPLING * size
         large = xu.crop_camera(K, scale=SUPERSAMPLING)
-        hits = self.exterior.cast(corners, count, light, pose, large, (side, side))
+        hits = exterior.cast(corners, len(shown), light, pose, large, (side, side))
         colours = colours[hits.triangles]
-        if not tame and rng.random() < 0.4:
-            decorate(colours, hits.points / np.float32(self.exterior.mesh.diameter), rng)
+        if exterior.print is not None:
+            own = hits.triangles < len(shown)
+            sides = shown[hits.triangles[own]]
+            pixel = pose[2, 3] / K[0, 0] * np.exp(rng.uniform(-0.7, 1.5))  # blurred or sharp
+            ratios = exterior.print.at(sides, hits.points[own], np.full(len(sides), pixel))
+            colours[own] = vary_print(ratios, colours[own], rng, tame)
+        elif not tame and rng.random() < 0.4:
+            decorate(colours, hits.points / np.float32(exterior.mesh.diameter), rng)
 
         kinds_of_light = illuminate(corners, light, openness)
         soft, sun, highlight = (np.float32(kind)[hits.triangles] for kind in kinds_of_light)
@@ -392,19 +429,26 @@ class Synthesiser:
 
         Returns:
             triangles (F, 3, 3) in camera axes, colours (F, 3) in linear light, openness (F,), and
-            how many of the first triangles are the target's.
+            the sides of the target that the first triangles are.
         """
         exterior = self.exterior
         shown = exterior.visible_sides(pose, SUPERSAMPLING * K[0, 0] / pose[2, 3])
         rotation = pose[:3, :3].astype(np.float32)
         corners = exterior.sides[shown] @ rotation.T + np.float32(pose[:3, 3])
-        paint = random_colours(exterior.mesh.colours, rng, tame).astype(np.float32)
+        paint = self._paint(rng, tame).astype(np.float32)
 
         parts = [(corners, paint[exterior.materials[shown]], exterior.openness[shown])]
         if not tame and rng.random() < 0.6:
             parts += [self._thing(pose, K, size, rng) for _ in range(rng.integers(1, 7))]
         corners, colours, openness = (np.concatenate(part) for part in zip(*parts))
-        return corners, colours, openness, len(shown)
+        return corners, colours, openness, shown
+
+    def _paint(self, rng, tame):
+        """Colours (M, 3) of the materials: any, or under a print the true ones, varied."""
+        colours = self.exterior.mesh.colours
+        if self.exterior.print is None:
+            return random_colours(colours, rng, tame)
+        return appearance.to_light(255 * colours) * random_paint(len(colours), rng)
 
     def _thing(self, pose, K, size, rng):
         """A solid or a part of the target, before or behind it, as triangles.
