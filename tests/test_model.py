@@ -218,7 +218,7 @@ def test_another_target_begins_from_encoder_and_decoder(plain, pretrained, monke
     begun = training.begin_from(plain, path)
     said = capsys.readouterr().out
     assert said.startswith("begins with encoder and decoder of a.weights.h5 (X-wing, 0 samples)")
-    assert said.endswith("; the last layer begins anew for probe\n")
+    assert said.endswith("; the last layer anew for probe\n")
     assert begun.target.name == "probe" and begun.settings == network.settings
     assert same(weights_of(begun, head=False), weights_of(network, head=False))
     assert not same(weights_of(begun, head=True), weights_of(network, head=True))
@@ -231,7 +231,7 @@ def test_another_target_begins_from_encoder_and_decoder(plain, pretrained, monke
 
 def test_weights_of_another_network_are_no_beginning(model, plain, pretrained):
     _, path = pretrained
-    with pytest.raises(ValueError, match="network has backbone 'resnet18', this one has 'mobilen"):
+    with pytest.raises(ValueError, match="network has backbone 'resnet18', this one 'mobilen"):
         training.begin_from(model, path)
     with pytest.raises(FileNotFoundError, match="nothing.weights.h5"):
         training.begin_from(model, path.with_name("nothing.weights.h5"))

@@ -603,36 +603,41 @@ def begin_from(model: keras.Model, weights: str | Path) -> keras.Model:
         ValueError: the weights are damaged, or those of another backbone or decoder.
     """
     info = xu.weights_settings(weights)
-    for name in ("backbone", "decoder_filters", "stride"):
-        theirs, ours = info["model"][name], model.settings[name]
-        if theirs != ours:
-            raise ValueError(
-                f"{weights}: its network has {name} {theirs!r}, this one has {ours!r}; "
-                "set it to that of the weights, or begin without them"
-            )
+    _check_same_network(info["model"], model.settings, weights)
     preprocessing = info["model"].get("preprocessing")
     if preprocessing != model.settings.get("preprocessing"):
         settings = {**model.settings, "preprocessing": preprocessing}
         model = xu.build_model(**settings, target=model.target)
 
     source = xu.load_model(weights)
-    same_target = xu.has_same_keypoints(source.target, model.target)
-    same_head = same_target and source.output_shape[-1] == model.output_shape[-1]
-    for ours, theirs in zip(model.weights, source.weights, strict=True):
-        if same_head or ours.path.split("/")[-2] not in HEADS:
-            ours.assign(keras.ops.convert_to_numpy(theirs))
-
-    last = (
-        "the last layer, too"
-        if same_head
-        else f"the last layer begins anew for {model.target.name}"
-    )
+    keeps_last = _take_over(model, source)
+    last = "the last layer, too" if keeps_last else f"the last layer anew for {model.target.name}"
     samples = info.get("training", {}).get("samples_seen", 0)
     print(
         f"begins with encoder and decoder of {Path(weights).name} "
         f"({source.target.name}, {samples:,} samples); {last}"
     )
     return model
+
+
+def _check_same_network(theirs, ours, weights):
+    """Raise ValueError where the settings of two networks differ in encoder or decoder."""
+    for name in ("backbone", "decoder_filters", "stride"):
+        if theirs[name] != ours[name]:
+            raise ValueError(
+                f"{weights}: its network has {name} {theirs[name]!r}, this one {ours[name]!r}; "
+                "set it to that of the weights, or begin without them"
+            )
+
+
+def _take_over(model, source):
+    """Copy the weights of another network; return whether those of the last layer were, too."""
+    same_target = xu.has_same_keypoints(source.target, model.target)
+    keeps_last = same_target and source.output_shape[-1] == model.output_shape[-1]
+    for ours, theirs in zip(model.weights, source.weights, strict=True):
+        if keeps_last or ours.path.split("/")[-2] not in HEADS:
+            ours.assign(keras.ops.convert_to_numpy(theirs))
+    return keeps_last
 
 
 class WeightsInMemory(io.BytesIO):
