@@ -1871,12 +1871,12 @@ def crop_image(image: np.ndarray, corner: Sequence[float], size: int) -> np.ndar
 # ============================================================ network
 
 BACKBONE = "resnet18"  # encoder of the U-Net, one of BACKBONES
-# Those of segmentation_models that Keras 3 builds, saves and loads; it refuses the layers' names of
-# the DenseNets.
+# Those of segmentation_models that Keras 3 is known to build, save and load. It refuses the layers'
+# names of the DenseNets; senet154, with 115 million parameters, has not been tried.
 BACKBONES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101"),
     *("seresnet18", "seresnet34", "seresnet50", "seresnet101", "seresnet152"),
-    *("seresnext50", "seresnext101", "senet154", "vgg16", "vgg19", "mobilenet", "mobilenetv2"),
+    *("seresnext50", "seresnext101", "vgg16", "vgg19", "mobilenet", "mobilenetv2"),
     *("inceptionv3", "inceptionresnetv2", *(f"efficientnetb{i}" for i in range(8))),
 )
 DECODER_FILTERS = (128, 64, 32, 32, 16)  # channels of the five stages of the decoder

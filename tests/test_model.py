@@ -142,12 +142,13 @@ def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):
     assert (maps >= 0).all() and (maps.sum((1, 2)) <= mass * 1.0001).all()
 
 
-def test_the_backbones_are_those_that_keras_can_name():
+def test_the_backbones_are_those_that_keras_builds():
     sm = xu._segmentation_models()
     assert set(sm.get_available_backbone_names()) - set(xu.BACKBONES) == {
         "densenet121",
         "densenet169",
         "densenet201",
+        "senet154",
     }
     with pytest.raises(ValueError, match="/"):
         sm.Unet("densenet121", input_shape=(64, 64, 3), encoder_weights=None)
