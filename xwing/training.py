@@ -154,6 +154,19 @@ def _visible_points(target, mesh):
     return np.einsum("pi,pij->pj", weights, mesh.triangles[faces])
 
 
+WARMUP = 200  # steps
+
+
+def cosine_schedule(peak: float, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Return learning rates that rise to a peak in WARMUP steps and fall to 1 % of it as a cosine.
+
+    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
+    """
+    return keras.optimizers.schedules.CosineDecay(
+        peak / 20, steps, alpha=0.01, warmup_target=peak, warmup_steps=WARMUP
+    )
+
+
 # ============================================================ a run
 
 
