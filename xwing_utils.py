@@ -541,11 +541,19 @@ def check_same_target(first: Target, second: Target, what: str) -> None:
         second: the target that is asked for.
         what: the subject of the message, e.g. "the weights".
     """
+    if has_same_keypoints(first, second):
+        return
+    text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
+    if first.name == second.name:
+        text = f"{what} belong to {first.name!r} as it was: its keypoints are others now"
+    raise ValueError(f"{text}; take those of this target, or train some")
+
+
+def has_same_keypoints(first: Target, second: Target) -> bool:
+    """Tell whether two targets have the same keypoints, so that one network serves both."""
     tolerance = 1e-6 * first.diameter
     same_shape = first.keypoints.shape == second.keypoints.shape
-    if not (same_shape and np.allclose(first.keypoints, second.keypoints, rtol=0, atol=tolerance)):
-        text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
-        raise ValueError(f"{text}; take those of this target, or train some")
+    return same_shape and np.allclose(first.keypoints, second.keypoints, rtol=0, atol=tolerance)
 
 
 def _plain_target(mesh, box, keypoints, normals, names):
@@ -1862,11 +1870,21 @@ def crop_image(image: np.ndarray, corner: Sequence[float], size: int) -> np.ndar
 
 # ============================================================ network
 
-BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
+BACKBONE = "resnet18"  # encoder of the U-Net, one of BACKBONES
+# Those of segmentation_models that Keras 3 is known to build, save and load. It refuses the layers'
+# names of the DenseNets; senet154, with 115 million parameters, has not been tried.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101"),
+    *("seresnet18", "seresnet34", "seresnet50", "seresnet101", "seresnet152"),
+    *("seresnext50", "seresnext101", "vgg16", "vgg19", "mobilenet", "mobilenetv2"),
+    *("inceptionv3", "inceptionresnetv2", *(f"efficientnetb{i}" for i in range(8))),
+)
 DECODER_FILTERS = (128, 64, 32, 32, 16)  # channels of the five stages of the decoder
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _RESTORE = "restore weights/ with git checkout weights"
 _MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
+_OPTIONAL_SETTINGS = {"points", "preprocessing"}
+_PREPROCESSING = {"scale": 1 / 127.5, "offset": -1.0}  # [0, 255] to [-1, 1]
 
 
 def build_model(
@@ -1877,16 +1895,17 @@ def build_model(
     decoder_filters: Sequence[int] = DECODER_FILTERS,
     size: int = FRAME_SIZE,
     stride: int = STRIDE,
+    encoder_weights: str | Path | None = None,
+    preprocessing: dict | None = None,
     target: Target = XWING,
 ) -> object:
-    """Build an untrained U-Net.
+    """Build a U-Net that is untrained, or whose encoder has been trained to classify photographs.
 
     Its input is frames (B, size, size, 3) in [0, 255], its output heatmaps (B, size / stride,
     size / stride, keypoints).
 
     Args:
-        backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18",
-            "mobilenetv2".
+        backbone: an encoder of segmentation_models, one of BACKBONES.
         keypoints: number of output channels, the 8 corners first; None for all of the target's.
         sigma: standard deviation of the heatmaps' Gaussians in pixels at this size.
         head: "softmax" for `spatial_softmax`, "linear" for maps trained with a squared error.
@@ -1894,13 +1913,21 @@ def build_model(
         size: width and height in pixels, a multiple of 32; the weights do not depend on it.
         stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive
             stage.
+        encoder_weights: None for random ones; "imagenet" for those that segmentation_models
+            downloads; or an .h5 file of the encoder alone, as classification_models offers it
+            (NAME_imagenet_1000_no_top.h5).
+        preprocessing: {"scale": (3,), "offset": (3,)}, which the network's first layer applies to
+            the channels of the frames. None maps [0, 255] to [-1, 1], or, with encoder weights, to
+            what these were trained on.
         target: whose keypoints the channels are.
 
     Returns:
-        a keras.Model; its `settings` hold these arguments, its `target` the target.
+        a keras.Model; its `settings` hold these arguments, except for the encoder weights, and its
+        `target` the target. "preprocessing" is one of the settings where it is not None.
 
     Raises:
-        ValueError: arguments that do not fit.
+        FileNotFoundError: there is no such file of encoder weights.
+        ValueError: arguments that do not fit, or encoder weights that cannot be downloaded or read.
 
     Source: Ronneberger et al., U-Net, MICCAI 2015.
     """
@@ -1917,23 +1944,21 @@ def build_model(
         "size": size,
         "stride": stride,
     }
-    _check_model_settings(settings, sm.get_available_backbone_names())
+    _check_model_settings(settings)
+    if encoder_weights and preprocessing is None:
+        preprocessing = _encoder_preprocessing(sm, backbone)
+    if preprocessing is not None:
+        settings["preprocessing"] = _checked_preprocessing(preprocessing)
 
     frames = keras.Input((size, size, 3), name="frames")
-    unet = sm.Unet(
-        backbone,
-        input_shape=(size, size, 3),
-        classes=keypoints,
-        activation="linear",
-        encoder_weights=None,
-        decoder_filters=tuple(decoder_filters),
-    )
+    unet = _build_unet(sm, settings, encoder_weights)
     if stride == 2:
         features = unet.get_layer("decoder_stage3b_relu").output
         maps = keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features)
         unet = keras.Model(unet.input, maps)
 
-    maps = unet(keras.layers.Rescaling(1 / 127.5, -1.0)(frames))
+    rescaling = keras.layers.Rescaling(**settings.get("preprocessing", _PREPROCESSING))
+    maps = unet(rescaling(frames))
     if head == "softmax":
         maps = spatial_softmax(maps, sigma / stride)
     else:
@@ -1960,13 +1985,95 @@ def _segmentation_models():
     return segmentation_models
 
 
-def _check_model_settings(settings, backbones):
+def _build_unet(sm, settings, encoder_weights):
+    """The U-Net of segmentation_models, with these encoder weights, see `build_model`."""
+    size = settings["size"]
+    build = functools.partial(
+        sm.Unet,
+        settings["backbone"],
+        input_shape=(size, size, 3),
+        classes=settings["keypoints"],
+        activation="linear",
+        decoder_filters=tuple(settings["decoder_filters"]),
+    )
+    if not encoder_weights:
+        return build(encoder_weights=None)
+
+    if encoder_weights != "imagenet" and not Path(encoder_weights).is_file():
+        raise FileNotFoundError(f"encoder_weights: no such file: {encoder_weights}")
+    try:
+        unet = build(encoder_weights=str(encoder_weights))
+    except Exception as error:  # Keras raises a plain one where a download fails
+        raise _encoder_error(settings["backbone"], encoder_weights, error) from None
+    if _reads_bgr(sm, settings["backbone"]):
+        _reverse_input_channels(unet)
+    return unet
+
+
+def _encoder_error(backbone, encoder_weights, error):
+    """The ValueError that says why encoder weights cannot be had, and what to do."""
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    if encoder_weights == "imagenet":
+        text = f"the ImageNet weights of {backbone} cannot be downloaded ({reason})"
+        advice = "give a local .h5 file of them, or begin with weights of this project (INIT)"
+    else:
+        text = f"{encoder_weights} does not hold the encoder {backbone} ({reason})"
+        advice = "give an .h5 file of the encoder alone, without its last layers"
+    return ValueError(f"encoder_weights: {text}; {advice}")
+
+
+def _encoder_preprocessing(sm, backbone):
+    """What a trained encoder expects of RGB frames: "scale" and "offset" of each channel.
+
+    It is read from two pixels that the library's own function prepares. None: the usual [-1, 1].
+    """
+    prepare = sm.get_preprocessing(backbone)
+    black, white = (
+        np.asarray(prepare(np.full((1, 1, 1, 3), value, np.float32)), float).ravel()
+        for value in (0, 255)
+    )
+    if _reads_bgr(sm, backbone):
+        black, white = black[::-1], white[::-1]
+    scale = (white - black) / 255
+    usual = (_PREPROCESSING["scale"], _PREPROCESSING["offset"])
+    if np.allclose(np.stack([scale, black], 1), usual, rtol=1e-5):
+        return None
+    return {"scale": scale.tolist(), "offset": black.tolist()}
+
+
+def _reads_bgr(sm, backbone):
+    """Whether a trained encoder expects blue as its first channel."""
+    red = np.zeros((1, 1, 1, 3), np.float32)
+    red[..., 0] = 255
+    black = sm.get_preprocessing(backbone)(np.zeros_like(red))
+    change = np.abs(sm.get_preprocessing(backbone)(red) - black).ravel()
+    return bool(change.argmax() == 2)
+
+
+def _reverse_input_channels(unet):
+    """Let a network that was trained on BGR see the same in RGB."""
+    first = next(layer for layer in unet.layers if layer.weights)
+    kernel, *rest = first.get_weights()
+    first.set_weights([kernel[:, :, ::-1], *rest])
+
+
+def _checked_preprocessing(preprocessing):
+    """A "preprocessing" of `build_model`, as lists of numbers for JSON."""
+    if not isinstance(preprocessing, dict) or set(preprocessing) != {"scale", "offset"}:
+        raise ValueError(f"preprocessing: expected scale and offset, got {preprocessing!r}")
+    arrays = {name: check_array(preprocessing[name], (3,), name) for name in ("scale", "offset")}
+    if not np.isfinite(list(arrays.values())).all():
+        raise ValueError(f"preprocessing: expected finite numbers, got {preprocessing!r}")
+    return {name: array.tolist() for name, array in arrays.items()}
+
+
+def _check_model_settings(settings):
     """Raise ValueError for arguments of `build_model` that do not fit."""
     backbone = settings["backbone"]
     head = settings["head"]
     sigma = settings["sigma"]
-    if backbone not in backbones:
-        raise ValueError(f"backbone: expected one of {', '.join(backbones)}, got {backbone!r}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {backbone!r}")
     if head not in ("softmax", "linear"):
         raise ValueError(f"head: expected 'softmax' or 'linear', got {head!r}")
     if not (np.isfinite(sigma) and sigma > 0):
@@ -2179,7 +2286,7 @@ def weights_settings(path: str | Path) -> dict:
 
     info = read_json(settings_path)
     model = info.get("model") if isinstance(info, dict) else None
-    if not isinstance(model, dict) or set(model) - {"points"} != _MODEL_SETTINGS:
+    if not isinstance(model, dict) or set(model) - _OPTIONAL_SETTINGS != _MODEL_SETTINGS:
         names = ", ".join(sorted(_MODEL_SETTINGS))
         raise ValueError(f"{settings_path}: no model with {names} in it; {_RESTORE}")
     if info.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
