@@ -9,6 +9,7 @@ track grows forwards and backwards (`xwing.parts`). In the end it is smoothed.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -110,7 +111,8 @@ def track_clip(
     fps = getattr(clip, "fps", None) or fps
     tracker = Tracker(K, fps, detector, aligner, keep=True)
     if aligner is None:
-        for frame in frames_with_bar(clip, "tracking", getattr(clip, "count", None), progress):
+        count = len(clip) if isinstance(clip, list) else getattr(clip, "count", None)
+        for frame in frames_with_bar(clip, "tracking", count, progress):
             tracker.update(frame.image, frame.seconds, frame.fault)
         return Track(_without_open_gaps(tracker.smoothed(), fps))
 
@@ -172,8 +174,9 @@ def _poses_near(film, starts):
     reach = round(LENS_SECONDS * film.live.fps)
     for start in starts:
         last = min(start + reach, len(film.seconds) - 1)
-        part = grow_from_start(film, starts, start, max(start - reach, 0), last)
-        poses |= {index: one for index, one in part.poses.items() if _is_whole(film, one)}
+        with contextlib.suppress(ValueError):  # a wrong start is said later
+            part = grow_from_start(film, starts, start, max(start - reach, 0), last)
+            poses |= {index: one for index, one in part.poses.items() if _is_whole(film, one)}
     numbers = sorted(poses)
     chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), LENS_FRAMES)).round().astype(int)
     return {numbers[i]: poses[numbers[i]] for i in chosen}
