@@ -34,7 +34,8 @@ KEPT_BYTES = 2e8
 # Where no part leads, the network looks at frames that are so many seconds apart at last.
 CLOSEST = 0.1
 
-# Below this fraction of the contrast that is enough, a target is learnt where its track begins.
+# A part that begins where the mesh explains less than this fraction of the contrast that is enough
+# for a live track learns the target there; others learn nothing.
 CLEARLY_TOO_LITTLE = 0.9
 
 # A part counts if at least one of the detections that agree with it is right with this probability.
@@ -246,12 +247,12 @@ def _grow(film, start, estimate, first, last, is_given):
 def _begin(tracker, image, estimate, seconds, is_given):
     """Begin a track at an estimate. Where the mesh explains too little, the aligner learns.
 
-    Where it explains nearly enough, the track itself decides that later.
+    Where it explains enough, key frames would only add their own errors, so nothing is learnt.
     """
     if is_given or estimate.explained_contrast < CLEARLY_TOO_LITTLE * ENOUGH_CONTRAST:
         tracker.start(image, estimate.pose, seconds)
     else:
-        tracker.learns_outline = False
+        tracker.teaches = False
         start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
         tracker.update_pose(start, seconds)
 
