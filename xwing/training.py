@@ -44,17 +44,25 @@ if keras.backend.backend() == "jax" and _PROCESSES > 1:
 
 BACKUP = "backup.weights.h5"
 
+_SHIPPED = {
+    "BACKBONE": xu.BACKBONE,
+    "SIGMA": xu.SIGMA,
+    "STRIDE": xu.STRIDE,
+    "LOSS": "softmax",
+    "RANDOMISED_SHARE": 0.15,
+    "SYNTHETIC_SHARE": 0.5,
+    "WITHOUT": "",
+    "SIZE": xu.FRAME_SIZE,
+    "CROP": 0,
+    "INIT": "",
+    "EPOCHS": 15,
+    "EPOCH_SIZE": 0,
+    "SCHEDULE": "plateau",
+}
 RECIPES = {  # settings of a training, by the names that notebooks/train.ipynb gives them
-    "shipped": {
-        "BACKBONE": xu.BACKBONE,
-        "SIGMA": xu.SIGMA,
-        "STRIDE": xu.STRIDE,
-        "LOSS": "softmax",
-        "RANDOMISED_SHARE": 0.15,
-        "SYNTHETIC_SHARE": 0.5,
-        "WITHOUT": "",
-    },
-    "classic": {  # as earlier work trained
+    "shipped": _SHIPPED,
+    "classic": _SHIPPED  # as earlier work trained
+    | {
         "BACKBONE": "efficientnetb0",
         "SIGMA": 10.0,
         "STRIDE": 1,
@@ -63,7 +71,28 @@ RECIPES = {  # settings of a training, by the names that notebooks/train.ipynb g
         "SYNTHETIC_SHARE": 0.0,
         "WITHOUT": "geometry flare light colour sharpness noise erasing compression",
     },
+    "object": _SHIPPED  # another target, in half an hour of two cores
+    | {
+        "SIGMA": 2.0,
+        "SIZE": 128,
+        "CROP": 1,
+        "INIT": "weights/xwing.weights.h5",
+        "EPOCHS": 9,
+        "EPOCH_SIZE": 8000,
+        "SCHEDULE": "cosine",
+    },
 }
+
+
+def find_recipe(name: str) -> dict:
+    """Return one of the RECIPES.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"RECIPE: expected {' or '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
 
 
 # Facts that may change when a run is resumed; the record notes it. For others a new run begins.
