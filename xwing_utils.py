@@ -1884,7 +1884,7 @@ STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _RESTORE = "restore weights/ with git checkout weights"
 _MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
 _OPTIONAL_SETTINGS = {"points", "preprocessing"}
-_PREPROCESSING = {"scale": 1 / 127.5, "offset": -1.0}  # [0, 255] to [-1, 1]
+PREPROCESSING = {"scale": 1 / 127.5, "offset": -1.0}  # [0, 255] to [-1, 1]
 
 
 def build_model(
@@ -1895,11 +1895,11 @@ def build_model(
     decoder_filters: Sequence[int] = DECODER_FILTERS,
     size: int = FRAME_SIZE,
     stride: int = STRIDE,
-    encoder_weights: str | Path | None = None,
     preprocessing: dict | None = None,
     target: Target = XWING,
+    unet: Callable | None = None,
 ) -> object:
-    """Build a U-Net that is untrained, or whose encoder has been trained to classify photographs.
+    """Build an untrained U-Net.
 
     Its input is frames (B, size, size, 3) in [0, 255], its output heatmaps (B, size / stride,
     size / stride, keypoints).
@@ -1913,27 +1913,23 @@ def build_model(
         size: width and height in pixels, a multiple of 32; the weights do not depend on it.
         stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive
             stage.
-        encoder_weights: None for random ones; "imagenet" for those that segmentation_models
-            downloads; or an .h5 file of the encoder alone, as classification_models offers it
-            (NAME_imagenet_1000_no_top.h5).
         preprocessing: {"scale": (3,), "offset": (3,)}, which the network's first layer applies to
-            the channels of the frames. None maps [0, 255] to [-1, 1], or, with encoder weights, to
-            what these were trained on.
+            the channels of the frames. None maps [0, 255] to [-1, 1].
         target: whose keypoints the channels are.
+        unet: makes the U-Net, with the arguments of segmentation_models.Unet; None is that. See
+            `xwing.encoders`.
 
     Returns:
-        a keras.Model; its `settings` hold these arguments, except for the encoder weights, and its
-        `target` the target. "preprocessing" is one of the settings where it is not None.
+        a keras.Model; its `settings` hold these arguments, its `target` the target.
+        "preprocessing" is one of the settings where it is not None.
 
     Raises:
-        FileNotFoundError: there is no such file of encoder weights.
-        ValueError: arguments that do not fit, or encoder weights that cannot be downloaded or read.
+        ValueError: arguments that do not fit.
 
     Source: Ronneberger et al., U-Net, MICCAI 2015.
     """
     import keras
 
-    sm = _segmentation_models()
     keypoints = len(target.keypoints) if keypoints is None else keypoints
     settings = {
         "backbone": backbone,
@@ -1945,19 +1941,24 @@ def build_model(
         "stride": stride,
     }
     _check_model_settings(settings)
-    if encoder_weights and preprocessing is None:
-        preprocessing = _encoder_preprocessing(sm, backbone)
     if preprocessing is not None:
         settings["preprocessing"] = _checked_preprocessing(preprocessing)
 
     frames = keras.Input((size, size, 3), name="frames")
-    unet = _build_unet(sm, settings, encoder_weights)
+    unet = (unet or import_segmentation_models().Unet)(
+        backbone,
+        input_shape=(size, size, 3),
+        classes=keypoints,
+        activation="linear",
+        encoder_weights=None,
+        decoder_filters=tuple(decoder_filters),
+    )
     if stride == 2:
         features = unet.get_layer("decoder_stage3b_relu").output
         maps = keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features)
         unet = keras.Model(unet.input, maps)
 
-    rescaling = keras.layers.Rescaling(**settings.get("preprocessing", _PREPROCESSING))
+    rescaling = keras.layers.Rescaling(**settings.get("preprocessing", PREPROCESSING))
     maps = unet(rescaling(frames))
     if head == "softmax":
         maps = spatial_softmax(maps, sigma / stride)
@@ -1969,8 +1970,8 @@ def build_model(
     return model
 
 
-def _segmentation_models():
-    """Import segmentation_models for the Keras backend in use."""
+def import_segmentation_models() -> object:
+    """Import segmentation_models for the Keras backend in use, and return the module."""
     import keras
 
     tensorflow = keras.backend.backend() == "tensorflow"
@@ -1983,78 +1984,6 @@ def _segmentation_models():
         import segmentation_models
 
     return segmentation_models
-
-
-def _build_unet(sm, settings, encoder_weights):
-    """The U-Net of segmentation_models, with these encoder weights, see `build_model`."""
-    size = settings["size"]
-    build = functools.partial(
-        sm.Unet,
-        settings["backbone"],
-        input_shape=(size, size, 3),
-        classes=settings["keypoints"],
-        activation="linear",
-        decoder_filters=tuple(settings["decoder_filters"]),
-    )
-    if not encoder_weights:
-        return build(encoder_weights=None)
-
-    if encoder_weights != "imagenet" and not Path(encoder_weights).is_file():
-        raise FileNotFoundError(f"encoder_weights: no such file: {encoder_weights}")
-    try:
-        unet = build(encoder_weights=str(encoder_weights))
-    except Exception as error:  # Keras raises a plain one where a download fails
-        raise _encoder_error(settings["backbone"], encoder_weights, error) from None
-    if _reads_bgr(sm, settings["backbone"]):
-        _reverse_input_channels(unet)
-    return unet
-
-
-def _encoder_error(backbone, encoder_weights, error):
-    """The ValueError that says why encoder weights cannot be had, and what to do."""
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    if encoder_weights == "imagenet":
-        text = f"the ImageNet weights of {backbone} cannot be downloaded ({reason})"
-        advice = "give a local .h5 file of them, or begin with weights of this project (INIT)"
-    else:
-        text = f"{encoder_weights} does not hold the encoder {backbone} ({reason})"
-        advice = "give an .h5 file of the encoder alone, without its last layers"
-    return ValueError(f"encoder_weights: {text}; {advice}")
-
-
-def _encoder_preprocessing(sm, backbone):
-    """What a trained encoder expects of RGB frames: "scale" and "offset" of each channel.
-
-    It is read from two pixels that the library's own function prepares. None: the usual [-1, 1].
-    """
-    prepare = sm.get_preprocessing(backbone)
-    black, white = (
-        np.asarray(prepare(np.full((1, 1, 1, 3), value, np.float32)), float).ravel()
-        for value in (0, 255)
-    )
-    if _reads_bgr(sm, backbone):
-        black, white = black[::-1], white[::-1]
-    scale = (white - black) / 255
-    usual = (_PREPROCESSING["scale"], _PREPROCESSING["offset"])
-    if np.allclose(np.stack([scale, black], 1), usual, rtol=1e-5):
-        return None
-    return {"scale": scale.tolist(), "offset": black.tolist()}
-
-
-def _reads_bgr(sm, backbone):
-    """Whether a trained encoder expects blue as its first channel."""
-    red = np.zeros((1, 1, 1, 3), np.float32)
-    red[..., 0] = 255
-    black = sm.get_preprocessing(backbone)(np.zeros_like(red))
-    change = np.abs(sm.get_preprocessing(backbone)(red) - black).ravel()
-    return bool(change.argmax() == 2)
-
-
-def _reverse_input_channels(unet):
-    """Let a network that was trained on BGR see the same in RGB."""
-    first = next(layer for layer in unet.layers if layer.weights)
-    kernel, *rest = first.get_weights()
-    first.set_weights([kernel[:, :, ::-1], *rest])
 
 
 def _checked_preprocessing(preprocessing):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import xwing_utils as xu
-from xwing import training
+from xwing import encoders, training
 
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
 
@@ -143,7 +143,7 @@ def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):
 
 
 def test_the_backbones_are_those_that_keras_builds():
-    sm = xu._segmentation_models()
+    sm = xu.import_segmentation_models()
     assert set(sm.get_available_backbone_names()) - set(xu.BACKBONES) == {
         "densenet121",
         "densenet169",
@@ -182,7 +182,7 @@ def pretrained(plain, tmp_path_factory):
     """A network whose encoder's weights are those of a file, and its own file."""
     folder = tmp_path_factory.mktemp("encoder")
     encoder_of(plain).save(folder / "encoder.h5")
-    network = xu.build_model(**RESNET, encoder_weights=folder / "encoder.h5")
+    network = encoders.build_pretrained(**RESNET, encoder_weights=folder / "encoder.h5")
     training.save_model(network, folder / "a.weights.h5")
     return network, folder / "a.weights.h5"
 
@@ -240,29 +240,29 @@ def test_weights_of_another_network_are_no_beginning(model, plain, pretrained):
 
 def test_encoder_weights_that_cannot_be_had(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.h5"):
-        xu.build_model(**RESNET, encoder_weights=tmp_path / "nothing.h5")
+        encoders.build_pretrained(**RESNET, encoder_weights=tmp_path / "nothing.h5")
     (tmp_path / "foreign.h5").write_bytes(b"foreign")
     with pytest.raises(ValueError, match="foreign.h5 does not hold the encoder resnet18 .*file"):
-        xu.build_model(**RESNET, encoder_weights=tmp_path / "foreign.h5")
+        encoders.build_pretrained(**RESNET, encoder_weights=tmp_path / "foreign.h5")
 
     def fail(*_, **__):
         raise Exception("URL fetch failure on https://...: None -- Name or service not known")
 
-    monkeypatch.setattr(xu._segmentation_models(), "Unet", fail)
+    monkeypatch.setattr(xu.import_segmentation_models(), "Unet", fail)
     with pytest.raises(ValueError, match="cannot be downloaded .URL fetch.*local .h5 file"):
-        xu.build_model(**RESNET, encoder_weights="imagenet")
+        encoders.build_pretrained(**RESNET, encoder_weights="imagenet")
 
 
 def test_trained_encoders_see_what_their_library_prepares():
     """VGG reads BGR: its first layer is turned round instead of the frames."""
-    sm = xu._segmentation_models()
+    sm = xu.import_segmentation_models()
     frame = np.random.default_rng(0).uniform(0, 255, (1, 2, 2, 3)).astype(np.float32)
     for backbone in ("mobilenetv2", "resnet18", "efficientnetb0", "seresnet50", "vgg16"):
-        chosen = xu._encoder_preprocessing(sm, backbone) or {"scale": 1 / 127.5, "offset": -1.0}
+        chosen = encoders.find_preprocessing(backbone) or {"scale": 1 / 127.5, "offset": -1.0}
         ours = frame * np.array(chosen["scale"]) + np.array(chosen["offset"])
-        ours = ours[..., ::-1] if xu._reads_bgr(sm, backbone) else ours
+        ours = ours[..., ::-1] if encoders.reads_bgr(backbone) else ours
         np.testing.assert_allclose(ours, sm.get_preprocessing(backbone)(frame.copy()), atol=1e-3)
-        assert (backbone == "vgg16") == xu._reads_bgr(sm, backbone)
+        assert (backbone == "vgg16") == encoders.reads_bgr(backbone)
 
 
 # ------------------------------------------------------------ training
