@@ -34,10 +34,6 @@ KEPT_BYTES = 2e8
 # Where no part leads, the network looks at frames that are so many seconds apart at last.
 CLOSEST = 0.1
 
-# A part that begins where the mesh explains less than this fraction of the contrast that is enough
-# for a live track learns the target there; others learn nothing.
-CLEARLY_TOO_LITTLE = 0.9
-
 # A part counts if at least one of the detections that agree with it is right with this probability.
 # If not, the network looks at so many more of its frames.
 MIN_FOUNDED = 0.95
@@ -225,10 +221,11 @@ class Part:
         return self.witnesses.support(index)[0] >= 0.5 * other.witnesses.support(index)[0]
 
 
-def _grow(film, start, estimate, first, last, is_given):
+def _grow(film, start, estimate, first, last, is_given, learns=True):
     """The `Part` that grows from an estimate in one frame, between two frames.
 
-    One from a detection ends where the target is lost.
+    One from a detection ends where the target is lost. The target is learnt where it starts, or not
+    before the track is old.
     """
     part = Part(start, is_given, {})
     for frames in (film.forwards(start, last), film.backwards(first, start)):
@@ -236,7 +233,7 @@ def _grow(film, start, estimate, first, last, is_given):
         for index, frame in frames:
             seconds = abs(film.seconds[index] - film.seconds[start])
             if index == start:
-                _begin(tracker, frame.image, estimate, seconds, is_given)
+                _begin(tracker, frame.image, estimate, seconds, learns)
             elif tracker.update(frame.image, seconds, frame.fault).status == "lost":
                 if not is_given:
                     break
@@ -244,15 +241,11 @@ def _grow(film, start, estimate, first, last, is_given):
     return part
 
 
-def _begin(tracker, image, estimate, seconds, is_given):
-    """Begin a track at an estimate. Where the mesh explains too little, the aligner learns.
-
-    Where it explains enough, key frames would only add their own errors, so nothing is learnt.
-    """
-    if is_given or estimate.explained_contrast < CLEARLY_TOO_LITTLE * ENOUGH_CONTRAST:
+def _begin(tracker, image, estimate, seconds, learns):
+    """Begin a track at an estimate, from which the aligner learns or not."""
+    if learns:
         tracker.start(image, estimate.pose, seconds)
     else:
-        tracker.teaches = False
         start = dataclasses.replace(estimate, accepted=True, log_likelihood_margin=np.inf)
         tracker.update_pose(start, seconds)
 
@@ -321,12 +314,19 @@ def grow_from_detections(
 def _grow_from(film, detection, detections):
     """The `Part` that grows from a detection; an empty one where no track can begin."""
     last = len(film.seconds) - 1
+    learns = not _explains_enough(detections)
     try:
-        part = _grow(film, detection.index, detection.estimate, 0, last, is_given=False)
+        part = _grow(film, detection.index, detection.estimate, 0, last, False, learns)
     except ValueError:
         part = Part(detection.index, False, {})
     _hear_witnesses(film, [part], detections)
     return part
+
+
+def _explains_enough(detections):
+    """Whether the plain mesh explains so much that key frames would only add their own errors."""
+    explained = [one.estimate.explained_contrast for one in detections if one.estimate.accepted]
+    return bool(explained) and np.median(explained) >= ENOUGH_CONTRAST
 
 
 def _look_within(film, part):

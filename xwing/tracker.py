@@ -237,7 +237,6 @@ class Tracker:
         motion: its `Motion` in the last frame, or None where it is lost.
         second_target: (4, 4) pose of a second target that the network saw lately, or None.
         learns: whether the aligner knows how the target looks and learns more of it.
-        teaches: whether a confident track may begin to teach the aligner; it does to begin with.
         steps: measurement and filter state of the last frame, or of all frames if they are kept.
         age: number of frames of the track so far.
     """
@@ -283,7 +282,6 @@ class Tracker:
         self.usual_contrast = 0.0  # running mean of the fraction of the contrast that is explained
         self.age = 0
         self.learns = False
-        self.teaches = True
         self.second_target = None
         self._last_pose = None  # (4, 4) of the last frame with a pose
         self._searches = 0  # frames without a pose in which the key frames could be asked
@@ -452,7 +450,7 @@ class Tracker:
         """
         if self.learns:
             return self.steps[-1].estimate.local_agreement > CONFIDENT_AGREEMENT
-        if self.aligner is None or not self.teaches or self.usual_contrast >= ENOUGH_CONTRAST:
+        if self.aligner is None or self.usual_contrast >= ENOUGH_CONTRAST:
             return False
         is_old = self._redetection.runs_in_background(tracked.seconds)
         return is_old and tracked.probability >= CONFIDENT_PROBABILITY
