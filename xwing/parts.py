@@ -26,13 +26,17 @@ from xwing.detections import (
     ranked,
 )
 from xwing.footage import Frame
-from xwing.tracker import CONFIDENT_AGREEMENT, ENOUGH_CONTRAST, MAX_GAP_SECONDS, Tracker
+from xwing.tracker import CONFIDENT_AGREEMENT, MAX_GAP_SECONDS, Tracker
 
 # Bytes of the frames of a clip that are kept at a time.
 KEPT_BYTES = 2e8
 
 # Where no part leads, the network looks at frames that are so many seconds apart at last.
 CLOSEST = 0.1
+
+# The median contrast that the detections of a clip explain, from which nothing is learnt where a
+# part begins. Detections are made where the target shows well, so a live track needs less.
+EXPLAINS_ENOUGH = 0.77
 
 # A part counts if at least one of the detections that agree with it is right with this probability.
 # If not, the network looks at so many more of its frames.
@@ -326,7 +330,7 @@ def _grow_from(film, detection, detections):
 def _explains_enough(detections):
     """Whether the plain mesh explains so much that key frames would only add their own errors."""
     explained = [one.estimate.explained_contrast for one in detections if one.estimate.accepted]
-    return bool(explained) and np.median(explained) >= ENOUGH_CONTRAST
+    return bool(explained) and np.median(explained) >= EXPLAINS_ENOUGH
 
 
 def _look_within(film, part):
