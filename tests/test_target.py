@@ -9,6 +9,7 @@ import pytest
 import trimesh
 from PIL import Image
 from scipy.spatial.distance import cdist
+from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 from xwing.alignment import Aligner
@@ -398,3 +399,68 @@ def test_a_set_of_another_target_has_its_keypoints_and_no_mirror(sample, camera,
     visible = found[..., 2] > 0
     assert visible.any()
     np.testing.assert_allclose(found[visible][:, :2], true[visible], atol=0.01)
+
+
+def random_pose(rng, target):
+    """A pose (4, 4) somewhere in front of the camera."""
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.random(rng=rng).as_matrix()
+    pose[:3, 3] = target.diameter * (rng.uniform(-0.5, 0.5, 3) + [0, 0, 3])
+    return pose
+
+
+def turned_about(axis, angle):
+    """The motion (4, 4) about an axis of revolution (2, 3)."""
+    point, direction = axis
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_rotvec(angle * direction).as_matrix()
+    turn[:3, 3] = point - turn[:3, :3] @ point
+    return turn
+
+
+@pytest.mark.parametrize("revolved", [False, True])
+def test_of_equivalent_poses_always_the_same_one_is_meant(root, revolved):
+    bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
+    axis = np.array([[0.0, 0.0, 0.3], [0.0, 0.0, 1.0]]) * [[bolt.diameter], [1]]
+    if revolved:
+        bolt = dataclasses.replace(bolt, symmetries=bolt.symmetries[:1], axes=axis[None])
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        pose = random_pose(rng, bolt)
+        symmetry = bolt.symmetries[rng.integers(len(bolt.symmetries))]
+        if revolved:
+            symmetry = turned_about(axis, rng.uniform(0, 6))
+        other = pose @ symmetry
+        one = pose @ xu.reference_symmetry(pose, bolt)
+        np.testing.assert_allclose(
+            other @ xu.reference_symmetry(other, bolt), one, atol=1e-6 * bolt.diameter
+        )
+
+
+def test_the_reference_view_is_upright_and_its_own_reference(root):
+    bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
+    upright = np.eye(4)
+    upright[:3, :3] = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]
+    upright[:3, 3] = [0, 0, 3 * bolt.diameter] - upright[:3, :3] @ bolt.box.mean(0)
+    one = upright @ xu.reference_symmetry(upright, bolt)
+    np.testing.assert_allclose(one[:3, :3] @ [0, 0, 1], [0, -1, 0], atol=1e-9)
+    np.testing.assert_array_equal(xu.reference_symmetry(upright, xu.XWING), np.eye(4))
+
+
+def test_batches_of_a_symmetric_target_mean_one_pose(sample, camera, root):
+    """The frames are turned, mirrored and cut, and the labels are those of one equivalent pose."""
+    bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
+    shrink = np.diag([*np.full(3, 0.3 / bolt.diameter), 1])
+    points = bolt.keypoints * 0.3 / bolt.diameter
+    bolt = dataclasses.replace(bolt, keypoints=points, box=points[:8], diameter=0.3)
+    motions = shrink @ bolt.symmetries @ np.linalg.inv(shrink)
+    mirror = shrink @ bolt.mirror @ np.linalg.inv(shrink)
+    bolt = dataclasses.replace(bolt, symmetries=motions, mirror=mirror)
+    paths, matrices = sample[0][:8], sample[1][:8]
+    labels = []
+    for equivalent in (matrices, matrices @ bolt.symmetries[1]):
+        dataset = xu.make_dataset(
+            paths, equivalent, *camera, batch_size=8, size=128, crop=True, target=bolt
+        )
+        labels.append(dataset[0][1])
+    np.testing.assert_allclose(labels[0], labels[1], atol=0.02)

@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 from xwing.alignment import Aligner
 from xwing.mesh import load_mesh, rasterise
+from xwing.synthesis import Synthesiser
 
 WIDTH, HEIGHT = 160, 120
 K = xu.lens_camera(WIDTH, HEIGHT, 50)
@@ -147,3 +148,26 @@ def test_a_repeated_texture_goes_on_beyond_its_edge(tmp_path, texture, textured,
     expected = np.float32(textured.picture(image, pose, K)[1])
     found = np.float32(Aligner(moved).picture(image, pose, K)[1])
     assert np.abs(found - expected).mean() < 1
+
+
+def test_drawn_squares_show_the_print(tmp_path):
+    """A cube that is red on one side only: drawn from there it is red, else it is not."""
+    texture = np.full((2 * TILE, 3 * TILE, 3), 90, np.uint8)
+    texture[:TILE, :TILE] = 200, 10, 10  # side 3, at the far end of axis 0
+    path = write_cube(tmp_path, texture)
+    synthesiser = Synthesiser(load_mesh(path))
+    redness = {True: [], False: []}
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        image, pose, camera = synthesiser(64, rng, 128)
+        centre = np.array([SIDE, SIDE / 2, SIDE / 2])
+        pixel = xu.project_pose([centre], pose, camera)[0]
+        if not xu.in_frame(pixel, 64, 64):
+            continue
+        sight = pose[:3, :3] @ centre + pose[:3, 3]
+        facing = -(pose[:3, 0] @ sight) / np.linalg.norm(sight)
+        if abs(facing) > 0.4:
+            red, green, blue = image[int(pixel[1]), int(pixel[0])].astype(int)
+            redness[bool(facing > 0)].append(abs(red - green) + abs(red - blue))
+    assert len(redness[True]) > 8 and len(redness[False]) > 8
+    assert np.median(redness[True]) > 3 * np.median(redness[False])

@@ -302,6 +302,89 @@ def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
     }
 
 
+# ------------------------------------------------------------ squares that are drawn
+
+MIN_CORNERS = 4  # of the box: a square that shows fewer is not counted
+NEAR = 20.0  # degrees: from there the alignment still finds the pose
+
+
+@dataclass(frozen=True)
+class DrawnSquares:
+    """N squares that a `Synthesiser` has drawn, and what is true in them."""
+
+    images: np.ndarray  # (N, S, S, 3) uint8
+    poses: np.ndarray  # (N, 4, 4) model -> OpenCV camera
+    cameras: np.ndarray  # (N, 3, 3) camera matrices, pixels
+    targets: list  # N `Target`
+
+
+def draw_squares(synthesise, target: xu.Target, count: int, size: int, seed: int) -> DrawnSquares:
+    """Draw squares that show at least MIN_CORNERS corners of a target's box.
+
+    Args:
+        synthesise: see `xwing_utils.make_dataset`.
+        target: what it draws, where it does not say.
+        count: N.
+        size: S, pixels.
+        seed: of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    squares = []
+    while len(squares) < count:
+        image, pose, K, *drawn = synthesise(size, rng)
+        shape = drawn[0] if drawn else target
+        if xu.in_frame(xu.project_pose(shape.box, pose, K), size, size).sum() >= MIN_CORNERS:
+            squares.append((image, pose, K, shape))
+    images, poses, cameras, targets = zip(*squares)
+    return DrawnSquares(np.array(images), np.array(poses), np.array(cameras), list(targets))
+
+
+def estimate_drawn(model, squares: DrawnSquares) -> list[xu.PoseEstimate]:
+    """Estimate the poses in drawn squares from the keypoints alone: N `PoseEstimate`.
+
+    Args:
+        model: from `load_model`, for squares of that size.
+        squares: `DrawnSquares`.
+    """
+    channels = model.settings["keypoints"]
+    maps = xu.predict_heatmaps(model, squares.images, channels=channels)
+    found = zip(squares.cameras, *xu.read_keypoints(maps, model.settings))
+    return [
+        xu.estimate_pose(keypoints, K, confidence, sigma, target=model.target)
+        for K, keypoints, confidence, sigma in found
+    ]
+
+
+def drawn_figures(estimates: Sequence, squares: DrawnSquares) -> dict:
+    """Compare estimates with the truth; turns after which a target looks the same are no errors.
+
+    Args:
+        estimates: N `PoseEstimate`.
+        squares: N `DrawnSquares`.
+
+    Returns:
+        "squares": N; "near": the fraction with a pose within NEAR degrees; "accepted": the fraction
+        with an accepted pose; "wrong": the fraction of these that are not near; and
+        "rotation_deg_median" of all poses.
+    """
+    degrees = []
+    for estimate, true, target in zip(estimates, squares.poses, squares.targets):
+        if estimate.pose is None:
+            degrees.append(np.inf)
+            continue
+        nearest = _nearest(estimate.pose, true @ symmetry_transforms(target))
+        degrees.append(xu.rotation_error(estimate.pose, nearest))
+    near = np.array(degrees) < NEAR
+    accepted = np.array([estimate.accepted for estimate in estimates])
+    return {
+        "squares": len(near),
+        "near": float(near.mean()),
+        "accepted": float(accepted.mean()),
+        "wrong": float((accepted & ~near).sum() / max(accepted.sum(), 1)),
+        "rotation_deg_median": float(np.median(degrees)),
+    }
+
+
 # ------------------------------------------------------------ a rendered flight
 
 
@@ -338,11 +421,12 @@ class KnownClip:
     fps: float  # frames a second
 
 
-def load_object(path: Path) -> KnownClip:
+def load_object(path: Path, step: int = 1) -> KnownClip:
     """Read a clip of another object.
 
     Args:
         path: a file like data/objects/carton.json; the video is beside it.
+        step: every step-th frame is taken.
 
     Returns:
         its `KnownClip`. What is visible is the fraction of the object's silhouette.
@@ -356,12 +440,12 @@ def load_object(path: Path) -> KnownClip:
     if poses[0] is None:
         raise ValueError(f"{path}: expected a pose of the first frame, got null")
     return KnownClip(
-        clip=Clip(path.with_suffix(".mp4")),
+        clip=Clip(path.with_suffix(".mp4"), step),
         target=xu.load_target(path.with_name(info["target"])),
         K=np.array(info["K"]),
-        poses=poses,
-        visible=np.array(info["visible"]),
-        fps=info["fps"],
+        poses=poses[::step],
+        visible=np.array(info["visible"])[::step],
+        fps=info["fps"] / step,
     )
 
 
@@ -407,6 +491,30 @@ def follow(known: KnownClip, limit: int | None = None) -> list[TrackedPose]:
     frames = itertools.islice(known.clip, limit)
     track = [tracker.start(next(frames).image, known.poses[0])]
     return track + [tracker.update(frame.image, fault=frame.fault) for frame in frames]
+
+
+def find_alone(known: KnownClip, detector, aligner: Aligner | None = None) -> list[TrackedPose]:
+    """Find the target of a clip in each frame alone, as if no other had been seen.
+
+    Args:
+        known: the clip.
+        detector: `Detector` for its target.
+        aligner: verifies the poses; None takes those from the keypoints alone.
+
+    Returns:
+        a `TrackedPose` for each frame: "tracked" where the pose was accepted, else "lost". A pose
+        that was not accepted is kept.
+    """
+    found = []
+    for frame in known.clip:
+        keypoints, confidence, sigma = detector(frame.image)
+        estimate = xu.estimate_pose(keypoints, known.K, confidence, sigma, target=known.target)
+        if aligner is not None:
+            estimate = aligner.verify(frame.image, estimate, known.K)
+        status = "tracked" if estimate.accepted else "lost"
+        probability = float(np.nan_to_num(estimate.probability))
+        found.append(TrackedPose(status, frame.seconds, estimate.pose, probability=probability))
+    return found
 
 
 def track_figures(known: KnownClip, track: Sequence[TrackedPose]) -> dict:
