@@ -72,8 +72,7 @@ def test_the_ship_is_easily_taken_for_its_half_roll():
     assert xu.rotation_error(found[0], xu.XWING.lookalikes[0]) < 1e-6
 
 
-def test_a_thin_target_is_easily_taken_for_its_image_in_depth(box, tmp_path, monkeypatch):
-    monkeypatch.setattr(lookalikes, "VIEWS", 642)
+def test_a_thin_target_is_easily_taken_for_its_image_in_depth(box, tmp_path):
     assert find_flat_axis(box) is None
     wedge = trimesh.creation.box((3.0, 2.0, 0.05))
     wedge.vertices[wedge.vertices[:, 0] > 0, 1] *= 0.2
@@ -95,12 +94,12 @@ def test_what_was_found_is_kept_beside_the_weights(box, tmp_path, monkeypatch):
     """Only a change of the target makes it found anew; a damaged file is replaced."""
     calls = []
 
-    def find(target):
+    def find(target, drawings):
         calls.append(target)
         return np.tile(np.eye(4), (2, 1, 1))
 
     monkeypatch.setattr(lookalikes, "find_lookalikes", find)
-    monkeypatch.setattr(lookalikes, "find_flat_axis", lambda target: np.array([0, 1.0, 0]))
+    monkeypatch.setattr(lookalikes, "find_flat_axis", lambda *_: np.array([0, 1.0, 0]))
     weights = tmp_path / "solid.weights.h5"
 
     def again(target=box):
@@ -121,7 +120,7 @@ def test_what_was_found_is_kept_beside_the_weights(box, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_stops_nothing(box, tmp_path, monkeypatch):
     (tmp_path / ".lookalikes").write_text("no folder")
-    monkeypatch.setattr(lookalikes, "find_lookalikes", lambda target: np.eye(4)[None])
-    monkeypatch.setattr(lookalikes, "find_flat_axis", lambda target: None)
+    monkeypatch.setattr(lookalikes, "find_lookalikes", lambda *_: np.eye(4)[None])
+    monkeypatch.setattr(lookalikes, "find_flat_axis", lambda *_: None)
     found = with_lookalikes(box, tmp_path / "solid.weights.h5")
     assert found.lookalikes.shape == (1, 4, 4)
