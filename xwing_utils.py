@@ -541,11 +541,19 @@ def check_same_target(first: Target, second: Target, what: str) -> None:
         second: the target that is asked for.
         what: the subject of the message, e.g. "the weights".
     """
+    if has_same_keypoints(first, second):
+        return
+    text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
+    if first.name == second.name:
+        text = f"{what} belong to {first.name!r} as it was: its keypoints are others now"
+    raise ValueError(f"{text}; take those of this target, or train some")
+
+
+def has_same_keypoints(first: Target, second: Target) -> bool:
+    """Tell whether two targets have the same keypoints, so that one network serves both."""
     tolerance = 1e-6 * first.diameter
     same_shape = first.keypoints.shape == second.keypoints.shape
-    if not (same_shape and np.allclose(first.keypoints, second.keypoints, rtol=0, atol=tolerance)):
-        text = f"{what} belong to the target {first.name!r}, not to {second.name!r}"
-        raise ValueError(f"{text}; take those of this target, or train some")
+    return same_shape and np.allclose(first.keypoints, second.keypoints, rtol=0, atol=tolerance)
 
 
 def _plain_target(mesh, box, keypoints, normals, names):
@@ -1883,11 +1891,21 @@ def crop_image(image: np.ndarray, corner: Sequence[float], size: int) -> np.ndar
 
 # ============================================================ network
 
-BACKBONE = "resnet18"  # encoder of the U-Net; any backbone of segmentation_models
+BACKBONE = "resnet18"  # encoder of the U-Net, one of BACKBONES
+# Those of segmentation_models that Keras 3 is known to build, save and load. It refuses the layers'
+# names of the DenseNets; senet154, with 115 million parameters, has not been tried.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101"),
+    *("seresnet18", "seresnet34", "seresnet50", "seresnet101", "seresnet152"),
+    *("seresnext50", "seresnext101", "vgg16", "vgg19", "mobilenet", "mobilenetv2"),
+    *("inceptionv3", "inceptionresnetv2", *(f"efficientnetb{i}" for i in range(8))),
+)
 DECODER_FILTERS = (128, 64, 32, 32, 16)  # channels of the five stages of the decoder
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
 _RESTORE = "restore weights/ with git checkout weights"
 _MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
+_OPTIONAL_SETTINGS = {"points", "preprocessing"}
+PREPROCESSING = {"scale": 1 / 127.5, "offset": -1.0}  # [0, 255] to [-1, 1]
 
 
 def build_model(
@@ -1898,7 +1916,9 @@ def build_model(
     decoder_filters: Sequence[int] = DECODER_FILTERS,
     size: int = FRAME_SIZE,
     stride: int = STRIDE,
+    preprocessing: dict | None = None,
     target: Target = XWING,
+    unet: Callable | None = None,
 ) -> object:
     """Build an untrained U-Net.
 
@@ -1906,8 +1926,7 @@ def build_model(
     size / stride, keypoints).
 
     Args:
-        backbone: an encoder of segmentation_models, e.g. "efficientnetb0", "resnet18",
-            "mobilenetv2".
+        backbone: an encoder of segmentation_models, one of BACKBONES.
         keypoints: number of output channels, the 8 corners first; None for all of the target's.
         sigma: standard deviation of the heatmaps' Gaussians in pixels at this size.
         head: "softmax" for `spatial_softmax`, "linear" for maps trained with a squared error.
@@ -1915,10 +1934,15 @@ def build_model(
         size: width and height in pixels, a multiple of 32; the weights do not depend on it.
         stride: 1 for maps of the frame's size, 2 to leave out the decoder's last, most expensive
             stage.
+        preprocessing: {"scale": (3,), "offset": (3,)}, which the network's first layer applies to
+            the channels of the frames. None maps [0, 255] to [-1, 1].
         target: whose keypoints the channels are.
+        unet: makes the U-Net, with the arguments of segmentation_models.Unet; None is that. See
+            `xwing.encoders`.
 
     Returns:
         a keras.Model; its `settings` hold these arguments, its `target` the target.
+        "preprocessing" is one of the settings where it is not None.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -1927,7 +1951,6 @@ def build_model(
     """
     import keras
 
-    sm = _segmentation_models()
     keypoints = len(target.keypoints) if keypoints is None else keypoints
     settings = {
         "backbone": backbone,
@@ -1938,10 +1961,12 @@ def build_model(
         "size": size,
         "stride": stride,
     }
-    _check_model_settings(settings, sm.get_available_backbone_names())
+    _check_model_settings(settings)
+    if preprocessing is not None:
+        settings["preprocessing"] = _checked_preprocessing(preprocessing)
 
     frames = keras.Input((size, size, 3), name="frames")
-    unet = sm.Unet(
+    unet = (unet or import_segmentation_models().Unet)(
         backbone,
         input_shape=(size, size, 3),
         classes=keypoints,
@@ -1954,7 +1979,8 @@ def build_model(
         maps = keras.layers.Conv2D(keypoints, 3, padding="same", name="maps")(features)
         unet = keras.Model(unet.input, maps)
 
-    maps = unet(keras.layers.Rescaling(1 / 127.5, -1.0)(frames))
+    rescaling = keras.layers.Rescaling(**settings.get("preprocessing", PREPROCESSING))
+    maps = unet(rescaling(frames))
     if head == "softmax":
         maps = spatial_softmax(maps, sigma / stride)
     else:
@@ -1965,8 +1991,8 @@ def build_model(
     return model
 
 
-def _segmentation_models():
-    """Import segmentation_models for the Keras backend in use."""
+def import_segmentation_models() -> object:
+    """Import segmentation_models for the Keras backend in use, and return the module."""
     import keras
 
     tensorflow = keras.backend.backend() == "tensorflow"
@@ -1981,13 +2007,23 @@ def _segmentation_models():
     return segmentation_models
 
 
-def _check_model_settings(settings, backbones):
+def _checked_preprocessing(preprocessing):
+    """A "preprocessing" of `build_model`, as lists of numbers for JSON."""
+    if not isinstance(preprocessing, dict) or set(preprocessing) != {"scale", "offset"}:
+        raise ValueError(f"preprocessing: expected scale and offset, got {preprocessing!r}")
+    arrays = {name: check_array(preprocessing[name], (3,), name) for name in ("scale", "offset")}
+    if not np.isfinite(list(arrays.values())).all():
+        raise ValueError(f"preprocessing: expected finite numbers, got {preprocessing!r}")
+    return {name: array.tolist() for name, array in arrays.items()}
+
+
+def _check_model_settings(settings):
     """Raise ValueError for arguments of `build_model` that do not fit."""
     backbone = settings["backbone"]
     head = settings["head"]
     sigma = settings["sigma"]
-    if backbone not in backbones:
-        raise ValueError(f"backbone: expected one of {', '.join(backbones)}, got {backbone!r}")
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {backbone!r}")
     if head not in ("softmax", "linear"):
         raise ValueError(f"head: expected 'softmax' or 'linear', got {head!r}")
     if not (np.isfinite(sigma) and sigma > 0):
@@ -2200,7 +2236,7 @@ def weights_settings(path: str | Path) -> dict:
 
     info = read_json(settings_path)
     model = info.get("model") if isinstance(info, dict) else None
-    if not isinstance(model, dict) or set(model) - {"points"} != _MODEL_SETTINGS:
+    if not isinstance(model, dict) or set(model) - _OPTIONAL_SETTINGS != _MODEL_SETTINGS:
         names = ", ".join(sorted(_MODEL_SETTINGS))
         raise ValueError(f"{settings_path}: no model with {names} in it; {_RESTORE}")
     if info.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():

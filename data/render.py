@@ -59,6 +59,10 @@ CAMERA = {
     ],
 }
 FOCAL = CAMERA["projection_matrix"][0][0]  # in half frame widths
+# Model units that a mesh may reach from its origin. Less is below 25 pixels in a frame; more would
+# touch the camera, which comes as near as 0.6 units.
+MIN_REACH, MAX_REACH = 0.05, 0.5
+SHIP_REACH = 0.19  # the X-wing's
 
 
 # ---------------------------------------------------------------- poses
@@ -853,13 +857,15 @@ def render_set(
         The number of frames that were rendered.
 
     Raises:
-        ValueError: an unknown kind, a count or seed out of range, a folder with frames of another
-            seed, kind or mesh, or one into which another process renders.
+        ValueError: an unknown kind, a count or seed out of range, a mesh too large or too small for
+            the camera, a folder with frames of another seed, kind or mesh, or one into which
+            another process renders.
         OSError: the folder cannot be written; the frames that are complete stay.
     """
     _check_request(kind, seed, count)
     folder = Path(folder)
     mesh = load_mesh(mesh_path)
+    _check_reach(mesh, mesh_path)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _claim(folder, kind, seed, mesh_path, mesh)
@@ -945,6 +951,26 @@ def _check_request(kind, seed, count):
         )
 
 
+def _check_reach(mesh, mesh_path):
+    """Raise ValueError where a mesh is too large or too small for the camera."""
+    vertices = mesh.triangles.reshape(-1, 3)
+    reach = np.linalg.norm(vertices, axis=1).max()
+    if MIN_REACH <= reach <= MAX_REACH:
+        return
+
+    low, high = vertices.min(0), vertices.max(0)
+    radius = np.linalg.norm(high - low) / 2
+    advice = f"scale it by {SHIP_REACH / reach:.3g}"
+    if reach > 2 * radius:  # it lies beside its origin
+        middle = ", ".join(f"{value:.4g}" for value in (low + high) / 2)
+        advice = (
+            f"move its middle ({middle}) to the origin and scale it by {SHIP_REACH / radius:.3g}"
+        )
+    expected = f"expected {MIN_REACH} to {MAX_REACH}, because the camera is one unit away"
+    text = f"reaches {reach:.3g} model units from its origin, {expected}"
+    raise ValueError(f"{mesh_path}: {text}; {advice}")
+
+
 def _refuse_committed(folder, seed, kind):
     """Raise ValueError if another folder, of a committed set, has these frames."""
     for name in COMMITTED + CLIPS:
@@ -977,7 +1003,8 @@ def _locked(folder):
 def _claim(folder, kind, seed, mesh_path, mesh):
     """Write `render_info.json` and the camera; ValueError if the folder holds other frames.
 
-    It also removes leftovers of killed runs.
+    Where an earlier run has left no frame, its `render_info.json` is replaced. Other leftovers of
+    killed runs are removed.
     """
     frame = FLIGHTS.get(kind, CALM)  # for its size and samples
     info = {
@@ -989,12 +1016,12 @@ def _claim(folder, kind, seed, mesh_path, mesh):
         "mesh_digest": mesh_digest(mesh),
     }
     path = folder / "render_info.json"
-    if path.exists():
+    if path.exists() and any(folder.glob("*.jpg")):
         known = xu.read_json(path)
         # Older sets have no digest of the mesh: what they do not say is taken to agree.
         if not isinstance(known, dict) or {**info, **known} != info:
             raise ValueError(f"{folder}: made with {known}, asked for {info}; give another folder")
-    elif any(file for end in ("*.json", "*.jpg", "*.jpeg", "*.png") for file in folder.glob(end)):
+    elif not path.exists() and _holds_frames(folder):
         raise ValueError(
             f"{folder} holds frames that this program did not render; give another folder"
         )
@@ -1004,6 +1031,12 @@ def _claim(folder, kind, seed, mesh_path, mesh):
     _write_camera(folder / "camera_info.json", aspect=frame.width / frame.height)
     for leftover in folder.glob(".*.part"):
         leftover.unlink()
+
+
+def _holds_frames(folder):
+    """Whether there are files as of a set, in a folder that this program did not claim."""
+    ends = ("*.json", "*.jpg", "*.jpeg", "*.png")
+    return any(file for end in ends for file in folder.glob(end))
 
 
 def _write_camera(path, aspect):
@@ -1060,7 +1093,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=MAKERS, default="random", help=KINDS)
-    parser.add_argument("--mesh", type=Path, default=SHIP, help="a mesh in model units")
+    parser.add_argument(
+        "--mesh", type=Path, default=SHIP, help="a mesh about as large as the X-wing's"
+    )
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1 is one a core")
     parser.add_argument(
         "--dask", metavar="ADDRESS", help="use a Dask cluster, e.g. tcp://scheduler:8786"
@@ -1082,6 +1117,8 @@ def main(arguments: list[str] | None = None):
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{options.folder}: interrupted; start again to go on\n")
     if options.video:
         write_video(options.folder)
     print(f"{options.folder}: {rendered} frames rendered, {options.count - rendered} kept")

@@ -286,6 +286,17 @@ def test_report_counts_a_missing_corner_as_far_off(grid):
     assert metrics.corner_report(estimate, grid)["within_5px"] == 0.75
 
 
+def test_no_error_of_a_report_exceeds_the_diagonal_of_the_frame(grid):
+    """Once an untrained network had a median error of 56669.79 px."""
+    nothing = np.full_like(grid, np.nan)
+    report = metrics.corner_report(nothing / 4, grid / 4, 64, scale=4)
+    assert report["corner_px"] == report["best_permutation_px"] == pytest.approx(256 * np.sqrt(2))
+    assert not any(report["permutations"].values())  # nothing is the right way round
+    found_in_one = nothing.copy()
+    found_in_one[0, 3] = grid[0, 3]
+    assert sum(metrics.corner_report(found_in_one, grid)["permutations"].values()) == 1
+
+
 @pytest.mark.parametrize("sigma,stride", [(4.0, 2), (10.0, 1)])
 def test_heatmap_errors_of_a_perfect_and_of_an_empty_network(sigma, stride):
     truth = np.random.default_rng(0).uniform(60, 196, (3, 8, 2))

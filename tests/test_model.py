@@ -1,5 +1,6 @@
 """The network: building, a step of training, files, prediction. It is a tiny one, for speed."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import xwing_utils as xu
-from xwing import training
+from xwing import encoders, training
 
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
 
@@ -139,6 +140,129 @@ def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):
     maps = model.predict_on_batch(images)
     mass = 2 * np.pi * (xu.SIGMA / 2) ** 2
     assert (maps >= 0).all() and (maps.sum((1, 2)) <= mass * 1.0001).all()
+
+
+def test_the_backbones_are_those_that_keras_builds():
+    sm = xu.import_segmentation_models()
+    assert set(sm.get_available_backbone_names()) - set(xu.BACKBONES) == {
+        "densenet121",
+        "densenet169",
+        "densenet201",
+        "senet154",
+    }
+    with pytest.raises(ValueError, match="/"):
+        sm.Unet("densenet121", input_shape=(64, 64, 3), encoder_weights=None)
+
+
+# ------------------------------------------------------------ weights of others
+
+RESNET = {**TINY, "backbone": "resnet18"}
+
+
+def other_target():
+    """A target whose keypoints are not those of the X-wing."""
+    keypoints = xu.XWING.keypoints * [1, 0.5, 1]
+    return dataclasses.replace(xu.XWING, name="probe", keypoints=keypoints, box=keypoints[:8])
+
+
+def encoder_of(network):
+    """The encoder of a network as Keras model, for [0, 255]."""
+    unet = network.layers[2]
+    return keras.Model(unet.input, unet.get_layer("relu1").output)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    keras.utils.set_random_seed(1)
+    return xu.build_model(**RESNET, target=other_target())
+
+
+@pytest.fixture(scope="module")
+def pretrained(plain, tmp_path_factory):
+    """A network whose encoder's weights are those of a file, and its own file."""
+    folder = tmp_path_factory.mktemp("encoder")
+    encoder_of(plain).save(folder / "encoder.h5")
+    network = encoders.build_pretrained(**RESNET, encoder_weights=folder / "encoder.h5")
+    training.save_model(network, folder / "a.weights.h5")
+    return network, folder / "a.weights.h5"
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_a_pretrained_encoder_sees_the_frames_that_it_was_trained_on(plain, pretrained, images):
+    """The ResNets of classification_models were trained on [0, 255]."""
+    network, path = pretrained
+    expected = {"scale": [1.0, 1.0, 1.0], "offset": [0.0, 0.0, 0.0]}
+    assert network.settings["preprocessing"] == expected
+    assert xu.weights_settings(path)["model"] == network.settings
+    features = keras.Model(network.input, network.layers[1].output)(images)
+    np.testing.assert_array_equal(features, images)
+    for ours, theirs in zip(encoder_of(network).get_weights(), encoder_of(plain).get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def weights_of(network, head):
+    """The weights of the last layer, or all the others."""
+    return [
+        keras.ops.convert_to_numpy(variable)
+        for variable in network.weights
+        if ("maps" in variable.path) == head
+    ]
+
+
+def same(first, second):
+    return all(np.allclose(a, b, atol=1e-3) for a, b in zip(first, second, strict=True))
+
+
+def test_another_target_begins_from_encoder_and_decoder(plain, pretrained, monkeypatch, capsys):
+    network, path = pretrained
+    monkeypatch.setattr(xu, "load_model", lambda weights: network)  # to build one network less
+    begun = training.begin_from(plain, path)
+    said = capsys.readouterr().out
+    assert said.startswith("begins with encoder and decoder of a.weights.h5 (X-wing, 0 samples)")
+    assert said.endswith("; the last layer anew for probe\n")
+    assert begun.target.name == "probe" and begun.settings == network.settings
+    assert same(weights_of(begun, head=False), weights_of(network, head=False))
+    assert not same(weights_of(begun, head=True), weights_of(network, head=True))
+
+    begun.target = xu.XWING
+    again = training.begin_from(begun, path)
+    assert again is begun and "the last layer, too" in capsys.readouterr().out
+    assert same(again.get_weights(), network.get_weights())
+
+
+def test_weights_of_another_network_are_no_beginning(model, plain, pretrained):
+    _, path = pretrained
+    with pytest.raises(ValueError, match="network has backbone 'resnet18', this one 'mobilen"):
+        training.begin_from(model, path)
+    with pytest.raises(FileNotFoundError, match="nothing.weights.h5"):
+        training.begin_from(model, path.with_name("nothing.weights.h5"))
+
+
+def test_encoder_weights_that_cannot_be_had(monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.h5"):
+        encoders.build_pretrained(**RESNET, encoder_weights=tmp_path / "nothing.h5")
+    (tmp_path / "foreign.h5").write_bytes(b"foreign")
+    with pytest.raises(ValueError, match="foreign.h5 does not hold the encoder resnet18 .*file"):
+        encoders.build_pretrained(**RESNET, encoder_weights=tmp_path / "foreign.h5")
+
+    def fail(*_, **__):
+        raise Exception("URL fetch failure on https://...: None -- Name or service not known")
+
+    monkeypatch.setattr(xu.import_segmentation_models(), "Unet", fail)
+    with pytest.raises(ValueError, match="cannot be downloaded .URL fetch.*local .h5 file"):
+        encoders.build_pretrained(**RESNET, encoder_weights="imagenet")
+
+
+def test_trained_encoders_see_what_their_library_prepares():
+    """VGG reads BGR: its first layer is turned round instead of the frames."""
+    sm = xu.import_segmentation_models()
+    frame = np.random.default_rng(0).uniform(0, 255, (1, 2, 2, 3)).astype(np.float32)
+    for backbone in ("mobilenetv2", "resnet18", "efficientnetb0", "seresnet50", "vgg16"):
+        chosen = encoders.find_preprocessing(backbone) or {"scale": 1 / 127.5, "offset": -1.0}
+        ours = frame * np.array(chosen["scale"]) + np.array(chosen["offset"])
+        ours = ours[..., ::-1] if encoders.reads_bgr(backbone) else ours
+        np.testing.assert_allclose(ours, sm.get_preprocessing(backbone)(frame.copy()), atol=1e-3)
+        assert (backbone == "vgg16") == encoders.reads_bgr(backbone)
 
 
 # ------------------------------------------------------------ training
@@ -375,6 +499,9 @@ def test_files_that_are_no_settings_are_refused(saved, text):
         ("head", None),
         ("points", 3),
         ("points", [[0, 0]]),
+        ("preprocessing", 3),
+        ("preprocessing", {"scale": [1, 1, 1]}),
+        ("preprocessing", {"scale": 1, "offset": [0, 0, 0]}),
     ],
 )
 def test_settings_with_a_bad_value_are_refused(saved, name, value):

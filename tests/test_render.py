@@ -233,6 +233,50 @@ def test_arguments_out_of_range(tmp_path, arguments, message):
     assert not (tmp_path / "new").exists()
 
 
+def box_mesh(path, extents, middle=(0, 0, 0)):
+    box = trimesh.creation.box(extents)
+    box.apply_translation(middle)
+    box.export(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "extents,middle,advice",
+    [
+        ((2, 1, 2), (0, 0, 0), "reaches 1.5 .*expected 0.05 to 0.5, .*; scale it by 0.127$"),
+        ((0.02, 0.01, 0.02), (0, 0, 0), "scale it by 12.7$"),
+        (
+            (2, 1, 2),
+            (0, 0, 9),
+            r"move its middle \(0, 0, 9\) to the origin and scale it by 0.127$",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_suit_the_camera_is_refused_with_a_scale(
+    tmp_path, extents, middle, advice
+):
+    """Once it left a folder that blocked the next run, with the mesh scaled."""
+    mesh_path = box_mesh(tmp_path / "box.obj", extents, middle)
+    with pytest.raises(ValueError, match=f"box.obj: .*{advice}"):
+        render_set(tmp_path / "set", 1, mesh_path=mesh_path)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_rendering_that_failed_does_not_block_the_next(tmp_path, monkeypatch):
+    mesh_path = box_mesh(tmp_path / "box.obj", (0.2, 0.1, 0.2))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(render, "_render_pair", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        render.main([str(tmp_path / "set"), "--mesh", str(mesh_path), "--workers", "1"])
+    assert sorted(files(tmp_path / "set")) == ["camera_info.json", "render_info.json"]
+    monkeypatch.undo()
+    assert render_set(tmp_path / "set", 1) == 1
+    assert xu.read_json(tmp_path / "set" / "render_info.json")["mesh"] == "xwing.obj"
+
+
 def test_a_missing_mesh(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.obj"):
         render_set(tmp_path / "new", mesh_path=tmp_path / "nothing.obj")

@@ -73,7 +73,9 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/alignment",
         "xwing/verification",
     },
-    "xwing/training": {"xwing_utils", "xwing/mesh", "xwing/metrics"},
+    "xwing/training": {"xwing_utils", "xwing/metrics"},
+    "xwing/encoders": {"xwing_utils"},
+    "xwing/learnability": {"xwing_utils", "xwing/mesh"},
     "data/looks": set(),
     # data/render imports itself in its worker processes.
     "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},

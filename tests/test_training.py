@@ -10,6 +10,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -25,7 +26,6 @@ import pytest
 
 import xwing_utils as xu
 from xwing import training
-from xwing.mesh import load_mesh
 
 
 def build(seed=0, channels=36, graph=False, sigma=4.0, target=xu.XWING):
@@ -193,7 +193,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder, tmp_path, ca
     start(folder, 1)
     capsys.readouterr()
     resumed, _ = start(folder, 3, seed=1)
-    assert capsys.readouterr().out.startswith("resuming after epoch 1 of 3\n")
+    line = "resuming after epoch 1 of 3: learning rate 0.001, least median corner error "
+    assert re.match(line + r"[\d.]+ px .epoch 1.\n", capsys.readouterr().out)
     assert resumed.optimizer.iterations == 6
     for ours, theirs in zip(resumed.get_weights(), whole.get_weights()):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -276,6 +277,57 @@ def test_an_empty_log_is_no_obstacle(folder):
     assert len(start(folder, 1)[1].record["rows"]) == 1
 
 
+def changed_targets(folder):
+    """The X-wing with something changed, and what a run says that began without the change."""
+    half_turn = np.diag([-1.0, -1.0, 1.0, 1.0])
+    changes = {
+        "symmetries": np.stack([np.eye(4), half_turn]),
+        "mirror": None,
+        "mesh": folder / "other.obj",
+    }
+    (folder / "other.obj").write_text("another mesh")
+    for name, value in changes.items():
+        changed = dataclasses.replace(xu.XWING, **{name: value})
+        yield changed, f"the target 'X-wing' has changed since it began: {name}"
+    yield another_target(), "to the target 'X-wing', not to 'probe'"
+    yield dataclasses.replace(another_target(), name="X-wing"), "'X-wing' as it was: its keypoints"
+
+
+def test_changed_settings_are_refused(folder, fixed_error):
+    """Once another learning rate was ignored, and another data set was mixed in without a note."""
+    fixed_error(5.0)
+    facts = {"learning_rate": 1e-3, "data": "a", "shares": (0.0, 1.0), "epochs": 1, "shapes": "x"}
+    model, _ = start(folder, 1, facts=facts)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    frames = make_batches(4, augmented=False)[0]
+    for name, value in {"learning_rate": 1e-4, "data": "b", "shapes": ""}.items():
+        run = training.TrainingRun(folder, *frames, facts={**facts, name: value})
+        message = f"run: {name} was {facts[name]!r} when this run began, and is {value!r} now; set"
+        for epochs in (1, 2):  # also when the run is finished
+            with pytest.raises(ValueError, match=message):
+                run.fit(model, [], epochs)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_changes_of_where_and_how_long_a_run_goes_on_are_noted(folder, fixed_error, capsys):
+    fixed_error(5.0, 4.0)
+    facts = {"shares": (0.0, 1.0), "epochs": 1, "precision": "mixed_bfloat16"}
+    start(folder, 1, facts=facts)
+    now = {**facts, "epochs": 2, "precision": "float32"}
+    start(folder, 2, facts=now)
+    assert "changed after epoch 1: epochs 2, precision float32\n" in capsys.readouterr().out
+    [stage] = facts_of(folder)["training"]["stages"]
+    assert stage["epochs"] == 1 and stage["shares"] == [0, 1]
+    assert stage["changes"] == [{"after_epoch": 1, "epochs": 2, "precision": "float32"}]
+    assert training._facts_in_force(stage) == {**now, "shares": [0, 1], "best_epoch": 2}
+
+
+def test_an_error_that_counts_for_missing_corners_is_said_to_be_one(folder, fixed_error, capsys):
+    fixed_error(4 * 64 * np.sqrt(2))
+    start(folder, 1, scale=4.0)
+    assert "median corner error 362.04 px, most corners not found" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Skipping nested container")  # by Keras
 def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
     start(folder, 1)
@@ -286,11 +338,11 @@ def test_runs_that_cannot_go_on_are_refused_and_left_alone(folder):
         start(folder, 2, network={"sigma": 2.0})
     with pytest.raises(ValueError, match="run: holds a run of another network .its settings are"):
         start(folder, 1, network={"sigma": 2.0})  # also when the run is finished
-    with pytest.raises(
-        ValueError,
-        match="run: holds a run of another network .*to the target 'X-wing', not to 'probe'",
-    ):
-        start(folder, 2, network={"target": another_target()})
+    model = build()
+    run = training.TrainingRun(folder, *make_batches(4, augmented=False)[0])
+    for model.target, message in changed_targets(folder.parent):
+        with pytest.raises(ValueError, match=f"run: holds a run of another network .*{message}"):
+            run.fit(model, make_batches(), 2)
     (folder / training.BACKUP).write_bytes(before[training.BACKUP][:3000])
     with pytest.raises(ValueError, match="backup.weights.h5: no run's backup"):
         start(folder, 2)
@@ -423,6 +475,29 @@ def test_a_run_counts_the_samples_that_its_first_weights_have_seen(folder, tmp_p
     assert rows == [("1", "8", "5.0"), ("2", "16", "4.0")]
 
 
+def test_weights_of_another_target_are_no_stage_of_this_one(folder, tmp_path, fixed_error):
+    """But they are named, with their target and its samples."""
+    fixed_error(5.0, 4.0)
+    start(folder, 1, network={"target": another_target()})
+    facts = {"init": str(folder / "best.weights.h5")}
+    start(tmp_path / "second", 1, facts=facts)
+    log = rows_of(tmp_path / "second" / "log.csv")
+    assert columns(log, "stage", "samples_seen", "val_corner_px") == [("1", "8", "4.0")]
+    stage = {**facts, "init_target": "probe", "init_samples": 8, "best_epoch": 1}
+    recorded = facts_of(tmp_path / "second")["training"]
+    assert recorded == {"samples_seen": 8, "stages": [stage]}
+    weights = tmp_path / "weights"
+    training.publish_weights(folder, weights)
+    training.publish_weights(tmp_path / "second", weights)
+    for name, target in (("probe", another_target()), ("xwing", xu.XWING)):
+        xu.check_same_target(xu.weights_target(weights / f"{name}.weights.h5"), target, name)
+    info = facts_of(folder)
+    info["target"]["name"] = "X-wing"
+    (folder / "best.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="xwing.weights.h5: these weights belong to 'X-wing' as"):
+        training.publish_weights(folder, weights)
+
+
 @pytest.mark.parametrize("crop,size", [(0, 64), (1, 256)])
 def test_weights_trained_on_squares_are_published_for_whole_frames(folder, tmp_path, crop, size):
     """`load_model` and `save_model` are tested in test_model.py."""
@@ -451,6 +526,24 @@ def test_a_run_that_names_no_weights_as_its_start_is_refused(folder):
 
 
 # ------------------------------------------------------------ several devices and machines
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [("fpu avx512_bf16 sse", "mixed_bfloat16"), ("avx512f", "float32"), (None, "float32")],
+)
+def test_the_precision_is_that_in_which_the_processor_computes(
+    monkeypatch, tmp_path, flags, expected
+):
+    description = tmp_path / "cpuinfo"
+    if flags:
+        description.write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(training, "CPU_DESCRIPTION", description)
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0"])
+    assert training.choose_precision() == expected
+    assert training.choose_precision("float64") == "float64"
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["cpu:0", "gpu:0"])
+    assert training.choose_precision() == "mixed_bfloat16"
 
 
 DISTRIBUTED = """
@@ -536,54 +629,3 @@ def test_several_machines_with_tensorflow_are_refused(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     with pytest.raises(NotImplementedError, match="20585"):
         training.distribute()
-
-
-# ------------------------------------------------------------ targets that cannot be learnt
-
-
-def without(keep):
-    """The X-wing without the surface keypoints for which `keep` (28,) is False."""
-    rows = np.concatenate([np.ones(8, bool), keep])
-    return dataclasses.replace(
-        xu.XWING,
-        keypoints=xu.KEYPOINTS[rows],
-        normals=xu.NORMALS[rows],
-        names=[name for name, kept in zip(xu.KEYPOINT_NAMES, rows) if kept],
-        mirror=None,
-    )
-
-
-def moved(keypoint, offset):
-    """The X-wing with one of its keypoints elsewhere."""
-    keypoints = xu.KEYPOINTS.copy()
-    keypoints[keypoint] += offset
-    return dataclasses.replace(xu.XWING, keypoints=keypoints, mirror=None)
-
-
-TURNED_MIRROR = np.diag([1.0, -1.0, 1.0, 1.0])  # nose for tail
-
-
-@pytest.mark.parametrize(
-    "target,message",
-    [
-        (without(xu.NORMALS[8:, 2] > 0.2), "from the direction .* only 0 of the .* in sight"),
-        (moved(20, [0, 0, 0.1]), f"no frame shows the keypoint '{xu.KEYPOINT_NAMES[20]}'"),
-        (dataclasses.replace(xu.XWING, mirror=TURNED_MIRROR), "its mirror does not map the mesh"),
-    ],
-)
-def test_targets_that_cannot_be_learnt(target, message):
-    with pytest.raises(ValueError, match=message):
-        training.check_target(target, load_mesh(target.mesh))
-
-
-def test_targets_that_can_be_learnt():
-    training.check_target(xu.XWING, load_mesh(xu.XWING.mesh))
-
-
-def test_a_mesh_that_shows_no_surface():
-    mesh = load_mesh(xu.XWING.mesh)
-    line = mesh.vertices[:1] + np.linspace(0, 1, 3)[:, None] * [1, 1, 1]
-    flat = dataclasses.replace(mesh, vertices=line, faces=np.array([[0, 1, 2]]))
-    flat = dataclasses.replace(flat, face_materials=np.zeros(1, int))
-    with pytest.raises(ValueError, match="no triangle shows from outside"):
-        training.check_target(xu.XWING, flat)

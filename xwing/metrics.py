@@ -268,7 +268,8 @@ def corner_report(
     """Measure how well corners are found, and how well they are told from each other.
 
     Args:
-        keypoints: (N, 8, 2) pixels; a corner that is NaN counts as far off.
+        keypoints: (N, 8, 2) pixels; a corner that is NaN counts as one frame's diagonal off, which
+            no error exceeds.
         truth: (N, 8, 2) pixels.
         size: width and height of the frames, pixels.
         scale: factor on the distances.
@@ -278,7 +279,8 @@ def corner_report(
             corner_px: median distance.
             best_permutation_px: the same under each frame's best permutation of its corners.
             within_2px, within_5px: recalls.
-            permutations: dict name -> number of frames in which this permutation fits best.
+            permutations: dict name -> number of frames in which this permutation fits best; a frame
+                in which no corner is found counts for none.
 
     Source: the recalls as PCK of Andriluka et al., 2D Human Pose Estimation, CVPR 2014, with limits
         in pixels; the split as the inversions of Ronchi and Perona, Benchmarking and Error
@@ -286,12 +288,14 @@ def corner_report(
     """
     inside = xu.in_frame(truth, size, size)
     permutations = xu.CORNER_PERMUTATIONS
-    permuted = [_distances(keypoints[:, order], truth) * scale for order in permutations.values()]
-    permuted = np.stack(permuted)  # (permutations, N, 8); the first is the identity
+    permuted = [_distances(keypoints[:, order], truth) for order in permutations.values()]
+    # (permutations, N, 8); the first is the identity
+    permuted = np.minimum(np.stack(permuted), np.sqrt(2) * size) * scale
 
     limited = np.minimum(permuted, MAX_CORNER_ERROR)
     best = (limited * inside).sum(-1).argmin(0)
-    counts = np.bincount(best[inside.any(1)], minlength=len(permutations))
+    judged = inside.any(1) & np.isfinite(keypoints).all(-1).any(1)
+    counts = np.bincount(best[judged], minlength=len(permutations))
 
     corner = permuted[0][inside]
     best_permutation = permuted[best, np.arange(len(best))][inside]

@@ -7,6 +7,11 @@ written, the next start writes them. The backup also records what the run began 
 earlier training and their log, as it was at the start. So published weights describe their whole
 training, and publishing a run twice gives the same files as publishing it once.
 
+A run goes on as it began. Settings that say how long it takes or where it runs may change, which
+the record notes; for any other change a new run begins from its weights (`begin_from`). Of weights
+of another target only encoder and decoder are used: samples and log count from zero, and the record
+names the weights.
+
 Keras shares each batch among several accelerators of a machine and, with JAX, among machines.
 """
 
@@ -26,11 +31,9 @@ import h5py
 import keras
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 from tqdm.keras import TqdmCallback
 
 import xwing_utils as xu
-from xwing.mesh import Mesh, visibility
 from xwing.metrics import corner_report
 
 _PROCESSES = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1)
@@ -39,17 +42,25 @@ if keras.backend.backend() == "jax" and _PROCESSES > 1:
 
 BACKUP = "backup.weights.h5"
 
+_SHIPPED = {
+    "BACKBONE": xu.BACKBONE,
+    "SIGMA": xu.SIGMA,
+    "STRIDE": xu.STRIDE,
+    "LOSS": "softmax",
+    "RANDOMISED_SHARE": 0.15,
+    "SYNTHETIC_SHARE": 0.5,
+    "WITHOUT": "",
+    "SIZE": xu.FRAME_SIZE,
+    "CROP": 0,
+    "INIT": "",
+    "EPOCHS": 15,
+    "EPOCH_SIZE": 0,
+    "SCHEDULE": "plateau",
+}
 RECIPES = {  # settings of a training, by the names that notebooks/train.ipynb gives them
-    "shipped": {
-        "BACKBONE": xu.BACKBONE,
-        "SIGMA": xu.SIGMA,
-        "STRIDE": xu.STRIDE,
-        "LOSS": "softmax",
-        "RANDOMISED_SHARE": 0.15,
-        "SYNTHETIC_SHARE": 0.5,
-        "WITHOUT": "",
-    },
-    "classic": {  # as earlier work trained
+    "shipped": _SHIPPED,
+    "classic": _SHIPPED  # as earlier work trained
+    | {
         "BACKBONE": "efficientnetb0",
         "SIGMA": 10.0,
         "STRIDE": 1,
@@ -58,7 +69,32 @@ RECIPES = {  # settings of a training, by the names that notebooks/train.ipynb g
         "SYNTHETIC_SHARE": 0.0,
         "WITHOUT": "geometry flare light colour sharpness noise erasing compression",
     },
+    "object": _SHIPPED  # another target, in half an hour of two cores
+    | {
+        "SIGMA": 2.0,
+        "SIZE": 128,
+        "CROP": 1,
+        "INIT": "weights/xwing.weights.h5",
+        "EPOCHS": 9,
+        "EPOCH_SIZE": 8000,
+        "SCHEDULE": "cosine",
+    },
 }
+
+
+def find_recipe(name: str) -> dict:
+    """Return one of the RECIPES.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"RECIPE: expected {' or '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+# Facts that may change when a run is resumed; the record notes it. For others a new run begins.
+CHANGEABLE = {"epochs", "samples", "frames", "precision", "backend"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,81 +104,17 @@ class Interrupted(KeyboardInterrupt):
         return [str(self)]
 
 
-# ============================================================ a target to train for
-
-SURFACE_SAMPLES = 20_000  # points of the visible surface
-VIEWS = 60  # directions from which keypoints have to be in sight
-MIN_IN_SIGHT = 4  # keypoints of the surface: fewer fix no pose
-OFF_SURFACE = 0.05  # diameters: a keypoint further from the visible surface is seen from nowhere
-OFF_MIRROR = 0.02  # diameters by which 1 % of the surface may differ from its mirror image
+WARMUP = 200  # steps
 
 
-def check_target(target: xu.Target, mesh: Mesh) -> None:
-    """Raise ValueError where a network cannot learn a target's keypoints.
+def cosine_schedule(peak: float, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Return learning rates that rise to a peak in WARMUP steps and fall to 1 % of it as a cosine.
 
-    Each keypoint has to be in sight from somewhere, and enough of them from everywhere. A mirror
-    has to map the mesh onto itself.
-
-    Args:
-        target: `Target`.
-        mesh: of the target, from `load_mesh`.
+    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
     """
-    _check_enough_in_sight(target)
-    points = _visible_points(target, mesh)
-    tree = cKDTree(points)
-    _check_on_surface(target, tree)
-    if target.mirror is None:
-        return
-    images = points @ target.mirror[:3, :3].T + target.mirror[:3, 3]
-    apart = np.quantile(tree.query(images)[0], 0.99) / target.diameter
-    if apart > OFF_MIRROR:
-        raise ValueError(
-            f"{target.name}: its mirror does not map the mesh onto itself: 1 % of the surface is "
-            f"{apart:.2f} diameters or more from its mirror image; correct 'mirror', or set it to "
-            "null"
-        )
-
-
-def _check_on_surface(target, tree):
-    """Raise ValueError where a keypoint is far from the points of the visible surface in a tree."""
-    distance = tree.query(target.keypoints[8:])[0] / target.diameter
-    worst = distance.argmax()
-    if distance[worst] > OFF_SURFACE:
-        raise ValueError(
-            f"{target.name}: no frame shows the keypoint {target.names[8 + worst]!r}, which lies "
-            f"{distance[worst]:.2f} diameters from the surface that can be seen from outside; move "
-            "it there, or leave 'keypoints' out"
-        )
-
-
-def _check_enough_in_sight(target):
-    """Raise ValueError where too few keypoints of the surface face a viewer somewhere."""
-    normals = target.normals[8:]
-    directions = xu.fibonacci_sphere(VIEWS)
-    # A flat target seen edge-on shows its keypoints just so.
-    in_sight = ((normals @ directions.T > -0.2) | ~normals.any(1, keepdims=True)).sum(0)
-    if in_sight.min() < MIN_IN_SIGHT:
-        view = ", ".join(f"{value:.1f}" for value in directions[in_sight.argmin()])
-        raise ValueError(
-            f"{target.name}: from the direction ({view}) only {in_sight.min()} of the "
-            f"{len(normals)} keypoints of its surface are in sight, and a pose needs "
-            f"{MIN_IN_SIGHT}; spread them over all sides, or leave 'keypoints' out"
-        )
-
-
-def _visible_points(target, mesh):
-    """Points (SURFACE_SAMPLES, 3) of the surface that shows from outside, spread evenly."""
-    area, _ = visibility(mesh.triangles)
-    if not area.any():
-        raise ValueError(
-            f"{target.mesh}: no triangle shows from outside, so there is nothing to learn; "
-            "export the mesh with its faces"
-        )
-    area = area.max(1)
-    rng = np.random.default_rng(0)
-    faces = rng.choice(len(area), SURFACE_SAMPLES, p=area / area.sum())
-    weights = rng.dirichlet((1, 1, 1), SURFACE_SAMPLES)  # even over a triangle
-    return np.einsum("pi,pij->pj", weights, mesh.triangles[faces])
+    return keras.optimizers.schedules.CosineDecay(
+        peak / 20, steps, alpha=0.01, warmup_target=peak, warmup_steps=WARMUP
+    )
 
 
 # ============================================================ a run
@@ -162,8 +134,9 @@ class TrainingRun(keras.callbacks.Callback):
         scale: pixels of the original frames for one pixel of these; multiplies the reported errors.
         plateau: False leaves the learning rate to the optimizer's own schedule.
         facts: how the model is trained, a dict for JSON. It is kept with the weights as it was at
-            the first start. Its "init" is the path of the weights that the model begins with,
-            relative to the repository.
+            the first start, with "changes" since then. Its "init" is the path of the weights that
+            the model begins with, relative to the repository. Without facts nothing is compared
+            with those of the first start.
 
     Raises:
         ValueError: "init" names weights of this very run, or damaged ones.
@@ -190,15 +163,16 @@ class TrainingRun(keras.callbacks.Callback):
                 "val_corner_px", 0.3, 2, mode="min", min_lr=1e-5
             )
 
-        facts = facts or {}
-        init = xu.ROOT / facts["init"] if facts.get("init") else None
-        if init and Path(folder).resolve() in init.resolve().parents:
+        self.facts = json.loads(json.dumps(facts or {}))  # as the backup will hold them
+        self.init = xu.ROOT / self.facts["init"] if self.facts.get("init") else None
+        if self.init is None:
+            return
+        if Path(folder).resolve() in self.init.resolve().parents:
             raise ValueError(
-                f"init: {init} are weights of this run itself; leave init out to resume it, "
+                f"init: {self.init} are weights of this run itself; leave init out to resume it, "
                 "or give the new run another name"
             )
-        self.record = {**_ancestry(init), "rows": []}  # what the backup holds beside the weights
-        self.record["stages"].append(facts)
+        xu.weights_settings(self.init)  # raises if they are missing or damaged
 
     def fit(self, model: keras.Model, dataset: keras.utils.PyDataset, epochs: int) -> list[dict]:
         """Train up to a number of epochs, those of earlier starts included.
@@ -213,12 +187,16 @@ class TrainingRun(keras.callbacks.Callback):
 
         Raises:
             BlockingIOError: another process trains in this folder.
-            ValueError: the folder holds a run of another network or target, or no backup of it.
+            ValueError: the folder holds a run of another network, target or settings, or no backup
+                of it.
             Interrupted: stopped by hand; start again to go on.
         """
         with self._lock():
+            # What the backup holds beside the weights.
+            self.record = _first_record(self.init, self.facts, model.target)
             self._read_backup()
             done = len(self.record["rows"])
+            changed = self._changed_facts()
             self.dataset = dataset
             dataset.epoch = done
 
@@ -227,8 +205,7 @@ class TrainingRun(keras.callbacks.Callback):
                 print(f"already finished: {done} of {epochs} epochs")
             else:
                 callbacks.append(TqdmCallback())
-                if done:
-                    print(f"resuming after epoch {done} of {epochs}")
+                self._note_changes(changed)
             try:
                 model.fit(
                     dataset,
@@ -256,6 +233,18 @@ class TrainingRun(keras.callbacks.Callback):
         if rows:
             self._load_backup()
             self._write_results()
+        if 0 < len(rows) < self.params["epochs"]:
+            print(self._what_is_resumed())
+
+    def _what_is_resumed(self):
+        """One line: how far the run is, and what is in force."""
+        rows = self.record["rows"]
+        errors = _validation_errors(rows)
+        return (
+            f"resuming after epoch {len(rows)} of {self.params['epochs']}: "
+            f"learning rate {_learning_rate(self.model):.3g}, "
+            f"least median corner error {errors.min():.2f} px (epoch {errors.argmin() + 1})"
+        )
 
     def on_epoch_begin(self, epoch, logs=None):
         """Start the clock, with the device idle until the first batch is ready."""
@@ -281,16 +270,23 @@ class TrainingRun(keras.callbacks.Callback):
             "rows": rows,
             "model": self.model.settings,
             "target": xu.target_record(self.model.target),
+            "mesh_sha256": _mesh_digest(self.model.target),
         }
         self._write_backup(record)
         self.record = record  # only now: an interruption while writing must not change it
         self._write_results()
+        unfound = ", most corners not found" if self._finds_nothing(row) else ""
         print(
             f"epoch {epoch + 1}: loss {row['loss']:.3f}, "
-            f"median corner error {row['val_corner_px']:.2f} px",
+            f"median corner error {row['val_corner_px']:.2f} px{unfound}",
             f"| {row['samples_per_second']:.1f} samples/s, "
             f"{row['waiting_share']:.1%} of the time waiting for them",
         )
+
+    def _finds_nothing(self, row):
+        """Whether the median error is the one that `corner_report` counts for missing corners."""
+        diagonal = np.sqrt(2) * self.model.settings["size"] * self.scale
+        return row["val_corner_px"] >= 0.999 * diagonal
 
     def _row(self, epoch, logs):
         """The log's entry of an epoch that has just ended."""
@@ -298,11 +294,10 @@ class TrainingRun(keras.callbacks.Callback):
         seconds = self.idle_since - self.begun
         samples = self.dataset.epoch_size
         seen_before = rows[-1]["samples_seen"] if rows else self.record["samples"]
-        rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         return {
             "stage": len(self.record["stages"]),
             "epoch": epoch,
-            "learning_rate": rate,
+            "learning_rate": _learning_rate(self.model),
             "samples_seen": seen_before + samples,
             "samples_per_second": samples / seconds,
             "waiting_share": self.waited / seconds,
@@ -327,7 +322,7 @@ class TrainingRun(keras.callbacks.Callback):
         xu.write_files({self.folder / BACKUP: state.getvalue()})
 
     def _read_backup(self):
-        """Read the record of the backup, without the weights; that of a new run has no rows."""
+        """Read the record of the backup, without the weights; a new run keeps its first one."""
         path = self.folder / BACKUP
         if path.exists():
             try:
@@ -341,9 +336,35 @@ class TrainingRun(keras.callbacks.Callback):
             raise ValueError(
                 f"{self.folder}: holds a log, but no {BACKUP}; give this run another name"
             )
-        else:
-            self.record["rows"] = []
         self._check_workers_agree()
+
+    def _changed_facts(self):
+        """How the facts differ from those in force until now, {name: value}.
+
+        ValueError where they must not differ. A fact that no earlier start has named may be added.
+        """
+        before = _facts_in_force(self.record["stages"][-1])
+        names = {**before, **self.facts} if self.facts else {}
+        changed = {name: self.facts.get(name, "") for name in names}
+        changed = {name: value for name, value in changed.items() if value != before.get(name, "")}
+        for name in (set(changed) & set(before)) - CHANGEABLE:
+            raise ValueError(
+                f"{self.folder}: {name} was {before[name]!r} when this run began, and is "
+                f"{changed[name]!r} now; set it back, or begin a run of another name from "
+                f"best.weights.h5 of this one (init)"
+            )
+        return changed
+
+    def _note_changes(self, changed):
+        """Print and record which facts {name: value} differ from here on."""
+        done = len(self.record["rows"])
+        if not (done and changed):
+            return
+        *earlier, stage = self.record["stages"]
+        changes = [*stage.get("changes", []), {"after_epoch": done, **changed}]
+        self.record["stages"] = [*earlier, {**stage, "changes": changes}]
+        values = ", ".join(f"{name} {value}" for name, value in changed.items())
+        print(f"changed after epoch {done}: {values}")
 
     def _check_workers_agree(self):
         """Raise AssertionError unless all workers resume after the same epoch.
@@ -372,9 +393,26 @@ class TrainingRun(keras.callbacks.Callback):
             if "target" in self.record:
                 target = xu.target_from_record(self.record["target"], path, xu.ROOT)
             xu.check_same_target(target, self.model.target, "its weights")
+            self._check_target(target)
             self.model.load_weights(path)
         except (KeyError, OSError, ValueError) as error:
             raise self._other_network(error) from None
+
+    def _check_target(self, before):
+        """Raise ValueError where the target of a resumed run is drawn or labelled otherwise now."""
+        now = self.model.target
+        digests = self.record.get("mesh_sha256"), _mesh_digest(now)
+        same = {
+            "normals": np.allclose(before.normals, now.normals, atol=1e-6),
+            "mirror": _equal(before.mirror, now.mirror),
+            "symmetries": _equal(before.symmetries, now.symmetries),
+            "axes": _equal(before.axes, now.axes),
+            "mesh": None in digests or digests[0] == digests[1],
+        }
+        changed = [name for name, unchanged in same.items() if not unchanged]
+        if changed:
+            names = " and ".join(changed)
+            raise ValueError(f"the target {now.name!r} has changed since it began: {names}")
 
     def _other_network(self, reason):
         """The ValueError that says why a network cannot resume this run."""
@@ -389,7 +427,7 @@ class TrainingRun(keras.callbacks.Callback):
         log = _log_text(self.record["earlier_rows"] + rows)
         xu.write_files({self.folder / "log.csv": log})
 
-        errors = np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
+        errors = _validation_errors(rows)
         if errors.argmin() != len(errors) - 1:
             return
         *earlier, stage = self.record["stages"]
@@ -423,15 +461,44 @@ class TrainingRun(keras.callbacks.Callback):
             yield
 
 
+def _first_record(weights, facts, target):
+    """The record of a run that begins from weights (or None), before its first epoch.
+
+    What weights of another target have seen is no training of this target: no stage, no sample and
+    no row of their log is taken over, but the facts name their target and samples.
+
+    Returns:
+        dict: the "stages" (a dict of facts each), the "samples" seen, "earlier_rows" of the log,
+            and no "rows" of its own.
+    """
+    record = {"stages": [facts], "samples": 0, "earlier_rows": [], "rows": []}
+    if weights is None:
+        return record
+
+    trained_target = xu.weights_target(weights)
+    if xu.has_same_keypoints(trained_target, target):
+        earlier = _ancestry(weights)
+        return {**record, **earlier, "stages": [*earlier["stages"], facts]}
+    samples = xu.weights_settings(weights).get("training", {}).get("samples_seen", 0)
+    origin = {"init_target": trained_target.name, "init_samples": samples}
+    return {**record, "stages": [{**facts, **origin}]}
+
+
+def _facts_in_force(stage):
+    """The facts of a stage as they were last, {name: value}, without what the run has added."""
+    added = ("init_target", "init_samples", "changes")
+    facts = {name: value for name, value in stage.items() if name not in added}
+    for change in stage.get("changes", []):
+        facts |= {name: value for name, value in change.items() if name != "after_epoch"}
+    return facts
+
+
 def _ancestry(weights):
-    """What a run that begins from weights (or None) takes over from earlier training.
+    """What a run takes over from the earlier training of its first weights.
 
     Returns:
         dict: the "stages" (a dict of facts each), the "samples" seen, "earlier_rows" of the log.
     """
-    if weights is None:
-        return {"stages": [], "samples": 0, "earlier_rows": []}
-
     training = xu.weights_settings(weights).get("training", {})
     samples = training.get("samples_seen", 0)
     log = weights.with_name(weights.name.replace(".weights.h5", "_log.csv"))  # where published
@@ -452,7 +519,88 @@ def _log_text(rows):
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 
+def _validation_errors(rows):
+    """The median corner errors (E,) of the epochs in a log; inf where there is none."""
+    return np.nan_to_num([row["val_corner_px"] for row in rows], nan=np.inf)
+
+
+def _learning_rate(model):
+    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
+def _mesh_digest(target):
+    """The SHA-256 of the target's mesh file; None where it is not on this machine."""
+    if not target.mesh.is_file():
+        return None
+    return hashlib.sha256(target.mesh.read_bytes()).hexdigest()
+
+
+def _equal(first, second):
+    """Whether two arrays, or None, are the same."""
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and np.allclose(first, second, atol=1e-6)
+
+
 # ============================================================ weights
+
+
+HEADS = {"maps", "final_conv"}  # layers of which the maps come, with a stride of 2 and of 1
+
+
+def begin_from(model: keras.Model, weights: str | Path) -> keras.Model:
+    """Let a new network begin with the weights of another training, and say so in one line.
+
+    Encoder and decoder are taken over, and how frames are scaled before them. The last layer is
+    taken over where the weights belong to the same target; else it begins anew.
+
+    Args:
+        model: from `build_model`, not yet compiled.
+        weights: `NAME.weights.h5` of a network with the same backbone and decoder.
+
+    Returns:
+        the model; a new one where frames are scaled otherwise.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: the weights are damaged, or those of another backbone or decoder.
+    """
+    info = xu.weights_settings(weights)
+    _check_same_network(info["model"], model.settings, weights)
+    preprocessing = info["model"].get("preprocessing")
+    if preprocessing != model.settings.get("preprocessing"):
+        settings = {**model.settings, "preprocessing": preprocessing}
+        model = xu.build_model(**settings, target=model.target)
+
+    source = xu.load_model(weights)
+    keeps_last = _take_over(model, source)
+    last = "the last layer, too" if keeps_last else f"the last layer anew for {model.target.name}"
+    samples = info.get("training", {}).get("samples_seen", 0)
+    print(
+        f"begins with encoder and decoder of {Path(weights).name} "
+        f"({source.target.name}, {samples:,} samples); {last}"
+    )
+    return model
+
+
+def _check_same_network(theirs, ours, weights):
+    """Raise ValueError where the settings of two networks differ in encoder or decoder."""
+    for name in ("backbone", "decoder_filters", "stride"):
+        if theirs[name] != ours[name]:
+            raise ValueError(
+                f"{weights}: its network has {name} {theirs[name]!r}, this one {ours[name]!r}; "
+                "set it to that of the weights, or begin without them"
+            )
+
+
+def _take_over(model, source):
+    """Copy the weights of another network; return whether those of the last layer were, too."""
+    same_target = xu.has_same_keypoints(source.target, model.target)
+    keeps_last = same_target and source.output_shape[-1] == model.output_shape[-1]
+    for ours, theirs in zip(model.weights, source.weights, strict=True):
+        if keeps_last or ours.path.split("/")[-2] not in HEADS:
+            ours.assign(keras.ops.convert_to_numpy(theirs))
+    return keeps_last
 
 
 class WeightsInMemory(io.BytesIO):
@@ -503,7 +651,9 @@ def _copy_slim(destination, name, item):
 
 
 def publish_weights(run: str | Path, folder: str | Path) -> None:
-    """Copy a run's best weights and log to `xwing.weights.h5`, `xwing.json` and `xwing_log.csv`.
+    """Copy a run's best weights and log to `NAME.weights.h5`, `NAME.json` and `NAME_log.csv`.
+
+    The name is the target's, in small letters and digits: `xwing` for the X-wing.
 
     Weights that were trained on squares of the frames are published for whole frames: the network
     is convolutional.
@@ -514,7 +664,8 @@ def publish_weights(run: str | Path, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: the run has not finished an epoch.
-        ValueError: its weights are damaged.
+        ValueError: its weights are damaged, or the folder holds weights of another target by that
+            name.
     """
     run = Path(run)
     folder = Path(folder)
@@ -523,17 +674,48 @@ def publish_weights(run: str | Path, folder: str | Path) -> None:
     if info["training"]["stages"][-1].get("crop"):
         info["model"]["size"] = xu.FRAME_SIZE
 
+    target = xu.weights_target(run / "best.weights.h5")
+    name = "".join(letter for letter in target.name.lower() if letter.isalnum()) or "target"
+    published = folder / f"{name}.weights.h5"
+    if published.exists():
+        xu.check_same_target(xu.weights_target(published), target, f"{published}: these weights")
+
     folder.mkdir(parents=True, exist_ok=True)
     xu.write_files(
         {
-            folder / "xwing.weights.h5": (run / "best.weights.h5").read_bytes(),
-            folder / "xwing.json": json.dumps(info, indent=1) + "\n",
-            folder / "xwing_log.csv": _log_text(_read_log(run / "log.csv")),
+            published: (run / "best.weights.h5").read_bytes(),
+            folder / f"{name}.json": json.dumps(info, indent=1) + "\n",
+            folder / f"{name}_log.csv": _log_text(_read_log(run / "log.csv")),
         }
     )
 
 
 # ============================================================ several devices and machines
+
+
+CPU_DESCRIPTION = Path("/proc/cpuinfo")  # by Linux
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of processors that compute in bfloat16
+
+
+def choose_precision(precision: str = "auto") -> str:
+    """Return the dtype policy for training: "auto" is the faster one of two on this machine.
+
+    That is "mixed_bfloat16" with an accelerator, or on a processor that computes in bfloat16. Other
+    processors emulate it, and "float32" is faster there. Only Linux says which processor it is.
+
+    Args:
+        precision: "auto", or a policy, which is returned as it is.
+    """
+    if precision != "auto":
+        return precision
+    accelerated = any("cpu" not in name.lower() for name in keras.distribution.list_devices())
+    return "mixed_bfloat16" if accelerated or _computes_in_bfloat16() else "float32"
+
+
+def _computes_in_bfloat16():
+    """Whether this machine's processor has instructions for bfloat16, as far as Linux says."""
+    text = CPU_DESCRIPTION.read_text() if CPU_DESCRIPTION.exists() else ""
+    return not BFLOAT16_FLAGS.isdisjoint(text.split())
 
 
 def worker() -> tuple[int, int]:
