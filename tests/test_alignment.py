@@ -354,7 +354,7 @@ def test_an_estimate_that_is_all_wrong_is_not_accepted(aligner, frames, K):
 @pytest.mark.parametrize("draw", [fit_evidence.fractal, fit_evidence.noise])
 def test_a_frame_without_the_ship_is_rejected(aligner, frames, K, draw):
     rng = np.random.default_rng(0)
-    for pose in frames[1][:3]:
+    for pose in frames[1][:2]:
         found = aligner.verify(draw(256, 256, rng), estimate(pose), K)
         assert not found.accepted and found.reason
 
