@@ -1285,14 +1285,35 @@ def front_facing(
     return (away < 0) | ~normals.any(-1)
 
 
-def rotation_error(estimate: np.ndarray, truth: np.ndarray) -> float:
+def rotation_error(estimate: np.ndarray, truth: np.ndarray, target: Target | None = None) -> float:
     """Return the angle in degrees between two rotations (3, 3) or poses (4, 4).
 
     The Frobenius norm of their difference is 2 sqrt(2) sin(angle / 2). That is precise for small
     angles, where the arc cosine of a trace is not.
+
+    Args:
+        estimate: a rotation or a pose.
+        truth: another.
+        target: the symmetries and axes of revolution of this target are no error. None: it has
+            none.
     """
-    difference = np.asarray(estimate)[:3, :3] - np.asarray(truth)[:3, :3]
-    sine = np.linalg.norm(difference) / (2 * np.sqrt(2))
+    estimate = np.asarray(estimate)[:3, :3]
+    truth = np.asarray(truth)[:3, :3]
+    if target is None or (len(target.symmetries) == 1 and not len(target.axes)):
+        return _angle_between(estimate, truth)
+    if len(target.axes) > 1:  # a ball
+        return 0.0
+    equivalent = truth @ target.symmetries[:, :3, :3]
+    if len(target.axes) == 0:
+        return min(_angle_between(estimate, one) for one in equivalent)
+    axis = target.axes[0, 1]  # only where it points counts
+    distances = np.linalg.norm(estimate @ axis - equivalent @ axis, axis=1)
+    return float(np.degrees(2 * np.arcsin(min(distances.min() / 2, 1.0))))
+
+
+def _angle_between(one, other):
+    """The angle in degrees between two rotations (3, 3)."""
+    sine = np.linalg.norm(one - other) / (2 * np.sqrt(2))
     return float(np.degrees(2 * np.arcsin(min(sine, 1.0))))
 
 
@@ -2672,7 +2693,7 @@ class _Correspondences:
         """
         turn = 0.0  # fraction of 30 degrees
         if self.prior is not None:
-            turn = min(rotation_error(pose, self.prior) / 30, 1.0)
+            turn = min(rotation_error(pose, self.prior, self.target) / 30, 1.0)
         return float(np.log1p(squared).sum() * CAUCHY**2 / 2 + PRIOR_WEIGHT * turn**2)
 
     def covariance(self, pose):
@@ -2693,7 +2714,9 @@ class _Correspondences:
             return PoseEstimate(None, reason=f"{len(self.points)} points fix no pose; 4 are needed")
 
         best = candidates[0]
-        turned = [one for one in candidates if rotation_error(one.pose, best.pose) > 30]
+        turned = [
+            one for one in candidates if rotation_error(one.pose, best.pose, self.target) > 30
+        ]
         in_front = [one for one in turned if one.pose[2, 3] > 0]
         runner_up = in_front[0] if in_front else _Candidate(np.inf, None)
         margin = runner_up.cost - best.cost  # before the best one is refined further

@@ -1,17 +1,22 @@
 """Poses refined on the pixels: against true poses, flips, and frames without the ship."""
 
 import dataclasses
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from scipy.special import expit
 
 import xwing_utils as xu
 from xwing import verification
 from xwing.alignment import Aligner, VerificationSettings, verify_frames
 from xwing.refinement import Refiner
 from xwing.verification import Verifier, edge_agreement, evidence
+
+sys.path.insert(0, str(xu.ROOT / "tools"))
+import fit_evidence  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +196,35 @@ def test_a_flipped_estimate_is_put_right(aligner, frames, K):
 
 
 def test_what_a_pose_is_ambiguous_with_is_known_from_the_target(aligner, frames, K):
-    """A target without lookalikes has no rivals, so its flipped poses stay as they are."""
+    """A target that is like itself only has no rivals, so its flipped poses stay as they are."""
     assert aligner.target is xu.XWING and Aligner(aligner.mesh).target is xu.XWING
-    plain = dataclasses.replace(xu.XWING, lookalikes=np.zeros((0, 4, 4)), flat_axis=None)
+    plain = dataclasses.replace(xu.XWING, lookalikes=np.eye(4)[None], flat_axis=None)
     alone = Verifier(aligner.refiner, plain)
     for image, truth in zip(*(part[:3] for part in frames)):
         flipped = estimate(truth @ xu.XWING.lookalikes[0], 20.0)
         assert xu.rotation_error(alone.verify(image, flipped, K).pose, truth) > 90
+
+
+def test_poses_that_differ_by_a_symmetry_are_one(aligner, frames, K):
+    """Neither is a rival of the other, and an estimate of one agrees with the other."""
+    half_roll = xu.XWING.lookalikes[0]
+    symmetric = dataclasses.replace(
+        xu.XWING, symmetries=np.array([np.eye(4), half_roll]), lookalikes=np.eye(4)[None]
+    )
+    verifier = Verifier(aligner.refiner, symmetric)
+    image = frames[0][0]
+    truth = frames[1][0]
+    poses = [truth, truth @ half_roll, tilted(truth, 0, 90)]
+    judgement = verifier.judge(image, [estimate(pose) for pose in poses], K)
+    assert judgement.votes == [True, True, False]
+    assert xu.rotation_error(judgement.runner_up, judgement.best.pose, symmetric) > 30
+
+
+def test_rivals_are_found_once_and_only_where_none_are_declared(aligner, monkeypatch):
+    found = dataclasses.replace(xu.XWING, lookalikes=np.tile(np.eye(4), (2, 1, 1)))
+    monkeypatch.setattr(verification, "with_lookalikes", lambda target: found)
+    verifier = Verifier(aligner.refiner, xu.XWING)
+    assert verifier.rivals is found and verifier.rivals is found and verifier.target is xu.XWING
 
 
 def test_an_estimate_that_is_far_off_is_put_right_from_nearby(aligner, frames, K):
@@ -225,19 +252,37 @@ def test_a_pose_is_accepted_by_what_speaks_for_it(aligner, frames, K):
     least = aligner.verifier.settings.min_probability
     assert found.accepted and least <= found.probability <= 1 and not found.reason
 
-    against = with_settings(aligner, evidence_weights=(-1.0, -1.0, -1.0, -1.0))
+    against = with_settings(aligner, evidence_weights=(-1.0,) * 5)
     rejected = against.verify(image, estimate(truth, 2.0), K)
     assert not rejected.accepted and rejected.probability < 0.1
     assert "of its edges are in the frame" in rejected.reason
 
 
 def test_every_piece_of_evidence_counts():
-    one, *rest = evidence(0.5, 3.0, [True])
-    assert one == 1 and rest == pytest.approx([0.5, np.log1p(3), 1])
+    one, *rest = evidence(0.5, 3.0, [True], 0.15, 0.9)
+    assert one == 1 and rest == pytest.approx([0.5, np.log1p(3), 1, 0.5])
     votes = [True, False, False, False]
-    assert evidence(0.5, 1e9, votes)[2:] == pytest.approx([np.log1p(100), -2])
+    assert evidence(0.5, 1e9, votes, -2, 0.9)[2:] == pytest.approx([np.log1p(100), -2, 0])
+    assert evidence(0.5, 3.0, [], 0.9, 0.35)[4] == pytest.approx(0.5)  # the lower of both counts
+    assert evidence(0.5, 3.0, [], 0.9, 0.9)[4] == 1
     constant, *weights = VerificationSettings().evidence_weights
     assert min(weights) > 0 and constant < 0
+
+
+@pytest.mark.parametrize(
+    "agreement,margin,votes,explained,local",
+    [
+        pytest.param(0.85, 18.7, [True], -0.05, 0.64, id="hull without wings"),
+        pytest.param(0.76, 157, [True], 0.10, 0.16, id="hull without wings, cut"),
+        pytest.param(0.75, 114, [False], 0.10, 0.41, id="photograph"),
+        pytest.param(0.80, 37, [False], 0.0, 0.14, id="fractal"),
+    ],
+)
+def test_edges_alone_are_no_evidence(agreement, margin, votes, explained, local):
+    """What was measured in frames without the ship; the first two were accepted once."""
+    settings = VerificationSettings()
+    features = evidence(agreement, margin, votes, explained, local)
+    assert expit(features @ settings.evidence_weights) < settings.min_probability - 0.1
 
 
 def test_other_views_put_a_frame_right_and_make_it_more_probable(aligner, frames, K):
@@ -306,11 +351,12 @@ def test_an_estimate_that_is_all_wrong_is_not_accepted(aligner, frames, K):
             assert not found.accepted or xu.rotation_error(found.pose, truth) < 3
 
 
-def test_a_frame_without_the_ship_is_rejected(aligner, frames, K):
+@pytest.mark.parametrize("draw", [fit_evidence.fractal, fit_evidence.noise])
+def test_a_frame_without_the_ship_is_rejected(aligner, frames, K, draw):
     rng = np.random.default_rng(0)
-    noise = cv2.GaussianBlur(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8), (0, 0), 3)
-    found = aligner.verify(noise, estimate(frames[1][0]), K)
-    assert not found.accepted and found.reason
+    for pose in frames[1][:2]:
+        found = aligner.verify(draw(256, 256, rng), estimate(pose), K)
+        assert not found.accepted and found.reason
 
 
 def test_an_estimate_without_a_pose_comes_back(aligner, frames, K):

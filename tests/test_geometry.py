@@ -1,5 +1,7 @@
 """Constants, projection, poses and the mirror, against OpenCV, OpenGL's formula and by hand."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -241,6 +243,30 @@ def test_rotation_error_agrees_with_scipy(degrees):
     turn = Rotation.from_rotvec([0.6 * degrees, 0, 0.8 * degrees], degrees=True)
     got = xu.rotation_error((turn * start).as_matrix(), start.as_matrix())
     assert got == pytest.approx(degrees, abs=1e-5 if degrees > 179 else 1e-9)
+
+
+def test_symmetries_and_axes_of_revolution_are_no_error():
+    turn = Rotation.from_rotvec(np.radians([20, -50, 70])).as_matrix()
+    half = Rotation.from_euler("z", 180, degrees=True).as_matrix()
+    slight = Rotation.from_euler("x", 7, degrees=True).as_matrix()
+    symmetries = np.array([np.eye(4), np.eye(4)])
+    symmetries[1, :3, :3] = half
+    twofold = dataclasses.replace(xu.XWING, symmetries=symmetries)
+    assert xu.rotation_error(turn @ half, turn) == pytest.approx(180)
+    assert xu.rotation_error(turn @ half @ slight, turn, twofold) == pytest.approx(7)
+    assert xu.rotation_error(turn @ half, turn, xu.XWING) == pytest.approx(180)
+
+    axis = np.array([[(3, 0, 0), (0, 0, 1)]], float)
+    revolved = dataclasses.replace(xu.XWING, axes=axis)
+    about = Rotation.from_euler("z", 33, degrees=True).as_matrix()
+    assert xu.rotation_error(turn @ slight @ about, turn, revolved) == pytest.approx(7)
+    upside_down = Rotation.from_euler("x", 180, degrees=True).as_matrix()
+    assert xu.rotation_error(turn @ upside_down, turn, revolved) == pytest.approx(180)
+    symmetries[1, :3, :3] = upside_down
+    both = dataclasses.replace(revolved, symmetries=symmetries)
+    assert xu.rotation_error(turn @ slight @ upside_down @ about, turn, both) == pytest.approx(7)
+    ball = dataclasses.replace(xu.XWING, axes=np.tile(axis, (3, 1, 1)))
+    assert xu.rotation_error(turn, slight, ball) == 0
 
 
 # ------------------------------------------------------------ mirror

@@ -21,7 +21,7 @@ import xwing_utils as xu
 from xwing.keyframes import KeyFrames
 from xwing.mesh import Mesh, load_mesh
 from xwing.refinement import RefinementSettings, Refiner
-from xwing.verification import VerificationSettings, Verifier, verify_frames
+from xwing.verification import Judgement, VerificationSettings, Verifier, verify_frames
 
 __all__ = ["Aligner", "RefinementSettings", "VerificationSettings", "verify_frames"]
 
@@ -203,6 +203,14 @@ class Aligner:
         first, *others = [_scale_estimate(one, self.scale) for one in (estimate, *others)]
         found = self.verifier.verify(image, first, K, others)
         return _scale_estimate(found, 1 / self.scale)
+
+    def judge(self, image: np.ndarray, estimates: list, K: np.ndarray) -> Judgement | None:
+        """Find the best pose for a single frame and the evidence for it; see `Verifier.judge`.
+
+        The poses of the `Judgement` are in working units.
+        """
+        estimates = [_scale_estimate(one, self.scale) for one in estimates]
+        return self.verifier.judge(image, estimates, K)
 
     def learn(
         self, image: np.ndarray, pose: np.ndarray, K: np.ndarray, outline: bool = True

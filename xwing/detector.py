@@ -25,6 +25,7 @@ import numpy as np
 import openvino
 
 import xwing_utils as xu
+from xwing.lookalikes import with_lookalikes
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
@@ -158,6 +159,12 @@ def _export(model):
 # ------------------------------------------------------------ the detector
 
 
+def _known_target(weights):
+    """The target of some weights, with its lookalikes where its mesh is still there."""
+    target = xu.weights_target(weights)
+    return with_lookalikes(target, weights) if target.mesh.is_file() else target
+
+
 class Detector:
     """Finds the keypoints of the target in frames of any size.
 
@@ -169,7 +176,8 @@ class Detector:
 
     Attributes:
         settings: the dict that is kept with the weights.
-        target: the `xwing_utils.Target` that the weights were trained for.
+        target: the `xwing_utils.Target` that the weights were trained for, with its lookalikes: see
+            `lookalikes.with_lookalikes`.
     """
 
     def __init__(
@@ -190,7 +198,7 @@ class Detector:
                 pixel.
         """
         self.settings = xu.weights_settings(weights)
-        self.target = xu.weights_target(weights)
+        self.target = _known_target(weights)
         self.crop_sizes = sorted(crop_sizes)
         self.search_size = search_size
 

@@ -3,12 +3,16 @@
 A pose that has been refined may still be the wrong one, because a target may look nearly alike from
 two sides. So the poses that it is ambiguous with are refined as well, and all of them are drawn
 over the same pixels, as if the target could be painted in any way. The one that explains these
-pixels best wins. Three kinds of evidence then say whether the winner is right: how well its edges
-agree with those of the frame, how much worse its rivals explain the pixels, and how many of the
-network's estimates agree with it. A logistic model turns them into a probability.
+pixels best wins. Five kinds of evidence then say whether the winner is right: how well its edges
+agree with those of the frame, how much worse its rivals explain the pixels, how many of the
+network's estimates agree with it, what fraction of the contrast it explains, and in what fraction
+of the target the frame looks like the drawing. Edges alone would do for a target in a frame, but
+clutter such as a fractal has edges everywhere. A logistic model, the same for all targets, turns
+the evidence into a probability.
 """
 
 import dataclasses
+import functools
 
 import cv2
 import joblib
@@ -17,7 +21,12 @@ from scipy.special import expit
 
 import xwing_utils as xu
 from xwing.appearance import near_target, smooth_sky, surroundings
+from xwing.lookalikes import with_lookalikes
 from xwing.refinement import Refined, Refiner, robust_cost
+
+# The explained contrast and the local agreement from which more makes a pose no more probable.
+ENOUGH_CONTRAST = 0.3
+ENOUGH_AGREEMENT = 0.7
 
 SAME_POSE = 30.0  # degrees: poses that differ by less are no rivals
 
@@ -47,27 +56,36 @@ class VerificationSettings:
     # What makes a pose probable.
     strong_edge: float = 60.0  # slope (Sobel, grey levels) from which drawn edges count fully
     min_edge: float = 12.0  # slope below which a frame has no edge
-    evidence_weights: tuple = (-25.39, 26.88, 1.45, 0.47)  # log-odds, by tools/fit_evidence.py
-    min_probability: float = 0.8  # from which the pose of a single frame is accepted
-    confident_probability: float = 0.95  # below which the network also sees the frame rotated
+    # Log-odds of `evidence`, by tools/fit_evidence.py.
+    evidence_weights: tuple = (-23.05, 21.74, 1.01, 0.43, 2.42)
+    min_probability: float = 0.55  # from which the pose of a single frame is accepted
+    confident_probability: float = 0.8  # below which the network also sees the frame rotated
 
 
 # ============================================================ evidence
 
 
-def evidence(agreement: float, margin: float, votes: list) -> np.ndarray:
+def evidence(
+    agreement: float, margin: float, votes: list, explained: float, local: float
+) -> np.ndarray:
     """Return the features of the logistic model for a pose.
 
     Args:
         agreement: 0 to 1, see `edge_agreement`.
         margin: log-likelihood by which its best rival explains the pixels worse.
         votes: bool for each estimate of the network, whether it agrees with the pose.
+        explained: fraction of the contrast that the pose explains.
+        local: 0 to 1, see `Refined.local_agreement`.
 
     Returns:
-        (4,): one, the agreement, the logarithm of the margin, votes for less votes against.
+        (5,): one, the agreement, the logarithm of the margin, votes for less votes against, and the
+        likeness, 0 to 1. That is the lower of explained contrast and local agreement, as fractions
+        of what is enough: clutter may reach one of them by chance, but rarely both.
     """
     log_margin = np.log1p(np.clip(margin, 0, 100))
-    return np.array([1, agreement, log_margin, 2 * sum(votes) - len(votes)])
+    difference = 2 * sum(votes) - len(votes)
+    likeness = np.clip(min(explained / ENOUGH_CONTRAST, local / ENOUGH_AGREEMENT), 0, 1)
+    return np.array([1, agreement, log_margin, difference, likeness])
 
 
 def edge_agreement(
@@ -127,8 +145,14 @@ class Judgement:
 
     @property
     def evidence(self) -> np.ndarray:
-        """(4,), see `evidence`."""
-        return evidence(self.edge_agreement, self.margin, self.votes)
+        """(5,), see `evidence`."""
+        return evidence(
+            self.edge_agreement,
+            self.margin,
+            self.votes,
+            self.explained_contrast,
+            self.best.local_agreement,
+        )
 
 
 # ============================================================ rival poses
@@ -139,7 +163,8 @@ class Verifier:
 
     Args:
         refiner: `Refiner` of the target's mesh.
-        target: `Target`, which says what a pose is ambiguous with.
+        target: `Target`. Poses that differ by its symmetries are one pose. Its lookalikes are the
+            rivals of a pose; where none are declared, those that its mesh shows.
         settings: `VerificationSettings`; None: the defaults.
         scale: units of the refiner's mesh for one unit of the target.
     """
@@ -155,6 +180,11 @@ class Verifier:
         self.target = target
         self.scale = scale
         self.settings = settings or VerificationSettings()
+
+    @functools.cached_property
+    def rivals(self) -> xu.Target:
+        """The target with its lookalikes, which are found when they are first needed."""
+        return with_lookalikes(self.target)
 
     def verify(
         self, image: np.ndarray, estimate: xu.PoseEstimate, K: np.ndarray, others: tuple = ()
@@ -212,13 +242,13 @@ class Verifier:
         leader = self._rank(image, found, K)[0][0]
         found += self._refine_rivals(image, leader, K)
         ranked, explained = self._rank(image, found, K)
-        best, *rivals = _drop_similar(ranked, SAME_POSE)
+        best, *rivals = self._drop_similar(ranked, SAME_POSE)
 
         # Without a rival on the pixels, runner-up and margin are those of the keypoints.
         runner_up = rivals[0].pose if rivals else estimates[0].runner_up
         margin = rivals[0].cost - best.cost if rivals else estimates[0].log_likelihood_margin
 
-        votes = [xu.rotation_error(best.pose, one.pose) < SAME_POSE for one in estimates]
+        votes = [self._turn(best.pose, one.pose) < SAME_POSE for one in estimates]
         agreement = self._edge_agreement(image, best.pose, K)
         return Judgement(best, runner_up, margin, agreement, votes, explained)
 
@@ -297,14 +327,14 @@ class Verifier:
 
     def _ambiguous(self, poses):
         """Some poses, each followed by those that it is ambiguous with."""
-        groups = [xu.ambiguous_poses(pose, self.target, self.scale) for pose in poses]
+        groups = [xu.ambiguous_poses(pose, self.rivals, self.scale) for pose in poses]
         return [pose for group in groups for pose in group]
 
     def _search(self, image, starts, K, count, drawings=None):
         """The best few of what some poses lead to, on a coarse picture and then on the fine one."""
         found = self._refine_all(image, starts, K, coarse=True, drawings=drawings)
         ranked, _ = self._rank(image, found, K, coarse=True)
-        best = _drop_similar(ranked, SIMILAR_COARSE)[:count]
+        best = self._drop_similar(ranked, SIMILAR_COARSE)[:count]
         return self._refine_all(image, [candidate.pose for candidate in best], K)
 
     def _search_nearby(self, image, found, pose, K):
@@ -327,7 +357,7 @@ class Verifier:
         ranked, _ = self._rank(image, [leader, *once], K)
 
         limit = ranked[0].cost + self.settings.ruled_out_margin
-        close = [one.pose for one in _drop_similar(ranked, SIMILAR_FINE) if one.cost < limit]
+        close = [one.pose for one in self._drop_similar(ranked, SIMILAR_FINE) if one.cost < limit]
         return once + self._refine_all(image, close, K)
 
     def _refine_all(self, image, poses, K, coarse=False, drawings=None):
@@ -356,6 +386,19 @@ class Verifier:
         coverage = painting.drawing.coverage
         return edge_agreement(painting.view.image, painting.picture, coverage, self.settings)
 
+    def _drop_similar(self, ranked, degrees):
+        """`Refined`, best first, without those within some degrees of a better one that is kept."""
+        kept = []
+        for candidate in ranked:
+            errors = [self._turn(candidate.pose, better.pose) for better in kept]
+            if all(error > degrees for error in errors):
+                kept.append(candidate)
+        return kept
+
+    def _turn(self, one, other):
+        """The angle in degrees between two poses, up to the symmetries of the target."""
+        return xu.rotation_error(one, other, self.target)
+
     def _sky_cost(self, image, pixels):
         """The cost of a smooth sky at flat indices of pixels (P,)."""
         seen = image.reshape(-1, 3)[pixels]
@@ -365,16 +408,6 @@ class Verifier:
         """The cost of differences (P, 3), with a spread that is the same for all poses."""
         settings = self.refiner.settings
         return robust_cost(residual, 2 * settings.noise, settings.effective_sample_ratio)
-
-
-def _drop_similar(ranked, degrees):
-    """`Refined`, best first, without those within some degrees of a better one that is kept."""
-    kept = []
-    for candidate in ranked:
-        errors = [xu.rotation_error(candidate.pose, better.pose) for better in kept]
-        if all(error > degrees for error in errors):
-            kept.append(candidate)
-    return kept
 
 
 # ============================================================ many frames
@@ -428,6 +461,7 @@ def verify_frames(aligner, images: np.ndarray, estimates: list, K: np.ndarray, m
     Returns:
         N `PoseEstimate`, as of `Aligner.verify`.
     """
+    _ = aligner.verifier.rivals  # found once, and not in each process
     found = _verify_in_parallel(aligner, images, estimates, K, [()] * len(images))
 
     enough = aligner.verifier.settings.confident_probability
