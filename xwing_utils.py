@@ -2832,9 +2832,25 @@ def reference_symmetry(pose: np.ndarray, target: Target) -> np.ndarray:
 
     Source: Pitteri et al., On Object Symmetries and 6D Pose Estimation from Images, 3DV 2019.
     """
+    turn = _reference_view(target.up).T @ _along_line_of_sight(pose, target)
+    return _nearest_symmetry(turn, target)
+
+
+def nearest_equivalent(pose: np.ndarray, other: np.ndarray, target: Target) -> np.ndarray:
+    """Return, of the poses at which a target looks like at `pose`, the one nearest to another.
+
+    Args:
+        pose: (4, 4).
+        other: (4, 4).
+        target: whose symmetries and axes of revolution count.
+    """
+    return pose @ _nearest_symmetry(other[:3, :3].T @ pose[:3, :3], target)
+
+
+def _nearest_symmetry(turn, target):
+    """The symmetry (4, 4) of a target after which a rotation (3, 3) is nearest to the identity."""
     if len(target.symmetries) == 1 and not len(target.axes):
         return np.eye(4)
-    turn = _reference_view(target.up).T @ _along_line_of_sight(pose, target)
     motions = list(target.symmetries)
     if len(target.axes):
         motions = [motion @ _best_turn(turn @ motion[:3, :3], target.axes) for motion in motions]

@@ -464,3 +464,14 @@ def test_batches_of_a_symmetric_target_mean_one_pose(sample, camera, root):
         )
         labels.append(dataset[0][1])
     np.testing.assert_allclose(labels[0], labels[1], atol=0.02)
+
+
+def test_the_nearest_of_equivalent_poses(root):
+    bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
+    rng = np.random.default_rng(6)
+    for symmetry in bolt.symmetries:
+        pose = random_pose(rng, bolt)
+        nearly = xu.move_pose(pose, rng.normal(0, 0.05, 6))
+        found = xu.nearest_equivalent(pose @ symmetry, nearly, bolt)
+        np.testing.assert_allclose(found, pose, atol=1e-6 * bolt.diameter)
+        assert xu.rotation_error(pose @ symmetry, nearly, bolt) < 10

@@ -2,7 +2,7 @@
 
 A finished clip need not begin where its first frame does. The network looks at every n-th frame,
 and each detection is verified on the pixels of its frame alone. The most probable detection is the
-best start for a track, and the others are witnesses: a track that is right passes where they are.
+best start for a track, and the others judge it: a track that is right passes where they are.
 A track that they contradict began wrong or went astray. How much a detection says is its evidence,
 -log(1 - p) of its probability p. So the sum of the evidence of several detections is that of the
 probability that at least one of them is right.
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 import xwing_utils as xu
-from xwing.metrics import symmetry_transforms
 from xwing.tracker import Tracker
 
 # The network looks at about so many frames of a clip, some tenths of a second to a second apart; a
@@ -92,9 +91,7 @@ def difference(one: np.ndarray, other: np.ndarray, target: xu.Target) -> str:
 
     Symmetries and axes of revolution of the target count as no difference.
     """
-    equivalent = other @ symmetry_transforms(target)
-    traces = np.einsum("ij,sij->s", one[:3, :3], equivalent[:, :3, :3])
-    nearest = equivalent[traces.argmax()]
+    nearest = xu.nearest_equivalent(other, one, target)
     turn = xu.rotation_error(one, nearest)
     centre = np.append(target.box.mean(0), 1)
     shift = np.linalg.norm((one - nearest)[:3] @ centre) / target.diameter
@@ -103,7 +100,7 @@ def difference(one: np.ndarray, other: np.ndarray, target: xu.Target) -> str:
     return f"differ by {turn:.0f} degrees and {shift:.2f} diameters"
 
 
-class Witnesses:
+class TrackSupport:
     """The detections in the frames of one track: which of them agree with it.
 
     Args:
@@ -128,7 +125,7 @@ class Witnesses:
         """That at least one of the detections that agree with the track is right."""
         return float(-np.expm1(-self.evidence[self.agree].sum()))
 
-    def support(self, index: int) -> tuple[float, float]:
+    def around(self, index: int) -> tuple[float, float]:
         """Return the evidence around a frame for the track, and against it."""
         reach = REACH * self.interval
         weighted = self.evidence * np.exp(-np.abs(self.indices - index) / reach)

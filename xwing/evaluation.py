@@ -33,7 +33,6 @@ from xwing.metrics import (
     heatmap_errors,
     recalled,
     summarise,
-    symmetry_transforms,
 )
 from xwing.tracker import TrackedPose, Tracker
 from xwing.verification import verify_frames
@@ -372,8 +371,7 @@ def drawn_figures(estimates: Sequence, squares: DrawnSquares) -> dict:
         if estimate.pose is None:
             degrees.append(np.inf)
             continue
-        nearest = _nearest(estimate.pose, true @ symmetry_transforms(target))
-        degrees.append(xu.rotation_error(estimate.pose, nearest))
+        degrees.append(xu.rotation_error(estimate.pose, true, target))
     near = np.array(degrees) < NEAR
     accepted = np.array([estimate.accepted for estimate in estimates])
     return {
@@ -579,13 +577,13 @@ def tracks_table(figures: Mapping) -> pd.DataFrame:
 
 def _compare_poses(known, track):
     """Which poses of a track are close to the truth (N,), and rotation errors (N,) or NaN."""
-    symmetries = symmetry_transforms(known.target)
     poses = []
     nearest = []
     for tracked, true in zip(track, known.poses):
         is_comparable = tracked.pose is not None and true is not None
         poses.append(tracked.pose if is_comparable else None)
-        nearest.append(_nearest(tracked.pose, true @ symmetries) if is_comparable else None)
+        same = xu.nearest_equivalent(true, tracked.pose, known.target) if is_comparable else None
+        nearest.append(same)
 
     close = recalled(poses, nearest, target=known.target)
     degrees = [
@@ -593,11 +591,6 @@ def _compare_poses(known, track):
         for pose, true in zip(poses, nearest)
     ]
     return close, np.array(degrees)
-
-
-def _nearest(pose, candidates):
-    """The candidate (4, 4) whose rotation is nearest to that of a pose."""
-    return min(candidates, key=lambda candidate: xu.rotation_error(pose, candidate))
 
 
 def _longest_run(flags):

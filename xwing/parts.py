@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import xwing_utils as xu
 from xwing.detections import (
     Detection,
-    Witnesses,
+    TrackSupport,
     detect,
     detection_interval,
     difference,
@@ -41,7 +41,7 @@ EXPLAINS_ENOUGH = 0.77
 # A part counts if at least one of the detections that agree with it is right with this probability.
 # If not, the network looks at so many more of its frames.
 MIN_FOUNDED = 0.95
-MORE_WITNESSES = 5
+MORE_LOOKS = 5
 
 # Where no part counts, tracks are tried from so many detections that are at least this probable.
 # The best one counts if so many detections agree with it, and half of those in its frames.
@@ -192,7 +192,7 @@ class Part:
     start: int  # number of the frame
     is_given: bool  # whether the user knows the pose there
     estimates: dict  # {number of a frame: PoseEstimate}, accepted or not
-    witnesses: Witnesses | None = None  # where the network found its start
+    support: TrackSupport | None = None  # where the network found its start
 
     @functools.cached_property
     def poses(self) -> dict:
@@ -209,7 +209,7 @@ class Part:
         """How well it is founded near a frame, to compare: a start beats all detections."""
         if self.is_given:
             return 1, -abs(index - self.start)
-        support, opposition = self.witnesses.support(index)
+        support, opposition = self.support.around(index)
         return 0, support - opposition
 
     def is_founded(self, index: int) -> bool:
@@ -222,7 +222,7 @@ class Part:
             return False
         if self.is_given:
             return True
-        return self.witnesses.support(index)[0] >= 0.5 * other.witnesses.support(index)[0]
+        return self.support.around(index)[0] >= 0.5 * other.support.around(index)[0]
 
 
 def _grow(film, start, estimate, first, last, is_given, learns=True):
@@ -301,15 +301,15 @@ def grow_from_detections(
             if detection.estimate.accepted and is_open:
                 parts.append(_grow_from(film, detection, detections))
                 detections += _look_within(film, parts[-1])
-                _hear_witnesses(film, parts, detections)
+                _find_support(film, parts, detections)
 
         interval //= 2
         if film.live.detector is None or interval < max(1, CLOSEST * film.live.fps):
             break
         detections += _look_again(film, parts, interval)
-        _hear_witnesses(film, parts, detections)
+        _find_support(film, parts, detections)
 
-    parts = [part for part in parts if part.is_given or part.witnesses.probability >= MIN_FOUNDED]
+    parts = [part for part in parts if part.is_given or part.support.probability >= MIN_FOUNDED]
     if not parts:
         parts = _grow_from_doubtful(film, detections)
     return parts, detections
@@ -323,7 +323,7 @@ def _grow_from(film, detection, detections):
         part = _grow(film, detection.index, detection.estimate, 0, last, False, learns)
     except ValueError:
         part = Part(detection.index, False, {})
-    _hear_witnesses(film, [part], detections)
+    _find_support(film, [part], detections)
     return part
 
 
@@ -335,18 +335,18 @@ def _explains_enough(detections):
 
 def _look_within(film, part):
     """More `Detection`s in the frames of a part that too few detections agree with."""
-    if part.witnesses.probability >= MIN_FOUNDED or not part.poses:
+    if part.support.probability >= MIN_FOUNDED or not part.poses:
         return []
     numbers = sorted(part.poses)
-    places = np.linspace(0, len(numbers) - 1, MORE_WITNESSES).round().astype(int)
+    places = np.linspace(0, len(numbers) - 1, MORE_LOOKS).round().astype(int)
     return _look_at(film, (numbers[place] for place in places))
 
 
-def _hear_witnesses(film, parts, detections):
+def _find_support(film, parts, detections):
     """Compare parts with the detections of the clip."""
     interval = detection_interval(len(film.seconds), film.live.fps)
     for part in parts:
-        part.witnesses = Witnesses(detections, part.poses, film.live.target, interval)
+        part.support = TrackSupport(detections, part.poses, film.live.target, interval)
 
 
 def _grow_from_doubtful(film, detections):
@@ -373,7 +373,7 @@ def _agrees(part, detection, target):
 
 def _is_confirmed(part):
     """Whether doubtful detections confirm one another by way of the track between them."""
-    agree = part.witnesses.agree
+    agree = part.support.agree
     many = agree.sum() >= max(MIN_AGREEING, len(agree) / 2)
     return many and part.agreement > CONFIDENT_AGREEMENT
 

@@ -587,7 +587,7 @@ class Tracker:
         predicted = self._predict(seconds)
         if self._is_redetection_due(seconds):
             redetected = self.detect(image, near=predicted.pose)
-            if redetected.accepted and _contradict(redetected.pose, predicted.pose):
+            if redetected.accepted and self._contradict(redetected.pose, predicted.pose):
                 self._redetection.contradictions += 1  # a redetection remains due in the next frame
             else:
                 self._redetection.contradictions = 0
@@ -617,15 +617,23 @@ class Tracker:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            near: (4, 4) pose around which the network looks; None: in the whole frame.
+            near: (4, 4) pose around which the network looks, and of the poses at which the target
+                looks the same, the nearest one is returned; None: in the whole frame.
             prior: (4, 4) pose that is a prior of the estimate, or None.
         """
         if self.detector is None:
             return xu.PoseEstimate(None, reason="there is no detector to find the target with")
         estimate = self._estimate(image, near, prior)
-        if self.aligner is None:
+        if self.aligner is not None:
+            estimate = self.aligner.verify(image, estimate, self.K)
+        if near is None or estimate.pose is None:
             return estimate
-        return self.aligner.verify(image, estimate, self.K)
+        pose = xu.nearest_equivalent(estimate.pose, near, self.target)
+        return dataclasses.replace(estimate, pose=pose)
+
+    def _contradict(self, one, other):
+        """Whether two poses cannot both be right."""
+        return xu.rotation_error(one, other, self.target) > CONTRADICTION_TURN
 
     def _estimate(self, image, near=None, prior=None):
         """The `PoseEstimate` from the network's keypoints, in the whole frame or near a pose."""
@@ -681,11 +689,11 @@ class Tracker:
     def _redetect(self, image, pose):
         """The network's `PoseEstimate` if it explains a frame better than a pose, or None."""
         other = self._estimate(image, near=pose)
-        if not other.accepted or not _contradict(other.pose, pose):
+        if not other.accepted or not self._contradict(other.pose, pose):
             return None  # verifying it would take time
 
         other = self.aligner.verify(image, other, self.K)
-        if not other.accepted or not _contradict(other.pose, pose):
+        if not other.accepted or not self._contradict(other.pose, pose):
             return None
 
         costs, _ = self.aligner.photometric_costs(image, [pose, other.pose], self.K)
@@ -741,11 +749,6 @@ def _is_aligned(estimate):
 def _is_verified(estimate):
     """Whether an estimate is the network's, judged on a single frame."""
     return bool(np.isfinite(estimate.probability))
-
-
-def _contradict(one, other):
-    """Whether two poses cannot both be right."""
-    return xu.rotation_error(one, other) > CONTRADICTION_TURN
 
 
 def _continued(estimate, predicted):

@@ -225,7 +225,7 @@ def _doubted(tracked, part, doubt, lens):
     """A `TrackedPose` with what speaks against its part, or against the lens."""
     probability = tracked.probability * LENS_PROBABILITY[lens.verdict]
     if part is not None and not part.is_given:
-        probability *= part.witnesses.probability
+        probability *= part.support.probability
     if doubt and tracked.pose is not None:
         probability = min(probability, 0.5)
         tracked = dataclasses.replace(tracked, reason=doubt)
