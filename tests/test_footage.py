@@ -566,6 +566,15 @@ def test_a_close_square_finds_what_the_whole_frame_shows(weights, detector, flig
     assert np.median(np.concatenate(off)) < 0.5 and len(np.concatenate(off)) > 40
 
 
+def test_a_small_target_in_a_large_frame_is_found_in_a_part_of_it(detector, flight, monkeypatch):
+    large = np.zeros((1600, 2400, 3), np.uint8)
+    large[800:1056, 1600:1856] = flight[10]
+    found = detector(large)[1]
+    monkeypatch.setattr(detector, "_parts", lambda image: [])
+    assert (found >= xu.MIN_CONFIDENCE).sum() > 12
+    assert not (detector(large)[1] >= xu.MIN_CONFIDENCE).sum() > 4
+
+
 BOXES = [  # left, top and width; each is half as high as it is wide
     (10, 20, 30),
     (80, 60, 87),
@@ -593,6 +602,7 @@ def test_the_close_square_holds_the_box_and_shows_more(
     monkeypatch.setattr(Detector, "_compile", lambda self, size: None)
     detector = Detector(weights, crop_sizes, search_size=64)
     monkeypatch.setattr(detector, "_read", nothing_found)
+    monkeypatch.setattr(detector, "_parts", lambda image: [])
     longest = max(width, height)
     image = np.zeros((height, width, 3), np.uint8)
     close = 0

@@ -2,9 +2,10 @@
 
 The network takes square frames and finds the target best where it fills a good part of them. The
 `Detector` therefore looks at a frame twice. It first searches the whole frame, scaled down and set
-into a black square (the letterbox). Then it cuts a square around the keypoints that it found out of
-the frame itself, where the target has more pixels and its keypoints are more precise. A caller
-that knows where the target is, such as the tracker, passes a box, and the search is skipped.
+into a black square (the letterbox). If it finds nothing there, it searches overlapping parts of the
+frame, in which a small target is larger. Then it cuts a square around the keypoints that it found
+out of the frame itself, where the target has more pixels and its keypoints are more precise. A
+caller that knows where the target is, such as the tracker, passes a box, and the search is skipped.
 
 OpenVINO runs the network, because it is faster than Keras on a processor. `export_model` converts
 the weights once and keeps the result beside them.
@@ -13,6 +14,7 @@ the weights once and keeps the result beside them.
 import hashlib
 import io
 import json
+import math
 import tempfile
 import threading
 import zipfile
@@ -28,7 +30,10 @@ import xwing_utils as xu
 from xwing.lookalikes import with_lookalikes
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
+MIN_FOUND_IN_PART = 9  # a part often cuts the target off, and its rest looks like something else
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
+PART_SIDE = 0.5  # of the frame's longer side: squares that are searched where nothing is found
+PART_STEP = 2 / 3  # of that side, at most, from one square to the next
 CLOSE_MARGIN = 1.1  # side of the close square over the longer side of the keypoints' bounding box
 
 
@@ -67,6 +72,18 @@ def _whole_frame(image, size):
     height, width = image.shape[:2]
     side = max(height, width)
     return _Square(-((side - width) // 2), -((side - height) // 2), side, size)
+
+
+def _spread(length, side):
+    """The first pixels of the fewest squares of a side that cover a length and overlap."""
+    room = max(length - side, 0)
+    count = math.ceil(room / (PART_STEP * side)) + 1
+    return [round(place) for place in np.linspace(0, room, count)]
+
+
+def _count_found(confidence):
+    """How many keypoints are confident."""
+    return int((confidence >= xu.MIN_CONFIDENCE).sum())
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float, np.ndarray]:
@@ -267,24 +284,36 @@ class Detector:
         return self._read(image, square)
 
     def _search(self, image):
-        """Find the target in the whole frame, then read its keypoints from a close square.
+        """Find the target in the whole frame or a part of it, then read its keypoints from close.
 
-        The whole frame is read again, and with more care, if a close square shows no more detail or
-        cuts keypoints off.
+        The place where it was found is read again, and with more care, if a close square shows no
+        more detail or cuts keypoints off.
         """
-        whole = _whole_frame(image, self.search_size)
-        keypoints, confidence, sigma = self._read(image, whole, averaged=False)
+        square = _whole_frame(image, self.search_size)
+        keypoints, confidence, sigma = self._read(image, square, averaged=False)
+        if _count_found(confidence) < MIN_FOUND:
+            looks = [(part, self._read(image, part, averaged=False)) for part in self._parts(image)]
+            best = max(looks, key=lambda look: _count_found(look[1][1]), default=None)
+            if best is None or _count_found(best[1][1]) < MIN_FOUND_IN_PART:
+                return np.full_like(keypoints, np.nan), confidence, sigma
+            square, (keypoints, confidence, sigma) = best
         found = keypoints[confidence >= xu.MIN_CONFIDENCE]
-        if len(found) < MIN_FOUND:
-            return np.full_like(keypoints, np.nan), confidence, sigma
 
-        square = self._close_square(image, found)
-        if square is not None:
-            close = self._read(image, square)
-            retained = (close[1] >= xu.MIN_CONFIDENCE).sum()
-            if retained >= MIN_RETAINED * len(found):
+        close_square = self._close_square(image, found)
+        if close_square is not None:
+            close = self._read(image, close_square)
+            if _count_found(close[1]) >= MIN_RETAINED * len(found):
                 return close
-        return self._read(image, whole)
+        return self._read(image, square)
+
+    def _parts(self, image):
+        """Overlapping squares of a frame; none where they show no more detail than all of it."""
+        height, width = image.shape[:2]
+        side = round(PART_SIDE * max(height, width))
+        if side < self.search_size:
+            return []
+        lefts, tops = (_spread(length, side) for length in (width, height))
+        return [_Square(left, top, side, self.search_size) for top in tops for left in lefts]
 
     def _close_square(self, image, points):
         """The square around some points (N, 2); None where the whole frame shows as much detail."""
