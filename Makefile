@@ -23,7 +23,7 @@ animation: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pytest tests
+	$(BIN)/pytest -n 2 --dist loadfile tests
 	XWING_SMOKE=1 $(ANIMATION)
 	XWING_SMOKE=1 $(BIN)/pytest --nbval-lax --nbval-cell-timeout=900 notebooks
 
