@@ -549,6 +549,11 @@ def check_same_target(first: Target, second: Target, what: str) -> None:
     raise ValueError(f"{text}; take those of this target, or train some")
 
 
+def has_symmetries(target: Target) -> bool:
+    """Tell whether a target looks the same after some turn."""
+    return len(target.symmetries) > 1 or len(target.axes) > 0
+
+
 def has_same_keypoints(first: Target, second: Target) -> bool:
     """Tell whether two targets have the same keypoints, so that one network serves both."""
     tolerance = 1e-6 * first.diameter
@@ -917,9 +922,7 @@ def _find_symmetries(mesh, surface):
             turns.append(repeated[equal.argmax()])  # the smallest turn
 
     turns, axes = _reduce_symmetries(turns, axes, surface, centre)
-    symmetries = np.tile(np.eye(4), (len(turns), 1, 1))
-    symmetries[:, :3, :3] = turns
-    symmetries[:, :3, 3] = centre - np.array(turns) @ centre
+    symmetries = turn_about(np.array(turns), centre)
     return symmetries, np.array([(centre, axis) for axis in axes]).reshape(-1, 2, 3)
 
 
@@ -1299,21 +1302,11 @@ def rotation_error(estimate: np.ndarray, truth: np.ndarray, target: Target | Non
     """
     estimate = np.asarray(estimate)[:3, :3]
     truth = np.asarray(truth)[:3, :3]
-    if target is None or (len(target.symmetries) == 1 and not len(target.axes)):
-        return _angle_between(estimate, truth)
-    if len(target.axes) > 1:  # a ball
-        return 0.0
-    equivalent = truth @ target.symmetries[:, :3, :3]
-    if len(target.axes) == 0:
-        return min(_angle_between(estimate, one) for one in equivalent)
-    axis = target.axes[0, 1]  # only where it points counts
-    distances = np.linalg.norm(estimate @ axis - equivalent @ axis, axis=1)
-    return float(np.degrees(2 * np.arcsin(min(distances.min() / 2, 1.0))))
-
-
-def _angle_between(one, other):
-    """The angle in degrees between two rotations (3, 3)."""
-    sine = np.linalg.norm(one - other) / (2 * np.sqrt(2))
+    if target is not None and len(target.axes) > 1:
+        return 0.0  # a ball
+    if target is not None and has_symmetries(target):
+        truth = truth @ _nearest_symmetry(estimate.T @ truth, target)[:3, :3]
+    sine = np.linalg.norm(estimate - truth) / (2 * np.sqrt(2))
     return float(np.degrees(2 * np.arcsin(min(sine, 1.0))))
 
 
@@ -2782,6 +2775,15 @@ def pose_step(pose: np.ndarray, start: np.ndarray) -> np.ndarray:
     return np.concatenate([rotation.ravel(), pose[:3, 3] - start[:3, 3]])
 
 
+def turn_about(turn: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Return the motions (..., 4, 4) of turns (..., 3, 3) that leave a centre (3,) where it is."""
+    motion = np.zeros((*turn.shape[:-2], 4, 4))
+    motion[..., :3, :3] = turn
+    motion[..., :3, 3] = centre - turn @ centre
+    motion[..., 3, 3] = 1
+    return motion
+
+
 def scale_pose(pose: np.ndarray, factor: float) -> np.ndarray:
     """Return a pose (4, 4) in other units: its translation is multiplied by a factor."""
     scaled = pose.copy()
@@ -2849,7 +2851,7 @@ def nearest_equivalent(pose: np.ndarray, other: np.ndarray, target: Target) -> n
 
 def _nearest_symmetry(turn, target):
     """The symmetry (4, 4) of a target after which a rotation (3, 3) is nearest to the identity."""
-    if len(target.symmetries) == 1 and not len(target.axes):
+    if not has_symmetries(target):
         return np.eye(4)
     motions = list(target.symmetries)
     if len(target.axes):
@@ -2888,10 +2890,7 @@ def _best_turn(rotation, axes):
         along = axis @ rotation @ axis
         angle = np.arctan2(sine, np.trace(rotation) - along)
         turn = _turn(axis, angle)
-    motion = np.eye(4)
-    motion[:3, :3] = turn
-    motion[:3, 3] = point - turn @ point
-    return motion
+    return turn_about(turn, point)
 
 
 def describe_target(target: Target, pose: np.ndarray | None = None) -> str:

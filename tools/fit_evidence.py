@@ -16,7 +16,6 @@ accept. No frame of data/test or data/looks is used, and no photograph but those
 """
 
 import argparse
-import json
 import pickle
 from pathlib import Path
 
@@ -29,10 +28,9 @@ from scipy.spatial.transform import Rotation
 from scipy.special import expit
 
 import xwing_utils as xu
+from xwing import evaluation, metrics, scenery
 from xwing import mesh as meshes
-from xwing import metrics, scenery
 from xwing.alignment import Aligner
-from xwing.footage import Clip
 from xwing.synthesis import Synthesiser
 from xwing.verification import VerificationSettings, rotated_views
 
@@ -111,14 +109,10 @@ def noise(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     return np.broadcast_to(grey, (height, width, 3)).clip(0, 255).astype(np.uint8)
 
 
-def drawn_frames(synthesiser, target, rng, count):
-    """Draw squares that show four corners or more: images, true poses, K."""
-    found = []
-    while len(found) < count:
-        image, pose, K = synthesiser(xu.FRAME_SIZE, rng)
-        if xu.in_frame(xu.project_pose(target.box, pose, K)).sum() >= 4:
-            found.append((image, pose, K))
-    return found
+def drawn_frames(mesh, target, rng, count):
+    """Draw squares that show enough of a target: images, true poses, K."""
+    squares = evaluation.draw_squares(Synthesiser(mesh), target, count, xu.FRAME_SIZE, rng)
+    return list(zip(squares.images, squares.poses, squares.cameras))
 
 
 def empty_frames(mesh, others, rng, count):
@@ -157,14 +151,13 @@ def folder_frames(folder, count):
 
 def clip_frames(path, count):
     """Read at most `count` frames of a clip in which the target is in sight."""
-    known = json.loads(Path(path).read_text())
-    K = np.array(known["K"])
-    step = max(1, len(known["poses"]) // count)
-    frames = []
-    for i, frame in enumerate(Clip(Path(path).with_suffix(".mp4"))):
-        if i % step == 0 and known["poses"][i] is not None and known["visible"][i] > 0.6:
-            frames.append((frame.image, np.array(known["poses"][i]), K))
-    return frames
+    step = max(1, len(evaluation.load_object(path).poses) // count)
+    known = evaluation.load_object(path, step)
+    return [
+        (frame.image, pose, known.K)
+        for frame, pose, visible in zip(known.clip, known.poses, known.visible)
+        if pose is not None and visible > 0.6
+    ]
 
 
 # ============================================================ estimates
@@ -254,14 +247,14 @@ def judge_target(path, others, count):
         estimates = Network(path)
         target = estimates.target
     else:
-        target = xu.load_target(path.parent / json.loads(path.read_text())["target"])
+        target = evaluation.load_object(path).target
     aligner = Aligner(target)
     if not path.name.endswith(".weights.h5"):
         estimates = Simulation(target, aligner.verifier.rivals.lookalikes, rng)
 
     name = target.name
     sets = {
-        f"{name}, drawn": drawn_frames(Synthesiser(aligner.mesh), target, rng, count),
+        f"{name}, drawn": drawn_frames(aligner.mesh, target, rng, count),
         f"{name}, empty": empty_frames(aligner.mesh, others, rng, count),
     }
     if path.suffix == ".json":
@@ -350,7 +343,7 @@ def main():
     parser.add_argument("--frames", type=int, default=FRAMES, help="drawn for each target")
     options = parser.parse_args()
 
-    targets = [xu.load_target(c.parent / json.loads(c.read_text())["target"]) for c in CLIPS]
+    targets = [evaluation.load_object(path).target for path in CLIPS]
     others = {target.name: meshes.load_mesh(target.mesh) for target in targets}
     rows = {}
     if options.rows and options.rows.is_file():

@@ -317,7 +317,9 @@ class DrawnSquares:
     targets: list  # N `Target`
 
 
-def draw_squares(synthesise, target: xu.Target, count: int, size: int, seed: int) -> DrawnSquares:
+def draw_squares(
+    synthesise, target: xu.Target, count: int, size: int, seed: int | np.random.Generator
+) -> DrawnSquares:
     """Draw squares that show at least MIN_CORNERS corners of a target's box.
 
     Args:
@@ -325,7 +327,7 @@ def draw_squares(synthesise, target: xu.Target, count: int, size: int, seed: int
         target: what it draws, where it does not say.
         count: N.
         size: S, pixels.
-        seed: of the random numbers.
+        seed: of the random numbers, or a generator whose state decides everything.
     """
     rng = np.random.default_rng(seed)
     squares = []
@@ -503,12 +505,10 @@ def find_alone(known: KnownClip, detector, aligner: Aligner | None = None) -> li
         a `TrackedPose` for each frame: "tracked" where the pose was accepted, else "lost". A pose
         that was not accepted is kept.
     """
+    tracker = Tracker(known.K, known.fps, detector, aligner)  # takes no frame
     found = []
     for frame in known.clip:
-        keypoints, confidence, sigma = detector(frame.image)
-        estimate = xu.estimate_pose(keypoints, known.K, confidence, sigma, target=known.target)
-        if aligner is not None:
-            estimate = aligner.verify(frame.image, estimate, known.K)
+        estimate = tracker.detect(frame.image)
         status = "tracked" if estimate.accepted else "lost"
         probability = float(np.nan_to_num(estimate.probability))
         found.append(TrackedPose(status, frame.seconds, estimate.pose, probability=probability))

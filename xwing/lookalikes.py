@@ -158,7 +158,7 @@ def find_lookalikes(target: xu.Target, drawings: "Drawings | None" = None) -> np
         apart = [xu.rotation_error(turns[i], other, target) > APART for other in chosen]
         if all(apart):
             chosen.append(turns[i])
-    return _about(target.box.mean(0), chosen)
+    return xu.turn_about(np.array(chosen), target.box.mean(0))
 
 
 def find_flat_axis(target: xu.Target, drawings: "Drawings | None" = None) -> np.ndarray | None:
@@ -168,13 +168,17 @@ def find_flat_axis(target: xu.Target, drawings: "Drawings | None" = None) -> np.
     arguments are those of `find_lookalikes`.
     """
     drawings = drawings or Drawings(load_mesh(target.mesh))
-    alike = [_alike_in_depth(drawings, axis, target) for axis in np.eye(3)]
+    limit = drawings.small_change(MANY_VIEWS)
+    alike = [_alike_in_depth(drawings, axis, target, limit) for axis in np.eye(3)]
     best = int(np.argmax(alike))
     return np.eye(3)[best] if alike[best] >= MIN_ALIKE else None
 
 
-def _alike_in_depth(drawings, axis, target):
-    """The fraction of views that are hard to tell from their images in depth; 0 without any."""
+def _alike_in_depth(drawings, axis, target, limit):
+    """The fraction of views that are hard to tell from their images in depth; 0 without any.
+
+    These change by less than a limit (MANY_VIEWS,).
+    """
     views = drawings.some(MANY_VIEWS)
     images = np.diag([1, 1, -1]) @ views @ (np.eye(3) - 2 * np.outer(axis, axis))
     angles = [xu.rotation_error(*pair, target) for pair in zip(images, views)]
@@ -182,7 +186,7 @@ def _alike_in_depth(drawings, axis, target):
     if np.count_nonzero(other) < MANY_VIEWS / 2:
         return 0.0
     change = 1 - drawings.explained(views, images)
-    return float((change < drawings.small_change(MANY_VIEWS))[other].mean())
+    return float((change < limit)[other].mean())
 
 
 def _turns():
@@ -204,15 +208,6 @@ def _turns():
     vectors = [np.radians(angle) * axis for axis in axes for angle in BOX_TURNS]
     spread = Rotation.from_quat(quaternions).as_matrix()
     return np.concatenate([Rotation.from_rotvec(vectors).as_matrix(), spread])
-
-
-def _about(centre, turns):
-    """Motions (L, 4, 4) of turns (3, 3) about a centre (3,)."""
-    motions = np.tile(np.eye(4), (len(turns), 1, 1))
-    for motion, turn in zip(motions, turns):
-        motion[:3, :3] = turn
-        motion[:3, 3] = centre - turn @ centre
-    return motions
 
 
 # ============================================================ drawings

@@ -250,9 +250,7 @@ def symmetry_transforms(target: xu.Target) -> np.ndarray:
     transforms = []
     for point, direction in target.axes:
         turns = Rotation.from_rotvec(angles[:, None] * direction).as_matrix()
-        rotations = np.tile(np.eye(4), (steps, 1, 1))
-        rotations[:, :3, :3] = turns
-        rotations[:, :3, 3] = point - turns @ point
+        rotations = xu.turn_about(turns, point)
         transforms += [rotations @ symmetry for symmetry in target.symmetries]
     return np.concatenate(transforms)
 
