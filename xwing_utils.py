@@ -217,7 +217,7 @@ def _eight_bits(image):
 
 def printable(path: str | Path) -> str:
     """Return a path as text that can be printed and written; marks stand for bytes beyond UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", str(path))
 
 
 def read_json(path: str | Path) -> object:

@@ -430,6 +430,26 @@ def test_a_pause_in_a_whole_video_is_no_fault(flight, tmp_path):
     assert read[50].seconds == pytest.approx(80 / 30, abs=1e-3)
 
 
+def test_a_long_pause_in_a_damaged_video_is_no_damage(flight, tmp_path):
+    seconds = [i / 30 + 600 * (i >= 20) for i in range(40)]
+    whole = video_of(tmp_path / "a.ts", flight[:40], seconds=seconds, coder={"g": "10"})
+    clip = Clip(garbage(tmp_path / "b.ts", whole, 0.25, 300))
+    assert 40 <= clip.count < 50 and 1 <= len(faults(clip)) < 12
+
+
+def test_a_last_frame_that_is_shown_for_long_hides_no_others(flight, tmp_path):
+    """A screen recorder writes a frame where the screen changes, and states how long it ran."""
+    seconds = [0, 0.1, 0.15, 0.5, 0.6, 1.9, 2.0, 2.7]
+    path = video_of(tmp_path / "a.mkv", flight[:8], seconds=seconds)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"00:00:02.")  # of the tag DURATION
+    content[at : at + 8] = b"00:09:59"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Clip(path).count == 8
+
+
 @pytest.mark.parametrize(
     "kind,muxer",
     [("mp4", {"movflags": "faststart"}), ("mkv", {"cluster_time_limit": "300"}), ("ts", {})],

@@ -45,6 +45,7 @@ PILLOW_ERRORS = (  # what reading a damaged GIF raises
 
 DEFAULT_FPS = 25.0  # frames a second of a video that states no rate
 MAX_MISSING = 100_000  # missing frames; a damaged header may promise any number
+MAX_DAMAGE = 10.0  # seconds of frames that damage swallows; longer gaps are pauses
 MIN_INTERVAL = 1e-3  # seconds between frames: two time stamps may be equal
 STEADY_TOLERANCE = 0.1  # by which a regular interval may be off, as a fraction of 1 / rate
 STEADY_FRACTION = 0.8  # of the intervals; a video in which fewer are regular has a varying rate
@@ -185,7 +186,8 @@ def _open_reader(source):
     if source.is_dir():
         return _Folder(source)
     if not source.is_file():  # also a pipe, from which reading could take for ever
-        raise FileNotFoundError(f"{source}: no such folder or file; {EXPECTED}")
+        path = xu.printable(source)
+        raise FileNotFoundError(f"{path}: no such folder or file; {EXPECTED}")
     if source.suffix.lower() == ".gif":
         return _Gif(source)
     return _Video(source)
@@ -548,7 +550,10 @@ def _lay_out(container, stream, packets):
     readable = len(seconds)
     fps = rate if steady else (readable - 1) / max(float(seconds[-1]), MIN_INTERVAL)
 
-    missing = _missing_at_the_end(container, stream, packets, interval)
+    # Where the rate varies, the last frame may be shown for long; only a table tells the number.
+    missing = 0
+    if steady or stream.frames:
+        missing = _missing_at_the_end(container, stream, packets, interval)
     seconds = np.append(seconds, seconds[-1] + interval * np.arange(1, missing + 1))
 
     return _Timeline(seconds, readable, fps, times[0], packets.stamped)
@@ -564,7 +569,8 @@ def _is_steady(seconds, rate):
 
 def _fill_gaps(seconds, interval):
     """Add the times of frames that are missing between others."""
-    counts = np.clip(np.round(np.diff(seconds) / interval), 1, MAX_MISSING)
+    gaps = np.diff(seconds)
+    counts = np.where(gaps <= MAX_DAMAGE, np.maximum(np.round(gaps / interval), 1), 1)
     filled = [start + interval * np.arange(count) for start, count in zip(seconds, counts)]
     return np.concatenate([*filled, seconds[-1:]])
 
