@@ -82,7 +82,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/learnability": {"xwing_utils", "xwing/mesh"},
     "data/looks": set(),
     # data/render imports itself in its worker processes.
-    "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
+    "data/render": {"xwing_utils", "xwing/mesh", "xwing/film", "data/looks", "data/render"},
     "data/make_xwing": set(),
     "data/make_objects": set(),
     "data/render_objects": {"xwing_utils", "xwing/mesh", "data/render"},

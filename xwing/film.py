@@ -185,6 +185,7 @@ def write_clip(
     fps: float = 25,
     progress: bool = False,
     count: int | None = None,
+    encoding: dict | None = None,
 ) -> None:
     """Write pictures as a GIF or MP4 file.
 
@@ -195,6 +196,7 @@ def write_clip(
         fps: frames a second of the file. In a GIF a frame lasts whole hundredths of a second.
         progress: show a progress bar.
         count: number of pictures, for the bar; None: their length, if they have one.
+        encoding: options of x264 for an MP4 file; None: ENCODING.
     Raises:
         ValueError: the suffix or the rate is not possible, there is no picture, or the sizes of
             pictures differ.
@@ -206,7 +208,8 @@ def write_clip(
         if path.suffix == ".gif":
             _write_gif(pictures, part, fps, progress)
         else:
-            _write_video(_without_times(pictures), part, fps, _mp4_format())
+            kind = _mp4_format()._replace(options=encoding or ENCODING)
+            _write_video(_without_times(pictures), part, fps, kind)
 
 
 def _check_output(path, fps, suffixes=(".gif", ".mp4")):
