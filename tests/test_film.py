@@ -582,6 +582,15 @@ def test_a_pause_makes_no_pictures(K, tmp_path):
     np.testing.assert_array_equal(xfilm.frames_in_real_time([0, 0, 0, 0, 0.1], 10), [3, 4])
 
 
+def test_a_film_says_that_pauses_are_shortened(K, tmp_path):
+    seconds = [0, 0.1, 0.2, 60, 60.1]
+    film(map(Frame, frames_of(5), seconds), StandIn(K), tmp_path / "a.mp4", progress=False)
+    with pytest.warns(UserWarning, match=r"pauses \(1\); each is shown for 1 s"):
+        animate(Clip(tmp_path / "a.mp4"), [None] * 5, K, tmp_path / "b.mp4", 10)
+    shown = [round((frame.image.mean() - 1) / 5) for frame in Clip(tmp_path / "b.mp4")]
+    assert shown == [0, 1, *[2] * 10, 3, 4]
+
+
 def test_only_a_few_pictures_of_a_gif_are_held(tmp_path, monkeypatch):
     alive = set()
     most = []

@@ -110,6 +110,11 @@ def _with_times(frames, poses, source_fps):
 
     has_times = isinstance(frames, Clip) and frames.fps
     seconds = frames.seconds if has_times else np.arange(count) / source_fps
+    pauses = np.sum(np.diff(seconds) > MAX_PAUSE)
+    if pauses:
+        warnings.warn(
+            f"the footage has pauses ({pauses}); each is shown for {MAX_PAUSE:g} s", stacklevel=3
+        )
     return frames, poses, without_pauses(seconds)
 
 
