@@ -646,8 +646,10 @@ def test_a_picture_without_its_bolts_does_not_stop_a_film(clip, tmp_path, monkey
 
 def test_pictures_of_any_kind_become_films(tmp_path):
     grey = np.full((32, 32), 120, np.uint8)
-    write_clip([grey, np.dstack([grey] * 3) / 255, grey * np.uint16(257)], tmp_path / "a.gif")
+    images = [grey, np.dstack([grey] * 3) / 255, grey * np.uint16(257)]
+    write_clip(images, tmp_path / "a.gif")
     assert [np.unique(frame.image).tolist() for frame in Clip(tmp_path / "a.gif")] == [[120]] * 3
+    assert all((frame.image == 120).all() and frame.image.ndim == 3 for frame in map(Frame, images))
 
 
 def test_colours_of_a_gif_do_not_flicker(tmp_path):

@@ -57,7 +57,8 @@ class Frame:
     """One frame of a clip.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB; None where the frame cannot be read.
+        image: (H, W, 3) uint8 RGB, made by `xu.rgb_image` of what is given; None where the frame
+            cannot be read.
         seconds: time since the clip's first frame; None where the source does not say.
         fault: why the frame cannot be read; empty where it can. It can be printed and written, also
             where it holds the name of a file that is no UTF-8.
@@ -69,6 +70,8 @@ class Frame:
 
     def __post_init__(self):
         object.__setattr__(self, "fault", xu.printable(self.fault))
+        if self.image is not None:
+            object.__setattr__(self, "image", xu.rgb_image(self.image))
 
 
 class Clip:
@@ -263,7 +266,7 @@ def _as_frame(item):
     if isinstance(item, Frame):
         return item
     if isinstance(item, np.ndarray):
-        return Frame(xu.rgb_image(item))
+        return Frame(item)
     try:
         is_exr = Path(item).suffix.lower() == ".exr"
         return Frame(_read_exr(Path(item)) if is_exr else xu.read_image(item))
@@ -339,7 +342,7 @@ class _Gif:
                 while True:
                     gif.seek(number)
                     mode = "RGBA" if gif.has_transparency_data else "RGB"
-                    yield Frame(xu.rgb_image(np.array(gif.convert(mode))), seconds)
+                    yield Frame(np.array(gif.convert(mode)), seconds)
                     seconds += gif.info.get("duration", 0) / 1000
                     number += 1
         except EOFError:
