@@ -80,6 +80,8 @@ class Clip:
         seconds: a list with the time of each frame, see `Frame`.
         count: how many frames there are, faults included.
         paths: paths of all pictures of a folder, whatever the step; None for a video or a GIF.
+        numbers: a list with the source's own number of each frame: 1001 for shot.1001.jpg; the
+            frames of a video or a GIF count from 0.
     """
 
     def __init__(self, source: str | Path, step: int = 1):
@@ -102,6 +104,8 @@ class Clip:
 
         self.paths = self._reader.paths if isinstance(self._reader, _Folder) else None
         self.seconds = self._reader.seconds[::step]
+        numbers = map(_number, self.paths) if self.paths else range(len(self._reader.seconds))
+        self.numbers = list(numbers)[::step]
         self.count = len(self.seconds)
         self.fps = round(self._reader.fps / step, 6) if self._reader.fps else None
         self.height, self.width = self._first_image().shape[:2]
@@ -221,6 +225,11 @@ def _numbered_pictures(folder):
             f"{folder}: found {'; '.join(oddities)}; taken as one clip, by number", stacklevel=5
         )
     return [picture.path for picture in pictures]
+
+
+def _number(path):
+    """The number at the end of a picture's name."""
+    return int(re.search(r"\d+$", path.stem)[0])
 
 
 def _oddities(pictures):

@@ -23,7 +23,7 @@ import xwing_utils as xu
 from xwing.alignment import Aligner
 from xwing.detections import ranked
 from xwing.detector import Detector
-from xwing.export import export_track
+from xwing.export import blender_settings, export_track
 from xwing.film import write_clip
 from xwing.footage import Clip, frames_at
 from xwing.lens import LensCheck, check_lens
@@ -43,6 +43,7 @@ __all__ = [
     "Track",
     "TrackedPose",
     "Tracker",
+    "blender_settings",
     "export_track",
     "read_camera",
     "read_starts",
@@ -301,7 +302,8 @@ def _print_warning(message, *_, **__):
 def _parse(arguments):
     parser = argparse.ArgumentParser(
         "python -m xwing.tracking",
-        description="Follow an object through a clip; writes track.csv, track.json, overlay.mp4.",
+        description="Follow an object through a clip; writes track.csv, track.json, track.usdc "
+        "and overlay.mp4.",
     )
     parser.add_argument("source", type=Path, help="a video, a GIF or a folder of frames")
     parser.add_argument(
@@ -356,8 +358,12 @@ def _track_to_files(options):
     options.out.mkdir(parents=True, exist_ok=True)
     track = track_clip(clip, K, detector, aligner, fps, starts=starts)
 
-    for name in ("track.csv", "track.json"):
-        export_track(options.out / name, track, K, clip.width, clip.height)
+    for name in ("track.csv", "track.json", "track.usdc"):
+        path = options.out / name
+        try:
+            export_track(path, track, K, clip.width, clip.height, target, clip, fps)
+        except ModuleNotFoundError as error:  # the package that writes USD is optional
+            warnings.warn(str(error), stacklevel=1)
     pictures = _overlays(clip, track, K, target)
     write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
     return track
