@@ -20,6 +20,7 @@ from scipy.spatial.transform import Rotation
 import xwing_utils as xu
 from xwing.usd import SENSOR, Shot, usd_files
 
+KINDS = (".csv", ".json", ".usda", ".usdc")
 SCHEMA = 2  # of the JSON file; keys are only added to it
 DEFAULT_FPS = 30.0  # where neither the clip, nor the caller, nor the track says
 POSE_COLUMNS = (
@@ -76,18 +77,18 @@ def export_track(
     """
     path = Path(path)
     kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise ValueError(f"{path}: expected a .csv or .json file, or .usda or .usdc for USD")
     shot = _shot(track, K, width, height, clip, fps)
     shot = dataclasses.replace(shot, source=_source(clip, path.parent))
     if kind == ".json":
         files = {path: _json_text(track, shot)}
     elif kind == ".csv":
         files = {path: _csv_text(track, shot)}
-    elif kind in (".usda", ".usdc"):
-        if target is None:
-            raise ValueError(f"{path}: a stage of USD holds the mesh; give the target, too")
-        files = usd_files(path, track, shot, target)
+    elif target is None:
+        raise ValueError(f"{path}: a stage of USD holds the mesh; give the target, too")
     else:
-        raise ValueError(f"{path}: expected a .csv, .json, .usda or .usdc file")
+        files = usd_files(path, track, shot, target)
     xu.write_files(files)
 
 

@@ -85,7 +85,7 @@ def usd_files(
     _add_mesh(stage, mesh, target, pictures)
     _add_render_settings(stage, shot)
 
-    files = {path: _stage_bytes(stage, path.suffix)}
+    files = {path: _stage_bytes(stage, path.suffix.lower())}
     return files | {path.with_name(name): content for name, content in pictures.values()}
 
 
