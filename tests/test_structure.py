@@ -37,7 +37,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/picking": {"xwing_utils", "xwing/mesh", "xwing/overlay"},
     "xwing/motion": {"xwing_utils"},
     "xwing/detector": {"xwing_utils", "xwing/lookalikes"},
-    "xwing/footage": {"xwing_utils", "xwing/detector"},
+    "xwing/bop": {"xwing_utils", "xwing/mesh"},
+    "xwing/footage": {"xwing_utils", "xwing/detector", "xwing/bop"},
     "xwing/lens": {"xwing_utils", "xwing/footage"},
     "xwing/lasers": {"xwing_utils", "xwing/mesh"},
     "xwing/overlay": {
@@ -73,6 +74,8 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/evaluation": {
         "xwing_utils",
         "xwing/metrics",
+        "xwing/bop",
+        "xwing/detector",
         "xwing/footage",
         "xwing/tracker",
         "xwing/alignment",
