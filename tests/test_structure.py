@@ -56,6 +56,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/parts": {"xwing_utils", "xwing/detections", "xwing/footage", "xwing/tracker"},
     "xwing/tracking": {
         "xwing_utils",
+        "xwing/bop",
         "xwing/tracker",
         "xwing/detections",
         "xwing/parts",

@@ -52,6 +52,12 @@ class Scene:
         return cv2.warpPerspective(image, first @ np.linalg.inv(own), size)
 
 
+def number_of(path: str | Path) -> int:
+    """The number at the end of the name of a scene's folder or a model, 0 where it has none."""
+    digits = re.search(r"\d+$", Path(path).absolute().stem)
+    return int(digits[0]) if digits else 0
+
+
 def is_scene(folder: str | Path) -> bool:
     """Whether a folder holds a scene of BOP."""
     return (Path(folder) / "scene_camera.json").is_file()
@@ -200,7 +206,7 @@ def load_model(path: str | Path) -> xu.Target:
     """
     path = Path(path)
     file = path.with_name("models_info.json")
-    info = _by_number(file).get(int(path.stem.removeprefix("obj_")), {})
+    info = _by_number(file).get(number_of(path), {})
     record = {"name": path.stem, "mesh": path.name, "unit": MILLIMETRE, "up": [0, 0, 1]}
     motions = info.get("symmetries_discrete", [])
     record["symmetries"] = [np.reshape(motion, (4, 4)).tolist() for motion in motions]
@@ -246,7 +252,7 @@ def result_rows(
     numbers: Sequence[int],
     obj_id: int,
     track: Iterable,
-    millimetres: float,
+    millimetres: float = 1.0,
     seconds: float = -1.0,
 ) -> list[str]:
     """The rows of a results file, one for each frame that has a pose.
