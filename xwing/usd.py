@@ -305,9 +305,10 @@ def _add_texture(stage, path, file):
 
 def _texture_files(path, mesh):
     """{row of a material: (name of a file, PNG bytes)} of the materials that have a texture."""
+    stem = path.stem.encode("utf-8", "ignore").decode()  # USD takes no other names
     files = {}
     for row, picture in enumerate(mesh.textures or []):
         if picture is not None:
             content = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-            files[row] = (f"{path.stem}_texture{row}.png", content)
+            files[row] = (f"{stem}_texture{row}.png", content)
     return files
