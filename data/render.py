@@ -25,10 +25,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import joblib
 import numpy as np
@@ -894,15 +892,9 @@ def encode(pictures: Iterable[np.ndarray], path: Path, fps: int, quality: int):
         fps: frames a second.
         quality: x264's crf; more is smaller and worse.
     """
-    options = {"preset": "slow", "crf": str(quality)}
-    with xu.part_files(path) as (part,), part.open("w+b") as file:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", Fraction(fps), options)
-            for number, picture in enumerate(pictures):
-                if number == 0:
-                    stream.height, stream.width = picture.shape[:2]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+    from xwing.film import write_clip  # the processes that render do without it
+
+    write_clip(pictures, path, fps, encoding={"preset": "slow", "crf": str(quality)})
 
 
 def write_video(folder: str | Path, fps: int = 30):

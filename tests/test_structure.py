@@ -51,7 +51,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/usd": {"xwing_utils", "xwing/mesh"},
     "xwing/export": {"xwing_utils", "xwing/usd"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
-    "xwing/tracker": {"xwing_utils", "xwing/motion"},
+    "xwing/tracker": {"xwing_utils", "xwing/motion", "xwing/footage"},
     "xwing/detections": {"xwing_utils", "xwing/tracker"},
     "xwing/parts": {"xwing_utils", "xwing/detections", "xwing/footage", "xwing/tracker"},
     "xwing/tracking": {
@@ -87,7 +87,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/learnability": {"xwing_utils", "xwing/mesh"},
     "data/looks": set(),
     # data/render imports itself in its worker processes.
-    "data/render": {"xwing_utils", "xwing/mesh", "data/looks", "data/render"},
+    "data/render": {"xwing_utils", "xwing/mesh", "xwing/film", "data/looks", "data/render"},
     "data/make_xwing": set(),
     "data/make_objects": set(),
     "data/render_objects": {"xwing_utils", "xwing/mesh", "data/render"},
