@@ -127,6 +127,19 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
     assert np.isnan(found.errors([None] * 6)["rotation"]).all()
 
 
+def test_a_frame_whose_ship_has_passed_the_camera_costs_no_other_frame(
+    folder, model, camera, matrices, capsys
+):
+    passed = xu.transformation_from_pose(camera[0], np.eye(4))  # the ship sits in the camera
+    (folder / "5_mat.json").write_text(json.dumps(passed.tolist()))
+    found = evaluation.evaluate_folder(folder, model, progress=False)
+    assert [path.name for path in found.paths] == [f"{i}.jpg" for i in range(5)]
+    assert "5.jpg: skipped" in capsys.readouterr().err
+    assert metrics.summarise(found.errors())["frames"] == 5
+    with pytest.raises(ValueError, match="expected 5, one a frame, got 6"):
+        found.errors([None] * 6)
+
+
 def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
     """A large set does not fit into memory at once."""
     order = []  # "read" for each frame that is read, a number for each batch that is predicted

@@ -198,10 +198,17 @@ class Evaluation:
 
         Args:
             poses: N (4, 4) or None of the same frames; None takes the accepted ones.
+
+        Raises:
+            ValueError: another number of poses.
         """
+        poses = self.poses if poses is None else poses
+        if len(poses) != len(self.paths):
+            raise ValueError(f"poses: expected {len(self.paths)}, one a frame, got {len(poses)}")
+
         errors = frame_errors(
             self.keypoints[:, :8],
-            self.poses if poses is None else poses,
+            poses,
             self.true_keypoints[:, :8],
             self.true_poses,
             self.K,
@@ -222,6 +229,8 @@ def evaluate_folder(
     target: xu.Target = xu.XWING,
 ) -> Evaluation:
     """Find the target in the frames of a folder whose true poses are known.
+
+    Frames in which the target has passed the camera are left out, see `xu.skip_behind_camera`.
 
     Args:
         folder: in the data format; its frames have the network's size.
@@ -246,6 +255,7 @@ def evaluate_folder(
     matrices = matrices[::step][:limit]
 
     view, projection = xu.load_camera(folder)
+    paths, matrices = xu.skip_behind_camera(paths, matrices, view, target.keypoints)
     size = model.settings["size"]
     K = xu.camera_matrix(projection, size, size)
 
