@@ -77,6 +77,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/alignment",
         "xwing/verification",
     },
+    "xwing/figures": {"xwing_utils", "xwing/metrics", "xwing/overlay"},
     "xwing/training": {"xwing_utils", "xwing/metrics"},
     "xwing/encoders": {"xwing_utils"},
     "xwing/learnability": {"xwing_utils", "xwing/mesh"},

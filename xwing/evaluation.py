@@ -158,8 +158,8 @@ def groups_table(groups: Mapping) -> pd.DataFrame:
         columns = {}
         for name, table in sets.items():
             columns[name, "frames"] = table["frames"].map("{:d}".format)
-            columns[name, "right"] = table["right"].map("{:.1%}".format)
-            columns[name, "rotation error"] = table["rotation_deg"].map("{:.2f}°".format)
+            columns[name, "right"] = table["right"].map(_percent)
+            columns[name, "rotation error"] = table["rotation_deg"].map(_degrees)
         tables[key] = pd.DataFrame(columns).rename(index=lambda group: f"up to {group.right:g}")
     return pd.concat(tables)
 
@@ -179,7 +179,7 @@ def risk_table(claims: Mapping, squares: Mapping) -> pd.DataFrame:
             wrong[f"wrong, of the most confident {percent} %"] = rows["risk"].iloc[kept - 1]
         wrong["wrong, of the accepted"] = rows.loc[rows["accepted"], "wrong"].mean()
         wrong["wrong, of the rejected"] = rows.loc[~rows["accepted"], "wrong"].mean()
-        columns[name] = {title: f"{fraction:.1%}" for title, fraction in wrong.items()}
+        columns[name] = {title: _percent(fraction) for title, fraction in wrong.items()}
         median = f"{np.median(squares[name]):.1f}"
         columns[name]["normalised squared error, median (5.35 is honest)"] = median
     return pd.DataFrame(columns)
@@ -215,6 +215,10 @@ def _claimed_degrees(tracked):
     if tracked.pose is None:
         return np.nan
     return np.degrees(np.sqrt(np.trace(tracked.covariance[:3, :3])))
+
+
+def _percent(value):
+    return "–" if np.isnan(value) else f"{value:.1%}"
 
 
 def _degrees(value):
