@@ -323,7 +323,7 @@ def draw_recalls(groups: Mapping, labels: Mapping):
         low = pd.DataFrame({name: table["low"] for name, table in sets.items()})
         high = pd.DataFrame({name: table["high"] for name, table in sets.items()})
         bars = np.stack([recall - low, high - recall]).clip(0).transpose(2, 0, 1)
-        recall.index = [f"{group.left:g} to {group.right:g}" for group in recall.index]
+        recall.index = [f"up to {group.right:g}" for group in recall.index]
         recall.plot.bar(ax=axis, yerr=bars, rot=0, capsize=3, legend=False)
         axis.set(xlabel=labels[key], ylabel="recall", ylim=(0, 1.05))
     figure.legend(list(sets), loc="outside upper right", ncols=len(sets))
