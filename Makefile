@@ -55,7 +55,7 @@ train: $(STAMP)
 
 # The panel goes to the terminal, weights/xwing_eval.json and the README.
 eval: $(STAMP)
-	$(RUN_NOTEBOOK) --inplace notebooks/eval.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/eval.ipynb notebooks/eval_tracks.ipynb
 	@$(BIN)/python -c 'import xwing_utils as xu; from xwing import evaluation; \
 	    found = xu.read_json("weights/xwing_eval.json"); \
 	    print(evaluation.results_table(found["figures"], found["intervals_95"]).to_string())'
@@ -88,8 +88,8 @@ compare: $(STAMP)
 
 # Execute all notebooks but train in place and keep their outputs.
 notebooks: $(STAMP)
-	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb notebooks/pnp.ipynb \
-	    notebooks/own.ipynb
+	$(RUN_NOTEBOOK) --inplace notebooks/reference.ipynb notebooks/eval.ipynb \
+	    notebooks/eval_tracks.ipynb notebooks/pnp.ipynb notebooks/own.ipynb
 
 clean:
 	rm -rf .venv .venv-blender .pytest_cache .ruff_cache weights/.openvino

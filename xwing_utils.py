@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -1323,6 +1324,41 @@ def keypoints_of(
     return np.array(keypoints).reshape(-1, len(points), 2)
 
 
+def skip_behind_camera(
+    paths: Sequence[Path],
+    matrices: np.ndarray,
+    model_view_matrix: np.ndarray,
+    points: np.ndarray = BOUNDING_BOX,
+) -> tuple[list[Path], np.ndarray]:
+    """Leave out the frames of a set in which a part of the target has passed the camera.
+
+    Such a frame cannot show the whole target, and its points have no pixels. A line on the error
+    stream names each of these frames.
+
+    Args:
+        paths: N frames, from `load_dataset`.
+        matrices: (N, 4, 4) model -> world, from `load_dataset`.
+        model_view_matrix: (4, 4) world -> OpenGL camera.
+        points: (K, 3) of the target, model units.
+
+    Returns:
+        paths and matrices of the frames that are left.
+
+    Raises:
+        ValueError: no frame is left.
+    """
+    kept = []
+    for i, matrix in enumerate(matrices):
+        camera = to_homogeneous(points) @ pose_in_camera(model_view_matrix, matrix).T
+        if (camera[:, 2] > 0).all():
+            kept.append(i)
+        else:
+            print(f"{paths[i]}: skipped, the target is at or behind the camera", file=sys.stderr)
+    if not kept and len(paths):
+        raise ValueError(f"{paths[0].parent}: in no frame is the target in front of the camera")
+    return [paths[i] for i in kept], np.asarray(matrices)[kept]
+
+
 def in_frame(
     keypoints: np.ndarray, width: float = FRAME_SIZE, height: float = FRAME_SIZE
 ) -> np.ndarray:
@@ -1677,8 +1713,7 @@ def make_dataset(
         expected = f"expected a multiple of the {shard[1]} workers"
         raise ValueError(f"batch_size: {expected}, got {batch_size}")
 
-    # Raises an error where a keypoint lies behind the camera.
-    keypoints_of(matrices, model_view_matrix, projection_matrix, points=target.keypoints)
+    paths, matrices = skip_behind_camera(paths, matrices, model_view_matrix, target.keypoints)
     frames = _Frames(
         paths=list(paths),
         poses=np.array([pose_in_camera(model_view_matrix, matrix) for matrix in matrices]),

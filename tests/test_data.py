@@ -395,11 +395,18 @@ def test_more_frames_than_matrices(sample, camera):
         xu.make_dataset(sample[0][:3], sample[1][:2], *camera)
 
 
-def test_a_ship_behind_the_camera_is_named_by_its_matrix(sample, camera):
-    matrices = np.array(sample[1][:3])
+def test_a_frame_whose_ship_has_passed_the_camera_is_left_out_and_named(sample, camera, capsys):
+    paths, matrices = sample[0][:3], np.array(sample[1][:3])
     matrices[1] = xu.transformation_from_pose(camera[0], np.eye(4))  # the ship sits in the camera
-    with pytest.raises(ValueError, match=r"matrix 1.*behind the camera"):
-        xu.make_dataset(sample[0][:3], matrices, *camera)
+    kept, left = xu.skip_behind_camera(paths, matrices, camera[0])
+    assert kept == [paths[0], paths[2]]
+    np.testing.assert_array_equal(left, matrices[[0, 2]])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(str(paths[1])) and "skipped" in line
+
+    assert len(xu.make_dataset(paths, matrices, *camera, batch_size=1)) == 2
+    with pytest.raises(ValueError, match="in no frame is the target in front of the camera"):
+        xu.skip_behind_camera(paths[1:2], matrices[1:2], camera[0])
 
 
 def test_a_bad_frame_in_a_batch_is_named(folder, camera):

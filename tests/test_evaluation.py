@@ -7,6 +7,7 @@ import types
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -51,6 +52,48 @@ def test_what_was_not_measured_or_cannot_be_is_a_dash(figures):
     )
     assert table.loc["SPEED score"].tolist() == ["–", "–"]
     assert table.loc["heatmap MSE at sigma 10 px"].tolist() == ["–", "0.00100"]
+
+
+def test_tables_write_every_figure_in_its_own_form():
+    report = {"corner_px": 1.5, "best_permutation_px": 1, "within_2px": 0.631, "within_5px": 0.9}
+    swaps = dict.fromkeys(xu.CORNER_PERMUTATIONS, 0) | {"identity": 503}
+    table = evaluation.swaps_table({"test": report | {"permutations": swaps}})
+    assert table["test"].tolist()[:5] == ["1.50 px", "1.00 px", "63%", "90%", "503"]
+
+    groups = pd.DataFrame(
+        {"frames": [41, 0], "right": [0.5, np.nan], "rotation_deg": [0.123, np.nan]},
+        index=pd.CategoricalIndex(pd.IntervalIndex.from_breaks([0, 0.9, 1.05])),
+    )
+    table = evaluation.groups_table({"distance": {"test": groups}})
+    assert table.index.tolist() == [("distance", "up to 0.9"), ("distance", "up to 1.05")]
+    assert table.values.tolist() == [["41", "50.0%", "0.12°"], ["0", "–", "–"]]
+
+
+def test_the_table_of_risks_is_of_the_most_confident_frames():
+    rows = pd.DataFrame({"accepted": [True] * 8 + [False] * 2, "wrong": [0] * 7 + [1, 0, 1]})
+    rows["risk"], _ = metrics.risk_coverage(rows["wrong"])
+    table = evaluation.risk_table({"test": rows}, {"test": [5.0, 5.35, 9.0]})["test"]
+    assert table.tolist() == ["0.0%", "12.5%", "20.0%", "12.5%", "50.0%", "5.3"]
+
+
+def test_the_table_of_a_track_s_states(poses, corners, K):
+    track = [TrackedPose("tracked", pose=pose, covariance=1e-4 * np.eye(6)) for pose in poses]
+    track[3:5] = [TrackedPose("lost")] * 2
+    found = [tracked.pose for tracked in track]
+    errors = metrics.frame_errors(corners, found, corners, poses, K)
+    table = evaluation.status_table(track, poses, errors)
+    assert table.loc["lost"].tolist()[2:] == ["0.0%", "–", "–"]
+    # 0.01 radians about each of three axes
+    assert table.loc["tracked"].tolist()[2:] == ["100.0%", "0.99°", "0.00°"]
+    assert table["frames"].tolist() == ["2", "48"]
+
+
+def test_the_table_of_probabilities_has_whole_numbers_of_frames():
+    rows = pd.DataFrame(
+        {"right": [True] * 3 + [False], "probability": [0.9] * 4, "square": [1.0, 5.0, 50, 1]}
+    )
+    table = evaluation.probability_table({"clip": rows})["clip"]
+    assert table.tolist() == ["4", "1", "90.0%", "75.0%", "5.0", "66.7%", "66.7%", "66.7%"]
 
 
 @pytest.fixture
@@ -120,11 +163,28 @@ def test_a_folder_is_evaluated_frame_by_frame(folder, model, camera, matrices, K
     )
     np.testing.assert_array_equal(found.K, K)
     errors = found.errors()
+    assert found.corner_report()["permutations"]["identity"] == 6
+    assert not found.claims()["wrong"].any() and found.moves().max() == 0
+    assert found.squares().shape == (6,) and (found.squares() >= 0).all()
+    assert len(found.keypoint_claims([0, 1e3])) == 1
     assert all(a is b for a, b in zip(found.estimates, found.from_points))
     assert np.nanmax(errors["rotation"]) < 1
     figures = metrics.summarise(errors)
     assert figures["corner_px_median"] < 0.1 and figures["heatmap_mse_sigma10"] < 1e-5
     assert np.isnan(found.errors([None] * 6)["rotation"]).all()
+
+
+def test_a_frame_whose_ship_has_passed_the_camera_costs_no_other_frame(
+    folder, model, camera, matrices, capsys
+):
+    passed = xu.transformation_from_pose(camera[0], np.eye(4))  # the ship sits in the camera
+    (folder / "5_mat.json").write_text(json.dumps(passed.tolist()))
+    found = evaluation.evaluate_folder(folder, model, step=5, progress=False)
+    assert [path.name for path in found.paths] == ["0.jpg"]
+    assert "5.jpg: skipped" in capsys.readouterr().err
+    assert metrics.summarise(found.errors())["frames"] == 1
+    with pytest.raises(ValueError, match="expected 1, one a frame, got 2"):
+        found.errors([None] * 2)
 
 
 def test_frames_are_read_as_they_are_needed(folder, model, monkeypatch):
@@ -277,6 +337,26 @@ def test_an_object_is_followed_live_from_its_first_pose(known):
     figures = evaluation.track_figures(known, track)
     assert figures["visible"] == 6 and figures["right"] == 1 and figures["wrong"] == 0
     assert 0 < figures["rotation_deg_median"] < 1
+
+
+def test_a_clip_is_tracked_live_with_the_network_until_the_target_is_found(monkeypatch):
+    asked = []
+
+    class Finder:
+        """A stand-in for a `Tracker` that finds the target in the second frame."""
+
+        def __init__(self, K, fps, detector, aligner):
+            self.detector = detector
+
+        def update(self, image):
+            asked.append(self.detector)
+            found = image == 1
+            return TrackedPose("tracked" if found else "lost", pose=np.eye(4) if found else None)
+
+    monkeypatch.setattr(evaluation, "Tracker", Finder)
+    track = evaluation.track_live([0, 1, 2, 3], np.eye(3), 30, "network", until_found=True)
+    assert [tracked.status for tracked in track] == ["lost", "tracked", "lost", "lost"]
+    assert asked == ["network", "network", None, None]
 
 
 def test_the_figures_of_a_track(known):

@@ -1,6 +1,7 @@
 """Errors of poses and keypoints, figures of merit, intervals, and what estimates claim."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -586,6 +587,75 @@ def test_squared_errors_of_an_honest_covariance_are_chi_square():
     assert metrics.quantile_coverage(squares, [0.5, 0.9]) == pytest.approx([0.5, 0.9], abs=0.03)
     overconfident = np.array(squares) * 4
     assert (metrics.quantile_coverage(overconfident, [0.5, 0.9]) < [0.2, 0.5]).all()
+
+
+def test_frames_are_ranked_by_the_median_error_of_their_box():
+    box = np.array([[3.0, 3, np.nan], [1, 1, 9], [0, 0, 0], [2, 2, 2]])
+    errors = {"corners": np.array([4, 8, 3, 5]), "box": box}
+    order, pixels = metrics.rank_frames(errors)
+    assert order.tolist() == [1, 3, 0]  # frame 2 shows three corners only
+    assert pixels.tolist() == [1, 2, 3]
+
+
+def test_groups_of_frames_count_their_right_poses():
+    errors = {
+        "corners": np.array([8, 8, 8, 8, 3]),
+        "distance": np.array([0.5, 1.0, 1.5, 1.6, 0.5]),
+        "solved": np.array([True, True, False, True, True]),
+        "add": np.array([0.05, 0.2, np.nan, 0.1, 0.01]),
+        "rotation": np.array([1.0, 40, np.nan, 2, 3]),
+    }
+    table = metrics.recall_by_group(errors, "distance", [0, 1, 2, 3])
+    assert table["frames"].tolist() == [2, 2, 0]  # the upper edge belongs to a group
+    assert table["right"].tolist()[:2] == [0.5, 0.5]
+    assert table["poses"].tolist()[:2] == [1, 0.5]
+    assert table["rotation_deg"].tolist()[:2] == [20.5, 2]
+    assert (table["low"] < table["right"])[:2].all() and (table["right"] < table["high"])[:2].all()
+    assert table.iloc[2][["right", "low", "high", "rotation_deg"]].isna().all()
+
+
+def test_honest_keypoints_lie_on_the_line_and_small_groups_are_left_out():
+    rng = np.random.default_rng(0)
+    sigma = np.repeat([1.0, 3.0, 8.0], [4000, 4000, 10])
+    distance = np.linalg.norm(rng.normal(0, sigma[:, None], (len(sigma), 2)), axis=1)
+    table = metrics.keypoint_calibration(sigma, distance, [0, 2, 4, 10])
+    assert table["claimed"].tolist() == [1, 3] and table["keypoints"].tolist() == [4000, 4000]
+    np.testing.assert_allclose(table["true"], [1, 3], rtol=0.05)
+
+
+def estimate(degrees, claimed, accepted):
+    """A stand-in for a `PoseEstimate` that is some degrees off the identity; None has no pose."""
+    pose = None if degrees is None else turned(degrees)
+    return types.SimpleNamespace(pose=pose, rotation_sigma=claimed, accepted=accepted)
+
+
+def test_claims_of_frames_are_in_the_order_of_confidence():
+    estimates = [
+        estimate(20, 0.5, False),
+        estimate(1, 2.0, True),
+        estimate(11, 1.0, True),
+        estimate(None, np.nan, False),
+        estimate(0, 0.1, True),
+    ]
+    rows = metrics.frame_claims(estimates, [np.eye(4)] * 5, [8, 4, 5, 8, 3])
+    assert rows.index.tolist() == [2, 1, 0, 3]  # frame 4 shows three corners only
+    assert rows["wrong"].tolist() == [True, False, True, True]
+    assert rows["risk"].tolist() == pytest.approx([1, 1 / 2, 2 / 3, 3 / 4])
+    assert rows["coverage"].tolist() == [0.25, 0.5, 0.75, 1]
+
+
+def test_claims_of_a_track_count_frames_with_four_corners(K):
+    seen = turned(0, shift=(0, 0, 1))
+    away = turned(0, shift=(5, 0, 1))
+    moved = turned(0, shift=(0, 0, 1.01))
+    tracked = types.SimpleNamespace(
+        status="tracked", pose=moved, probability=0.9, covariance=1e-4 * np.eye(6)
+    )
+    lost = types.SimpleNamespace(status="lost", pose=None, probability=0.0, covariance=None)
+    rows = metrics.track_claims([tracked, lost, tracked], [seen, seen, away], K)
+    assert rows["status"].tolist() == ["tracked", "lost"]
+    assert rows["right"].tolist() == [True, False]
+    assert rows["square"][0] == pytest.approx(1) and np.isnan(rows["square"][1])
 
 
 def test_the_interval_of_a_recall_holds_it_as_often_as_it_says():

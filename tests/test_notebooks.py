@@ -16,7 +16,7 @@ import xwing_utils as xu
 from xwing.film import write_clip
 from xwing.overlay import viewer
 
-NAMES = ("reference", "train", "eval", "pnp", "own")
+NAMES = ("reference", "train", "eval", "eval_tracks", "pnp", "own")
 VIEWER = """import numpy as np
 from xwing.overlay import viewer
 

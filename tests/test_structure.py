@@ -71,6 +71,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     },
     "xwing/scenery": {"xwing_utils", "xwing/appearance"},
     "xwing/synthesis": {"xwing_utils", "xwing/mesh", "xwing/appearance", "xwing/scenery"},
+    "xwing/figures": {"xwing_utils", "xwing/metrics", "xwing/overlay"},
     "xwing/metrics": {"xwing_utils", "xwing/mesh"},
     "xwing/evaluation": {
         "xwing_utils",

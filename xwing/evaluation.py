@@ -32,8 +32,14 @@ from xwing.alignment import Aligner
 from xwing.detector import Detector
 from xwing.footage import Clip
 from xwing.metrics import (
+    MIN_CORNERS,
+    corner_report,
+    frame_claims,
     frame_errors,
     heatmap_errors,
+    keypoint_calibration,
+    normalised_squared_error,
+    quantile_coverage,
     recalled,
     summarise,
 )
@@ -113,6 +119,136 @@ def _cell(key, figure, interval):
         return text
     bounds = [form.format(bound).split()[0].rstrip("%°") for bound in interval]
     return f"{text} ({'–'.join(bounds)})"
+
+
+# permutation of the corners -> title in tables
+_SWAP_TITLES = {
+    "identity": "frames that fit best as they are",
+    "left-right": "... with left and right swapped",
+    "top-bottom": "... with top and bottom swapped",
+    "both": "... with both swapped",
+    "nose-tail": "... with nose and tail swapped",
+}
+
+
+def swaps_table(reports: Mapping) -> pd.DataFrame:
+    """How well corners are found and told from each other, as a table of text.
+
+    Args:
+        reports: dict set -> `metrics.corner_report`.
+    """
+    columns = {}
+    for name, report in reports.items():
+        columns[name] = {
+            "corner error, median": f"{report['corner_px']:.2f} px",
+            "... after each frame's best swap": f"{report['best_permutation_px']:.2f} px",
+            "corners within 2 px": f"{report['within_2px']:.0%}",
+            "corners within 5 px": f"{report['within_5px']:.0%}",
+        }
+        for permutation, title in _SWAP_TITLES.items():
+            columns[name][title] = str(report["permutations"][permutation])
+    return pd.DataFrame(columns)
+
+
+def groups_table(groups: Mapping) -> pd.DataFrame:
+    """The recall of groups of frames as a table of text: one row a group, three columns a set.
+
+    Args:
+        groups: dict by what the frames are split -> dict set -> `metrics.recall_by_group`.
+    """
+    tables = {}
+    for key, sets in groups.items():
+        columns = {}
+        for name, table in sets.items():
+            columns[name, "frames"] = table["frames"].map("{:d}".format)
+            columns[name, "right"] = table["right"].map(_percent)
+            columns[name, "rotation error"] = table["rotation_deg"].map(_degrees)
+        tables[key] = pd.DataFrame(columns).rename(index=lambda group: f"up to {group.right:g}")
+    return pd.concat(tables)
+
+
+def risk_table(claims: Mapping, squares: Mapping) -> pd.DataFrame:
+    """How often poses of single frames are wrong, the most confident first, as a table of text.
+
+    Args:
+        claims: dict set -> `metrics.frame_claims`.
+        squares: dict set -> `metrics.normalised_squared_error` of its accepted poses.
+    """
+    columns = {}
+    for name, rows in claims.items():
+        wrong = {}
+        for percent in (50, 80, 100):
+            kept = percent * len(rows) // 100
+            wrong[f"wrong, of the most confident {percent} %"] = rows["risk"].iloc[kept - 1]
+        wrong["wrong, of the accepted"] = rows.loc[rows["accepted"], "wrong"].mean()
+        wrong["wrong, of the rejected"] = rows.loc[~rows["accepted"], "wrong"].mean()
+        columns[name] = {title: _percent(fraction) for title, fraction in wrong.items()}
+        median = f"{np.median(squares[name]):.1f}"
+        columns[name]["normalised squared error, median (5.35 is honest)"] = median
+    return pd.DataFrame(columns)
+
+
+def status_table(track: Sequence, truth: Sequence, errors: Mapping) -> pd.DataFrame:
+    """What the frames of a track are called, and how many of each kind are right, as text.
+
+    Args:
+        track: N `TrackedPose`.
+        truth: (N, 4, 4).
+        errors: `metrics.frame_errors` of the track.
+    """
+    frames = pd.DataFrame({"status": [tracked.status for tracked in track]})
+    frames["sight"] = errors["corners"] >= MIN_CORNERS
+    frames["right"] = recalled([tracked.pose for tracked in track], truth)
+    frames["claimed"] = [_claimed_degrees(tracked) for tracked in track]
+    frames["true"] = errors["rotation"]
+    groups = frames.groupby("status")
+    return pd.DataFrame(
+        {
+            "frames": groups.size().astype(str),
+            "with four corners in sight": groups["sight"].sum().astype(str),
+            "right": groups["right"].mean().map("{:.1%}".format),
+            "claimed rotation error": groups["claimed"].median().map(_degrees),
+            "true rotation error": groups["true"].median().map(_degrees),
+        }
+    )
+
+
+def _claimed_degrees(tracked):
+    """The standard deviation of a tracked pose's rotation, degrees; NaN without a pose."""
+    if tracked.pose is None:
+        return np.nan
+    return np.degrees(np.sqrt(np.trace(tracked.covariance[:3, :3])))
+
+
+def _percent(value):
+    return "–" if np.isnan(value) else f"{value:.1%}"
+
+
+def _degrees(value):
+    return "–" if np.isnan(value) else f"{value:.2f}°"
+
+
+def probability_table(groups: Mapping) -> pd.DataFrame:
+    """How far the probability and the covariance of tracked poses come true, as a table of text.
+
+    Args:
+        groups: dict title -> rows of `metrics.track_claims` that have a pose.
+    """
+    levels = (0.5, 0.9, 0.99)
+    columns = {}
+    for name, rows in groups.items():
+        right = rows["right"].astype(bool)
+        squares = rows.loc[right, "square"]
+        columns[name] = {
+            "frames with a pose": str(len(rows)),
+            "... of which wrong": str((~right).sum()),
+            "mean probability": f"{rows['probability'].mean():.1%}",
+            "fraction of right poses": f"{right.mean():.1%}",
+            "normalised squared error, median (5.35 is honest)": f"{squares.median():.1f}",
+        }
+        for level, fraction in zip(levels, quantile_coverage(squares, levels)):
+            columns[name][f"within the {level:.0%} quantile"] = f"{fraction:.1%}"
+    return pd.DataFrame(columns)
 
 
 def readme_rows(figures: Mapping, intervals: Mapping | None = None) -> str:
@@ -201,10 +337,17 @@ class Evaluation:
 
         Args:
             poses: N (4, 4) or None of the same frames; None takes the accepted ones.
+
+        Raises:
+            ValueError: another number of poses.
         """
+        poses = self.poses if poses is None else poses
+        if len(poses) != len(self.paths):
+            raise ValueError(f"poses: expected {len(self.paths)}, one a frame, got {len(poses)}")
+
         errors = frame_errors(
             self.keypoints[:, :8],
-            self.poses if poses is None else poses,
+            poses,
             self.true_keypoints[:, :8],
             self.true_poses,
             self.K,
@@ -212,6 +355,42 @@ class Evaluation:
             self.target,
         )
         return errors | {"heatmap_mse": self.heatmap_mse}
+
+    def corner_report(self) -> dict:
+        """`metrics.corner_report` of the corners in the heatmaps."""
+        return corner_report(self.keypoints[:, :8], self.true_keypoints[:, :8], self.size)
+
+    def claims(self) -> pd.DataFrame:
+        """`metrics.frame_claims` of the estimates, accepted or not."""
+        corners = xu.in_frame(self.true_keypoints[:, :8], self.size, self.size).sum(1)
+        return frame_claims(self.estimates, self.true_poses, corners)
+
+    def keypoint_claims(self, edges: Sequence[float]) -> pd.DataFrame:
+        """`metrics.keypoint_calibration` of the confident keypoints in the frame.
+
+        Args:
+            edges: of groups of claims, pixels.
+        """
+        inside = xu.in_frame(self.true_keypoints, self.size, self.size)
+        known = inside & (self.confidence >= xu.MIN_CONFIDENCE)
+        distance = np.linalg.norm(self.keypoints - self.true_keypoints, axis=-1)
+        return keypoint_calibration(self.sigma[known], distance[known], edges)
+
+    def moves(self) -> np.ndarray:
+        """By how much the pixels have turned each pose, (N,) degrees; -1 where there was none."""
+        pairs = zip(self.from_points, self.estimates)
+        return np.array(
+            [
+                -1 if start.pose is None else xu.rotation_error(end.pose, start.pose)
+                for start, end in pairs
+            ]
+        )
+
+    def squares(self) -> np.ndarray:
+        """`metrics.normalised_squared_error` of the accepted poses."""
+        pairs = zip(self.estimates, self.true_poses)
+        accepted = [(estimate, true) for estimate, true in pairs if estimate.accepted]
+        return np.array([normalised_squared_error(e.pose, t, e.covariance) for e, t in accepted])
 
 
 def evaluate_folder(
@@ -225,6 +404,8 @@ def evaluate_folder(
     target: xu.Target = xu.XWING,
 ) -> Evaluation:
     """Find the target in the frames of a folder whose true poses are known.
+
+    Frames in which the target has passed the camera are left out, see `xu.skip_behind_camera`.
 
     Args:
         folder: in the data format; its frames have the network's size.
@@ -249,6 +430,7 @@ def evaluate_folder(
     matrices = matrices[::step][:limit]
 
     view, projection = xu.load_camera(folder)
+    paths, matrices = xu.skip_behind_camera(paths, matrices, view, target.keypoints)
     size = model.settings["size"]
     K = xu.camera_matrix(projection, size, size)
 
@@ -306,7 +488,6 @@ def _evaluate_batch(images, heatmaps, true_corners, K, model, aligner, target):
 
 # ------------------------------------------------------------ squares that are drawn
 
-MIN_CORNERS = 4  # of the box: a square that shows fewer is not counted
 NEAR = 20.0  # degrees: from there the alignment still finds the pose
 
 
@@ -562,6 +743,31 @@ def follow(known: KnownClip, limit: int | None = None) -> list[TrackedPose]:
     frames = itertools.islice(known.clip, limit)
     track = [tracker.start(next(frames).image, known.poses[0])]
     return track + [tracker.update(frame.image, fault=frame.fault) for frame in frames]
+
+
+def track_live(
+    images: Sequence, K: np.ndarray, fps: float, detector, aligner=None, until_found: bool = False
+) -> list[TrackedPose]:
+    """Track the target of a clip live, one frame after the other.
+
+    Args:
+        images: N frames (H, W, 3) uint8 RGB.
+        K: (3, 3), pixels.
+        fps: frames a second.
+        detector: `Detector` for the target.
+        aligner: `Aligner` of the target; None tracks with the network alone.
+        until_found: use the network until the first pose only.
+
+    Returns:
+        one `TrackedPose` a frame, from what is known up to that frame.
+    """
+    tracker = Tracker(K, fps, detector, aligner)
+    track = []
+    for image in images:
+        track.append(tracker.update(image))
+        if until_found and track[-1].pose is not None:
+            tracker.detector = None
+    return track
 
 
 def find_alone(known: KnownClip, detector, aligner: Aligner | None = None) -> list[TrackedPose]:

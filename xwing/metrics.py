@@ -645,6 +645,63 @@ def recall_interval(
     return centre - spread, centre + spread
 
 
+def rank_frames(errors: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """Order frames from the best to the worst, by the median error of the solved box's corners.
+
+    Args:
+        errors: from `frame_errors`.
+
+    Returns:
+        numbers of the M frames that show at least MIN_CORNERS corners (M,), and their errors (M,)
+        in pixels, in rising order.
+    """
+    counted = np.flatnonzero(errors["corners"] >= MIN_CORNERS)
+    pixels = np.nanmedian(errors["box"][counted], axis=1)
+    order = np.argsort(pixels)
+    return counted[order], pixels[order]
+
+
+def recall_by_group(
+    errors: Mapping, key: str, edges: Sequence[float], limit: float = 0.1
+) -> pd.DataFrame:
+    """Split the frames of a set into groups, and count the right poses in each.
+
+    A pose is right if its ADD is within a limit. Only frames that show at least MIN_CORNERS corners
+    count.
+
+    Args:
+        errors: from `frame_errors`.
+        key: by what the frames are split: "distance", "corners" or "elevation".
+        edges: (G + 1,) of the groups. A group holds its upper edge, but not its lower one.
+        limit: largest ADD of a right pose, as a fraction of `surface_diameter`.
+
+    Returns:
+        G rows, in the order of the edges, with the columns "frames" (their number), "poses" (the
+        fraction with a pose), "right" (the recall), "low" and "high" (its 95 % interval) and
+        "rotation_deg" (the median). A group without a frame has NaN.
+    """
+    counted = errors["corners"] >= MIN_CORNERS
+    frames = pd.DataFrame(
+        {
+            "solved": errors["solved"][counted],
+            "right": errors["add"][counted] <= limit,
+            "rotation": errors["rotation"][counted],
+        }
+    )
+    groups = frames.groupby(pd.cut(errors[key][counted], edges), observed=False)
+    count = groups.size()
+    low, high = recall_interval(groups["right"].sum(), count)
+    table = {
+        "frames": count,
+        "poses": groups["solved"].mean(),
+        "right": groups["right"].mean(),
+        "low": low.where(count > 0),
+        "high": high.where(count > 0),
+        "rotation_deg": groups["rotation"].median(),
+    }
+    return pd.DataFrame(table)
+
+
 # ------------------------------------------------------------ claims: probabilities and covariances
 
 
@@ -703,6 +760,99 @@ def risk_coverage(wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     kept = np.arange(1, len(wrong) + 1)
     return np.cumsum(wrong) / kept, kept / len(wrong)
+
+
+RAYLEIGH_MEDIAN = np.sqrt(2 * np.log(2))  # of distances, where x and y have a deviation of 1
+BAD_TURN = 10.0  # degrees: a pose of a single frame with a larger rotation error is wrong
+
+
+def keypoint_calibration(
+    sigma: np.ndarray, distance: np.ndarray, edges: Sequence[float], least: int = 20
+) -> pd.DataFrame:
+    """Compare the standard deviations that keypoints claim with those of their errors.
+
+    Args:
+        sigma: (N,) claimed standard deviation of x and of y, pixels.
+        distance: (N,) of the keypoint from the true one, pixels.
+        edges: of groups of keypoints with similar claims, pixels.
+        least: groups with no more keypoints than this are left out.
+
+    Returns:
+        One row a group: the median claim; "true", the standard deviation that follows from the
+        median distance (see RAYLEIGH_MEDIAN), which outliers hardly change; and the number of
+        keypoints.
+    """
+    points = pd.DataFrame({"claimed": sigma, "true": distance / RAYLEIGH_MEDIAN, "keypoints": 1})
+    groups = points.groupby(pd.cut(points["claimed"], edges), observed=True)
+    table = groups.agg({"claimed": "median", "true": "median", "keypoints": "sum"})
+    return table[table["keypoints"] > least]
+
+
+def frame_claims(
+    estimates: Sequence, true_poses: np.ndarray, corners: np.ndarray, degrees: float = BAD_TURN
+) -> pd.DataFrame:
+    """What the poses of single frames claim, beside the truth, the most confident frame first.
+
+    Accepted poses come before rejected ones. Within both, the frames are in the order of the
+    rotation error that they claim.
+
+    Args:
+        estimates: N `xu.PoseEstimate`.
+        true_poses: (N, 4, 4).
+        corners: (N,) number of true corners in the frame; frames with fewer than MIN_CORNERS do not
+            count.
+        degrees: a pose with a larger rotation error is wrong, and so is a missing pose.
+
+    Returns:
+        One row a frame: "claimed" and "true" rotation error in degrees; "accepted" and "wrong";
+        "risk" and "coverage" if this frame and all before it are kept, see `risk_coverage`.
+    """
+    true = [
+        np.nan if estimate.pose is None else xu.rotation_error(estimate.pose, pose)
+        for estimate, pose in zip(estimates, true_poses)
+    ]
+    rows = pd.DataFrame({"true": true})
+    rows["claimed"] = [estimate.rotation_sigma for estimate in estimates]
+    rows["accepted"] = [bool(estimate.accepted) for estimate in estimates]
+    rows["wrong"] = ~(rows["true"] <= degrees)
+
+    rows = rows[np.asarray(corners) >= MIN_CORNERS]
+    rows = rows.sort_values(["accepted", "claimed"], ascending=[False, True])
+    rows["risk"], rows["coverage"] = risk_coverage(rows["wrong"])
+    return rows
+
+
+def track_claims(
+    track: Sequence,
+    truth: Sequence,
+    K: np.ndarray,
+    size: int = xu.FRAME_SIZE,
+    target: xu.Target = xu.XWING,
+) -> pd.DataFrame:
+    """What the frames of a track claim, beside the truth.
+
+    Args:
+        track: N `TrackedPose`.
+        truth: (N, 4, 4); frames that show fewer than MIN_CORNERS corners do not count.
+        K: (3, 3), pixels.
+        size: width and height of the frames, pixels.
+        target: that the frames show.
+
+    Returns:
+        One row a frame: its "status"; "right", see `recalled`; "probability"; and "square", the
+        `normalised_squared_error`, NaN without a pose.
+    """
+    right = recalled([tracked.pose for tracked in track], truth, target=target)
+    rows = []
+    for tracked, true, is_right in zip(track, truth, right, strict=True):
+        corners = xu.project_pose(target.box, true, K)
+        if xu.in_frame(corners, size, size).sum() < MIN_CORNERS:
+            continue
+        square = np.nan
+        if tracked.pose is not None:
+            square = normalised_squared_error(tracked.pose, true, tracked.covariance)
+        rows.append([tracked.status, is_right, tracked.probability, square])
+    return pd.DataFrame(rows, columns=["status", "right", "probability", "square"])
 
 
 def normalised_squared_error(
