@@ -77,7 +77,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/alignment",
         "xwing/verification",
     },
-    "xwing/training": {"xwing_utils", "xwing/metrics"},
+    "xwing/training": {"xwing_utils", "xwing/detector", "xwing/metrics"},
     "xwing/encoders": {"xwing_utils"},
     "xwing/learnability": {"xwing_utils", "xwing/mesh"},
     "data/looks": set(),
