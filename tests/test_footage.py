@@ -1,30 +1,24 @@
-"""Clips of any kind, whole and damaged, and the exported network."""
+"""Clips of any kind, whole and damaged, and the network on their frames."""
 
 import contextlib
 import dataclasses
-import errno
 import http.server
-import json
 import os
 import shutil
 import threading
 import warnings
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import cv2
 import imageio.v3 as iio
 import numpy as np
-import openvino
-import openvino.opset16 as ops
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import xwing_utils as xu
-from xwing import detector as network
 from xwing.footage import Clip, Detector, Frame, frames_at, letterbox
 from xwing.lens import picture_area
 
@@ -522,7 +516,7 @@ def test_the_camera_matrix_of_a_letterbox(K):
     np.testing.assert_allclose((moved @ point)[:2], (K @ point)[:2] * scale + offset)
 
 
-# ------------------------------------------------------------ the exported network
+# ------------------------------------------------------------ the network in OpenVINO
 
 
 def test_a_detector_knows_the_target_of_its_weights(detector):
@@ -686,104 +680,3 @@ def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, heigh
     pose = pose_of(image, moved)
     truth = pose_of(flight[0], K)
     assert xu.rotation_error(pose, truth) < 5 and np.linalg.norm(pose[:3, 3] - truth[:3, 3]) < 0.1
-
-
-@pytest.fixture
-def copied(weights, tmp_path, monkeypatch):
-    """Weights in a folder of their own, with an export that takes no time; the list of exports."""
-    for name in ("xwing.weights.h5", "xwing.json"):
-        shutil.copy(weights.parent / name, tmp_path)
-    made = []
-    content = b"<xml>", np.random.default_rng(0).bytes(5000)
-    monkeypatch.setattr(network, "_export", lambda path: made.append(path) or content)
-    return tmp_path / "xwing.weights.h5", made
-
-
-def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
-    path, made = copied
-    first = network.export_model(path)
-    assert network.export_model(path) == first and len(made) == 1
-    content = network.network_file(path).read_bytes()
-    settings = path.with_name("xwing.json")
-    info = xu.read_json(settings)
-    settings.write_text(json.dumps({**info, "more": 1}, indent=3), encoding="utf-8")
-    network.export_model(path)
-    assert len(made) == 1  # the settings of the network are the same
-    info["model"]["sigma"] = 3.0
-    settings.write_text(json.dumps(info), encoding="utf-8")
-    network.export_model(path)
-    assert len(made) == 2 and network.network_file(path).read_bytes() != content
-
-
-@pytest.mark.parametrize("at", [40, 2000, -10])
-def test_a_damaged_export_is_made_again(copied, at):
-    path, made = copied
-    right = network.export_model(path)
-    archive = network.network_file(path)
-    content = bytearray(archive.read_bytes())
-    content[at] ^= 0xFF
-    archive.write_bytes(content)
-    assert network.export_model(path) == right and len(made) == 2
-    archive.write_bytes(archive.read_bytes()[:500])
-    assert network.export_model(path) == right and len(made) == 3
-
-
-def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
-    path, made = copied
-
-    all_at_once = threading.Barrier(3, timeout=60)
-
-    def slow(model):
-        made.append(model)
-        all_at_once.wait()
-        return b"<xml>", b"weights"
-
-    monkeypatch.setattr(network, "_export", slow)
-    found = []
-
-    def export():
-        found.append(network.export_model(path))
-
-    threads = [threading.Thread(target=export) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [(b"<xml>", b"weights")] * 3 and len(made) > 1
-    assert len(list(path.parent.glob("*.zip*"))) == 1
-    assert network.export_model(path) == found[0]
-
-
-def test_where_nothing_can_be_written_the_network_is_exported_every_time(copied, monkeypatch):
-    path, made = copied
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(xu.Path, "write_bytes", full)
-    assert network.export_model(path) == network.export_model(path) and len(made) == 2
-    assert {file.name for file in path.parent.iterdir()} == {"xwing.weights.h5", "xwing.json"}
-
-
-def test_kernels_become_halves_and_keep_every_digit():
-    """A kernel times the scale of a batch normalisation is stored as the two factors."""
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(3, 3, 16, 8)).astype(np.float16).astype(np.float32)
-    scale = rng.uniform(0.1, 3, 8).astype(np.float32)
-    folded = np.ascontiguousarray((kernel * scale).transpose(3, 2, 0, 1))
-    other = rng.normal(size=(8, 8, 5, 5)).astype(np.float32)  # of no kernel: stays as it is
-    frames = ops.parameter([1, 16, 9, 9], np.float32)
-    places = dict(strides=[1, 1], pads_begin=[1, 1], pads_end=[1, 1], dilations=[1, 1])
-    maps = ops.convolution(ops.convolution(frames, folded, **places), other, **places)
-    graph = openvino.Model([maps], [frames])
-    image = rng.normal(size=(1, 16, 9, 9)).astype(np.float32)
-    before = openvino.compile_model(graph, "CPU")(image)[0]
-
-    network._store_halves(graph, SimpleNamespace(get_weights=lambda: [kernel, scale]))
-    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
-    assert {(c.get_element_type().get_type_name(), c.data.size) for c in constants} == {
-        ("f16", kernel.size),
-        ("f32", scale.size),
-        ("f32", other.size),
-    }
-    np.testing.assert_array_equal(openvino.compile_model(graph, "CPU")(image)[0], before)

@@ -7,19 +7,11 @@ frame, in which a small target is larger. Then it cuts a square around the keypo
 out of the frame itself, where the target has more pixels and its keypoints are more precise. A
 caller that knows where the target is, such as the tracker, passes a box, and the search is skipped.
 
-OpenVINO runs the network, because it is faster than Keras on a processor. `export_model` converts
-the weights once and keeps the result beside them. Where that file is, Keras is not needed.
+OpenVINO runs the network, because it is faster than Keras on a processor.
 """
 
-import contextlib
-import hashlib
-import io
-import json
 import math
-import tempfile
 import threading
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +19,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import openvino
-import openvino.opset16 as ops
 
 import xwing_utils as xu
 from xwing.lookalikes import with_lookalikes
+from xwing.network import read_network
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
 MIN_FOUND_IN_PART = 9  # a part often cuts the target off, and its rest looks like something else
@@ -109,150 +101,6 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float, np.ndarr
     return square.cut_from(image), scale, offset
 
 
-# ------------------------------------------------------------ the network in OpenVINO's format
-
-MODEL_FILES = "model.xml", "model.bin"  # of an archive, as OpenVINO names them
-LARGE = 1024  # values; smaller arrays are stored as they are
-
-
-def export_model(path: str | Path) -> tuple[bytes, bytes]:
-    """Return a network in OpenVINO's format, which is smaller and needs no Keras to be read.
-
-    `NAME.openvino.zip` beside the weights holds it. If that file is absent, damaged, or made from
-    other weights or settings, Keras builds the network again. The new file is written where the
-    folder allows that.
-
-    Args:
-        path: the weights, `NAME.weights.h5`.
-
-    Returns:
-        The contents of the `.xml` file and of the `.bin` file.
-
-    Raises:
-        ImportError: there is no such file, and Keras is not installed.
-        OSError: there is no room for temporary files.
-    """
-    path, _ = xu.weights_files(path)
-    settings = {**xu.weights_settings(path)["model"], "size": None}  # it takes frames of any size
-    content = path.read_bytes() + json.dumps(settings, sort_keys=True).encode()
-    digest = hashlib.sha256(content).hexdigest()
-    archive = network_file(path)
-
-    contents = _read_archive(archive, digest)
-    if contents is None:
-        contents = _export(path)
-        with contextlib.suppress(OSError):
-            xu.write_files({archive: _pack(contents, digest)})
-    return contents
-
-
-def network_file(weights: str | Path) -> Path:
-    """The file that `export_model` keeps beside some weights: `NAME.openvino.zip`."""
-    path, _ = xu.weights_files(weights)
-    return path.with_name(path.name.removesuffix(".weights.h5") + ".openvino.zip")
-
-
-def _read_archive(archive, digest):
-    """The two files of an exported network; None where there is no archive of these weights."""
-    try:
-        with zipfile.ZipFile(archive) as files:
-            if files.comment.decode() != digest:
-                return None
-            return tuple(files.read(name) for name in MODEL_FILES)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, zlib.error):
-        return None
-
-
-def _pack(contents, digest):
-    """An archive, as bytes: the same for the same network, whenever it is made."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as files:
-        for name, content in zip(MODEL_FILES, contents):
-            files.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-        files.comment = digest.encode()
-    return packed.getvalue()
-
-
-def _export(path):
-    """The `.xml` and the `.bin` file of a network, built by Keras from its weights."""
-    try:
-        model = xu.load_model(path)
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: there is no {network_file(path).name} of these weights, and without it "
-            f"Keras must be installed ({error}); copy that file, or pip install '.[full]'"
-        ) from None
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder, "model.xml")
-        try:
-            model.export(str(xml), format="openvino", verbose=False)
-            network = openvino.Core().read_model(xml.read_bytes(), _bytes_of(xml))
-            _store_halves(network, model)
-            openvino.serialize(network, xml)
-        except RuntimeError as error:
-            raise OSError(
-                f"{folder}: the network cannot be exported ({error}); is the disk full?"
-            ) from None
-        return xml.read_bytes(), _bytes_of(xml)
-
-
-def _bytes_of(xml):
-    """The content of the `.bin` file beside an `.xml` file."""
-    return xml.with_suffix(".bin").read_bytes()
-
-
-def _store_halves(network, model):
-    """Store kernels as float16 where no digit is lost.
-
-    The kernels of weights are float16 already. OpenVINO has multiplied some of them by the scale of
-    the batch normalisation that follows; these become a product again.
-    """
-    kernels = [np.asarray(array) for array in model.get_weights() if np.ndim(array) == 4]
-    # As OpenVINO orders the axes, and in memory, too: it copies arrays as they lie.
-    kernels = [np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)) for kernel in kernels]
-    for constant in network.get_ops():
-        if constant.get_type_name() != "Constant" or constant.data.size < LARGE:
-            continue
-        for kernel in kernels:
-            scale = _exact_scale(constant.data, kernel)
-            if scale is not None:
-                _replace(constant, _product(kernel, scale))
-                break
-
-
-def _exact_scale(array, kernel):
-    """Factors (O,) float32 by which a kernel (O, I, h, w) becomes an array; None without any."""
-    if array.shape != kernel.shape or not np.array_equal(np.float16(kernel), kernel):
-        return None
-    rows = kernel.reshape(len(kernel), -1)
-    wanted = array.reshape(rows.shape)
-    largest = np.abs(rows).argmax(1)[:, None]
-    divisor = np.take_along_axis(rows, largest, 1)
-    ratio = np.take_along_axis(wanted, largest, 1) / np.where(divisor == 0, 1, divisor)
-
-    scale = np.full_like(ratio, np.nan)
-    for candidate in (ratio, np.nextafter(ratio, np.inf), np.nextafter(ratio, -np.inf)):
-        exact = (rows * candidate == wanted).all(1)
-        scale[exact] = candidate[exact]
-    return None if np.isnan(scale).any() else scale[:, 0]
-
-
-def _product(kernel, scale):
-    """The node of a graph that multiplies a kernel, in float16, by factors (O,) float32."""
-    halves = ops.convert(ops.constant(np.float16(kernel)), "f32")
-    if (scale == 1).all():
-        return halves
-    return ops.multiply(halves, ops.constant(scale[:, None, None, None]))
-
-
-def _replace(node, replacement):
-    for target in node.output(0).get_target_inputs():
-        target.replace_source_output(replacement.output(0))
-
-
-# ------------------------------------------------------------ the detector
-
-
 def _known_target(weights):
     """The target of some weights, with its lookalikes where its mesh is still there."""
     target = xu.weights_target(weights)
@@ -266,7 +114,7 @@ class Detector:
         keypoints, confidence, sigma = detector(image)
         keypoints, confidence, sigma = detector(image, box)  # around a known box; twice as fast
 
-    The first use of new weights takes a quarter of a minute. Several threads may share a detector.
+    Several threads may share a detector.
 
     Attributes:
         settings: the dict that is kept with the weights.
@@ -281,7 +129,7 @@ class Detector:
         search_size: int = 192,
         precision: str = "f32",
     ):
-        """Load the network, and export it first where these weights are new.
+        """Load the network.
 
         Args:
             weights: `NAME.weights.h5`, with `NAME.json` beside it.
@@ -301,7 +149,7 @@ class Detector:
 
         self._lock = threading.Lock()
         self._core = openvino.Core()
-        self._model = self._core.read_model(*export_model(weights))
+        self._model = read_network(weights)
         self._options = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",

@@ -31,7 +31,6 @@ import numpy as np
 import pandas as pd
 
 import xwing_utils as xu
-from xwing.detector import export_model
 from xwing.metrics import corner_report
 
 keras = xu.import_keras()
@@ -654,8 +653,6 @@ def _copy_slim(destination, name, item):
 def publish_weights(run: str | Path, folder: str | Path) -> None:
     """Copy a run's best weights and log to `NAME.weights.h5`, `NAME.json` and `NAME_log.csv`.
 
-    `NAME.openvino.zip` is written as well, so that a `Detector` of them needs no Keras.
-
     The name is the target's, in small letters and digits: `xwing` for the X-wing.
 
     Weights that were trained on squares of the frames are published for whole frames: the network
@@ -691,7 +688,6 @@ def publish_weights(run: str | Path, folder: str | Path) -> None:
             folder / f"{name}_log.csv": _log_text(_read_log(run / "log.csv")),
         }
     )
-    export_model(published)
 
 
 # ============================================================ several devices and machines
