@@ -572,6 +572,24 @@ def test_a_small_target_in_a_large_frame_is_found_in_a_part_of_it(detector, flig
     assert not (detector(large)[1] >= xu.MIN_CONFIDENCE).sum() > 4
 
 
+@pytest.mark.parametrize("place,found", [(40, True), (4, False), (500, False)])
+def test_a_target_that_every_part_cuts_off_is_not_found(detector, monkeypatch, place, found):
+    """One that comes near the border of a part, or of the frame, may go on beyond it."""
+
+    def read(image, square, averaged=True):
+        keypoints = np.full((36, 2), np.nan)
+        confidence = np.zeros(36)
+        if square.side == 512 and square.left == 0:  # one of the parts
+            keypoints[:4] = [square.left + place, square.top + 200]
+            confidence[:4] = 0.9
+        return keypoints, confidence, np.ones(36)
+
+    monkeypatch.setattr(detector, "_read", read)
+    monkeypatch.setattr(detector, "_close_square", lambda image, points: None)
+    keypoints, _, _ = detector(np.zeros((512, 1024, 3), np.uint8))
+    assert np.isfinite(keypoints[:4]).all() == found
+
+
 BOXES = [  # left, top and width; each is half as high as it is wide
     (10, 20, 30),
     (80, 60, 87),

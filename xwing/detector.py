@@ -25,9 +25,9 @@ from xwing.lookalikes import with_lookalikes
 from xwing.network import read_network
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
-MIN_FOUND_IN_PART = 9  # a part often cuts the target off, and its rest looks like something else
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
 PART_SIDE = 0.5  # of the frame's longer side: squares that are searched where nothing is found
+PART_MARGIN = 0.06  # of a part's side: a target that comes nearer to its border may be cut off
 PART_STEP = 2 / 3  # of that side, at most, from one square to the next
 CLOSE_MARGIN = 1.1  # side of the close square over the longer side of the keypoints' bounding box
 
@@ -79,6 +79,16 @@ def _spread(length, side):
 def _count_found(confidence):
     """How many keypoints are confident."""
     return int((confidence >= xu.MIN_CONFIDENCE).sum())
+
+
+def _shows_whole(part, read):
+    """Whether a part shows the whole target, as far as the keypoints found in it say."""
+    keypoints, confidence, _ = read
+    if _count_found(confidence) < MIN_FOUND:
+        return False
+    found = keypoints[confidence >= xu.MIN_CONFIDENCE] - [part.left, part.top]
+    margin = PART_MARGIN * part.side
+    return bool(found.min() > margin and found.max() < part.side - margin)
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float, np.ndarray]:
@@ -217,11 +227,12 @@ class Detector:
         square = _whole_frame(image, self.search_size)
         keypoints, confidence, sigma = self._read(image, square, averaged=False)
         if _count_found(confidence) < MIN_FOUND:
-            looks = [(part, self._read(image, part, averaged=False)) for part in self._parts(image)]
-            best = max(looks, key=lambda look: _count_found(look[1][1]), default=None)
-            if best is None or _count_found(best[1][1]) < MIN_FOUND_IN_PART:
+            reads = [(part, self._read(image, part, averaged=False)) for part in self._parts(image)]
+            whole = [read for read in reads if _shows_whole(*read)]
+            if not whole:
                 return np.full_like(keypoints, np.nan), confidence, sigma
-            square, (keypoints, confidence, sigma) = best
+            square, read = max(whole, key=lambda read: _count_found(read[1][1]))
+            keypoints, confidence, sigma = read
         found = keypoints[confidence >= xu.MIN_CONFIDENCE]
 
         close_square = self._close_square(image, found)
