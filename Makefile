@@ -10,6 +10,7 @@ LIMIT ?= 1800
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
+unexport MPLBACKEND  # else figures are missing from notebooks
 
 .PHONY: animation test lab lock data train eval bench compare hero browser blender notebooks clean
 
@@ -18,29 +19,37 @@ ANIMATION = $(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
 
 animation: $(STAMP)
 	$(ANIMATION)
-	@ls -l anim.gif
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n 2 --dist loadfile tests
 	XWING_SMOKE=1 $(ANIMATION)
-	XWING_SMOKE=1 $(BIN)/pytest --nbval-lax --nbval-cell-timeout=900 notebooks
+	XWING_SMOKE=1 $(BIN)/pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=900 notebooks
+
+# The stamp names its folder, because an environment is full of absolute paths.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
 
 $(STAMP): requirements.txt pyproject.toml
+	@test ! -e $@ || test "$$(cat $@)" = "$(CURDIR)" || { rm -rf .venv; \
+	    echo "This folder was copied or moved, so .venv is set up anew."; }
+	@echo "Setting up .venv; this takes some minutes and 3.5 GB."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	# Both OpenCV packages write the same files; the headless one goes last, so that no libGL is needed.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --force-reinstall --no-deps \
 	    $$(grep -o '^opencv-python-headless==[^ ]*' requirements.txt)
-	# The project itself, so that notebooks import it from any folder.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	touch $@
+	@# Notebooks import the project from any folder. The path is relative, so a copy finds itself.
+	@echo ../../../.. > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/xwing.pth
+	@echo "$(CURDIR)" > $@
 
-# Pin everything that requirements.in asks for; what is pinned in requirements.txt already stays.
+# Pin the packages that pyproject.toml asks for; what is pinned in requirements.txt already stays.
 lock: $(STAMP)
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --allow-unsafe --strip-extras \
-	    --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host requirements.in
+	    --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	    --all-extras --output-file requirements.txt pyproject.toml
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/reference.ipynb
@@ -48,10 +57,10 @@ lab: $(STAMP)
 data: $(STAMP)
 	$(BIN)/python data/render.py data/train --count 10000 --seed 1
 
-# One cell trains for hours.
+# One cell trains for hours. The executed notebook is kept with its run.
 train: LIMIT = 604800
 train: $(STAMP)
-	$(RUN_NOTEBOOK) --inplace notebooks/train.ipynb
+	$(RUN_NOTEBOOK) --keep-in RUN notebooks/train.ipynb
 
 # The panel goes to the terminal, weights/xwing_eval.json and the README.
 eval: $(STAMP)
@@ -92,4 +101,4 @@ notebooks: $(STAMP)
 	    notebooks/eval_tracks.ipynb notebooks/pnp.ipynb notebooks/own.ipynb
 
 clean:
-	rm -rf .venv .venv-blender .pytest_cache .ruff_cache weights/.openvino
+	rm -rf .venv .venv-blender .pytest_cache .ruff_cache weights/.lookalikes

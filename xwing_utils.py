@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -46,7 +47,29 @@ from PIL import Image, ImageOps
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow logs errors only
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations asks no server for updates
 
+# Keras keeps its settings here, apart from those that other projects have in its usual folder.
+_KERAS_HOME = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+if _KERAS_HOME.name != "xwing":
+    os.environ["KERAS_HOME"] = str(_KERAS_HOME / "xwing")
+
 ROOT = Path(__file__).resolve().parent  # of the repository
+
+
+def _check_copy(here):
+    """Raise ImportError if a folder lies in another copy of the repository than this one.
+
+    Else that copy would use the code of this one, and write into its folders.
+    """
+    copies = (folder for folder in (here, *here.parents) if (folder / "xwing_utils.py").is_file())
+    copy = next(copies, ROOT)
+    if copy != ROOT and (ROOT / "pyproject.toml").is_file():
+        raise ImportError(
+            f"{copy} is another copy of this project than the one that Python imports, {ROOT}; "
+            "run make in it, which sets up its own environment"
+        )
+
+
+_check_copy(Path.cwd())
 
 # ============================================================ files
 
@@ -229,7 +252,7 @@ def read_json(path: str | Path) -> object:
         ValueError: the file is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
 
@@ -334,6 +357,32 @@ def _remove_leftovers(path):
         process = int(old.name.split(".")[-2].split("-")[0])  # .NAME.PROCESS-ID.part
         if not psutil.pid_exists(process):
             old.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a lock on a file; the system releases it however this process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with Path(path).open("wb") as file:
+        if os.name == "nt":
+            _lock_on_windows(file)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _lock_on_windows(file):
+    import msvcrt
+
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(error.errno, error.strerror) from None
 
 
 def setting(name: str, default: object) -> object:
@@ -584,14 +633,15 @@ def target_record(target: Target) -> dict:
     The mesh's path is relative to the repository where it lies inside, else absolute.
     """
     mesh = target.mesh.resolve()
-    inside = mesh.is_relative_to(ROOT)
+    root = SHIP.parents[1]
+    inside = mesh.is_relative_to(root)
     keypoints = [
         {"name": name, "point": point.tolist(), "normal": normal.tolist()}
         for name, point, normal in zip(target.names, target.keypoints, target.normals)
     ]
     record = {
         "name": target.name,
-        "mesh": mesh.relative_to(ROOT).as_posix() if inside else str(mesh),
+        "mesh": mesh.relative_to(root).as_posix() if inside else str(mesh),
         "unit": target.unit,
         "up": target.up.tolist(),
         "box": target.box[[0, 7]].tolist(),
@@ -1106,7 +1156,10 @@ def _with_mirror_image(point, normal, mirror, diameter):
     return [point, image], [normal, image_normal]
 
 
-XWING = load_target(ROOT / "data" / "xwing.json")
+SHIP = ROOT / "data" / "xwing.json"
+if not SHIP.is_file():  # the project is installed: the ship is a part of the package
+    SHIP = ROOT / "xwing" / "data" / "xwing.json"
+XWING = load_target(SHIP)
 BOUNDING_BOX = XWING.box  # (8, 3) model units
 DIAMETER = XWING.diameter  # model units
 KEYPOINTS = XWING.keypoints  # (36, 3) model units
@@ -1751,7 +1804,7 @@ def _check_dataset(paths, matrices, epoch_size, augmented, randomise, synthesise
 @functools.cache
 def _dataset_class():
     """The class that `make_dataset` returns. It is defined late: importing Keras takes seconds."""
-    import keras
+    keras = import_keras()
 
     class FrameDataset(keras.utils.PyDataset):
         """Batches that depend on (seed, epoch, index) alone: threads may make them in any order."""
@@ -2002,6 +2055,7 @@ BACKBONES = (
 )
 DECODER_FILTERS = (128, 64, 32, 32, 16)  # channels of the five stages of the decoder
 STRIDE = 2  # frame pixels for one heatmap pixel of the shipped network
+BACKENDS = "tensorflow", "jax", "torch"  # of Keras
 _RESTORE = "restore weights/ with git checkout weights"
 _MODEL_SETTINGS = {"backbone", "keypoints", "sigma", "head", "decoder_filters", "size", "stride"}
 _OPTIONAL_SETTINGS = {"points", "preprocessing"}
@@ -2049,7 +2103,7 @@ def build_model(
 
     Source: Ronneberger et al., U-Net, MICCAI 2015.
     """
-    import keras
+    keras = import_keras()
 
     keypoints = len(target.keypoints) if keypoints is None else keypoints
     settings = {
@@ -2091,9 +2145,32 @@ def build_model(
     return model
 
 
+def import_keras() -> object:
+    """Import Keras, whatever other projects have set up for it, and return the module.
+
+    The variable KERAS_BACKEND chooses the backend; TensorFlow is the default. Other variables that
+    change how Keras computes have no effect.
+
+    Raises:
+        ImportError: Keras or the backend is not installed, or the project cannot use the backend.
+    """
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend not in BACKENDS or importlib.util.find_spec(backend) is None:
+        raise ImportError(
+            f"KERAS_BACKEND: expected one of {', '.join(BACKENDS)} that is installed, got "
+            f"{backend!r}; pip install -r requirements.txt installs TensorFlow, the default"
+        )
+    os.environ["TF_USE_LEGACY_KERAS"] = "0"
+    import keras
+
+    keras.config.set_max_epochs(None)
+    keras.config.set_max_steps_per_epoch(None)
+    return keras
+
+
 def import_segmentation_models() -> object:
     """Import segmentation_models for the Keras backend in use, and return the module."""
-    import keras
+    keras = import_keras()
 
     tensorflow = keras.backend.backend() == "tensorflow"
     os.environ["SM_FRAMEWORK"] = "tf.keras" if tensorflow else "keras"
@@ -2288,7 +2365,7 @@ def compile_model(
     Returns:
         the model.
     """
-    import keras
+    keras = import_keras()
 
     settings = model.settings
     stride = settings["stride"]
@@ -2362,7 +2439,7 @@ def _trained_target(info, path):
     """The target that settings of weights name; weights older than targets are the X-wing's."""
     if "target" not in info:
         return XWING
-    return target_from_record(info["target"], weights_files(path)[1], ROOT)
+    return target_from_record(info["target"], weights_files(path)[1], SHIP.parents[1])
 
 
 def load_model(path: str | Path, size: int | None = None, target: Target | None = None) -> object:

@@ -70,7 +70,7 @@ class Builder:
             vertex += len(vertices)
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.obj").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._write_materials(name, folder)
 
     def _write_materials(self, name, folder):
@@ -82,7 +82,7 @@ class Builder:
                 cv2.imwrite(str(folder / f"{name}.png"), picture[..., ::-1])
                 text += f"map_Kd {name}.png\n"
             texts.append(text)
-        (folder / f"{name}.mtl").write_text("\n".join(texts))
+        (folder / f"{name}.mtl").write_text("\n".join(texts), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- print
@@ -437,7 +437,7 @@ def write(folder: Path = OBJECTS):
     bolt().write("bolt", folder)
     toy().write("toy", folder)
     text = json.dumps(bolt_target(), indent=1)
-    (folder / "bolt_target.json").write_text(text + "\n")
+    (folder / "bolt_target.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

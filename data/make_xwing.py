@@ -449,7 +449,7 @@ def target_record(shape: Shape = FILM, name: str = "xwing") -> dict:
     Keypoints and lasers are those of `data/xwing.json`, moved with their parts. The box is changed
     by as much as the mesh's bounds.
     """
-    record = json.loads((HERE / "xwing.json").read_text())
+    record = json.loads((HERE / "xwing.json").read_text(encoding="utf-8"))
     record["mesh"] = f"{name}.obj"
     box = np.array(record["box"]) + _bounds(shape) - _bounds(FILM)
     record["box"] = box.round(6).tolist()
@@ -499,10 +499,12 @@ def write(folder: str | Path, shape: Shape = FILM, name: str = "xwing"):
         raise ValueError(f"{folder}: holds the film's ship; write other shapes into another folder")
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.obj").write_text(_obj_text(shape))
-    (folder / "xwing.mtl").write_text(_mtl_text())
+    (folder / f"{name}.obj").write_text(_obj_text(shape), encoding="utf-8")
+    (folder / "xwing.mtl").write_text(_mtl_text(), encoding="utf-8")
     if folder != HERE:
-        (folder / f"{name}.json").write_text(json.dumps(target_record(shape, name)) + "\n")
+        (folder / f"{name}.json").write_text(
+            json.dumps(target_record(shape, name)) + "\n", encoding="utf-8"
+        )
 
 
 def write_random(folder: str | Path, count: int, seed: int = 0):
@@ -534,7 +536,9 @@ def _mtl_text():
 
 def main(arguments: list[str] | None = None):
     """Write the ship or the ships that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Write the X-wing's mesh, or ships of other shapes."
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=HERE)
     for field in dataclasses.fields(Shape):
         option = "--" + field.name.replace("_", "-")

@@ -19,7 +19,6 @@ draw that is moved, added or left out changes the pictures.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -36,10 +35,12 @@ from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from data import looks
 from xwing.mesh import Mesh, load_mesh
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # by file: another package may be called `data`
+import looks  # noqa: E402
+
 SHIP = HERE / "xwing.obj"
 COMMITTED = "sample", "test", "shifted", "looks", "frames"  # sets that come with the project
 CLIPS = "flight_looks1", "flight_looks2", "flight_looks3"  # the same, as videos
@@ -982,9 +983,9 @@ def _refuse_committed(folder, seed, kind):
 @contextlib.contextmanager
 def _locked(folder):
     """Keep other renderers out of `folder`; the lock ends with this process, however that ends."""
-    with (folder / ".render.lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(xu.locked(folder / ".render.lock"))
         except BlockingIOError:
             raise ValueError(
                 f"{folder}: another process renders into it; give another folder"
@@ -1080,7 +1081,7 @@ KINDS = (
 
 def main(arguments: list[str] | None = None):
     """Render the set that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Render X-wing frames with known model matrices.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 import zlib
 from pathlib import Path
 
@@ -27,10 +28,13 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation, RotationSpline
 
 import xwing_utils as xu
-from data import render
 from xwing.mesh import Mesh, load_mesh, rasterise
 
-OBJECTS = Path(__file__).resolve().parent / "objects"
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # by file: another package may be called `data`
+import render  # noqa: E402
+
+OBJECTS = HERE / "objects"
 WIDTH, HEIGHT, FPS = 640, 480, 30
 K = np.array([[610.0, 0, 326], [0, 610, 236], [0, 0, 1]])  # the centre is not the frame's
 SHUTTER = 1 / 100  # seconds
@@ -603,7 +607,7 @@ def _text(value):
 
 def main(arguments: list[str] | None = None):
     """Render the clips that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Render the clips of data/objects/.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILMS)}")
     parser.add_argument("--frames", type=Path, required=True, help="folder that keeps the frames")
     parser.add_argument("--workers", type=int, default=1, help="processes")

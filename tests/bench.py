@@ -268,7 +268,7 @@ def run(work, *arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure how fast the tracker is.")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument(
         "--count", type=int, default=300, help="frames of the short run; the long: ten times"

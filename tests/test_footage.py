@@ -1,10 +1,8 @@
-"""Clips of any kind, whole and damaged, and the exported network."""
+"""Clips of any kind, whole and damaged, and the network on their frames."""
 
 import contextlib
 import dataclasses
-import errno
 import http.server
-import json
 import os
 import shutil
 import threading
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import xwing_utils as xu
-from xwing import detector as network
 from xwing.footage import Clip, Clock, Detector, Frame, frames_at, letterbox, run_folder
 from xwing.lens import picture_area
 
@@ -788,7 +785,7 @@ def test_the_camera_matrix_of_a_letterbox(K):
     np.testing.assert_allclose((moved @ point)[:2], (K @ point)[:2] * scale + offset)
 
 
-# ------------------------------------------------------------ the exported network
+# ------------------------------------------------------------ the network in OpenVINO
 
 
 def test_a_detector_knows_the_target_of_its_weights(detector):
@@ -969,82 +966,3 @@ def test_frames_of_any_size_give_the_same_pose(detector, flight, K, width, heigh
     pose = pose_of(image, moved)
     truth = pose_of(flight[0], K)
     assert xu.rotation_error(pose, truth) < 5 and np.linalg.norm(pose[:3, 3] - truth[:3, 3]) < 0.1
-
-
-@pytest.fixture
-def copied(weights, tmp_path, monkeypatch):
-    """Weights in a folder of their own, with an export that takes no time; the list of exports."""
-    for name in ("xwing.weights.h5", "xwing.json"):
-        shutil.copy(weights.parent / name, tmp_path)
-    made = []
-    monkeypatch.setattr(xu, "load_model", lambda path, size: path)
-    monkeypatch.setattr(
-        network, "_export", lambda model: made.append(model) or (b"<xml>", b"weights" * 1000)
-    )
-    return tmp_path / "xwing.weights.h5", made
-
-
-def test_a_network_is_exported_once_for_each_version_of_its_weights(copied):
-    path, made = copied
-    assert network.export_model(path) == network.export_model(path) == (b"<xml>", b"weights" * 1000)
-    (first,) = (path.parent / ".openvino").iterdir()
-    assert len(made) == 1
-    settings = path.with_name("xwing.json")
-    settings.write_text(settings.read_text().replace("\n", "\n ", 1))
-    network.export_model(path)
-    assert len(made) == 1  # the settings say the same
-    settings.write_text(json.dumps({**xu.read_json(settings), "more": 1}))
-    network.export_model(path)
-    (second,) = (path.parent / ".openvino").iterdir()
-    assert len(made) == 2 and second != first
-
-
-@pytest.mark.parametrize("at", [40, 2000, -10])
-def test_a_damaged_export_is_made_again(copied, at):
-    path, made = copied
-    right = network.export_model(path)
-    (archive,) = (path.parent / ".openvino").iterdir()
-    content = bytearray(archive.read_bytes())
-    content[at] ^= 0xFF
-    archive.write_bytes(content)
-    assert network.export_model(path) == right and len(made) == 2
-    archive.write_bytes(archive.read_bytes()[:500])
-    assert network.export_model(path) == right and len(made) == 3
-
-
-def test_two_that_export_at_once_both_get_it(copied, monkeypatch):
-    path, made = copied
-
-    all_at_once = threading.Barrier(3, timeout=60)
-
-    def slow(model):
-        made.append(model)
-        all_at_once.wait()
-        return b"<xml>", b"weights"
-
-    monkeypatch.setattr(network, "_export", slow)
-    found = []
-
-    def export():
-        found.append(network.export_model(path))
-
-    threads = [threading.Thread(target=export) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [(b"<xml>", b"weights")] * 3 and len(made) > 1
-    assert len(list((path.parent / ".openvino").iterdir())) == 1
-    assert network.export_model(path) == found[0]
-
-
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(copied, monkeypatch):
-    path, _ = copied
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(xu.Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        network.export_model(path)
-    assert not list((path.parent / ".openvino").iterdir())

@@ -11,10 +11,12 @@ import shutil
 import h5py
 import keras
 import numpy as np
+import openvino
 import pytest
 
 import xwing_utils as xu
 from xwing import encoders, training
+from xwing.network import read_network
 
 TINY = {"backbone": "mobilenetv2", "size": 64, "decoder_filters": (16, 16, 8, 8, 8)}
 
@@ -129,11 +131,25 @@ def test_the_network_s_shape_and_settings(model):
     }
 
 
-def test_a_network_with_maps_of_the_frame_s_size_and_a_linear_head(images):
-    linear = xu.build_model(**TINY, keypoints=8, head="linear", stride=1)
+def openvino_maps(path, images):
+    """What OpenVINO finds in images with the network of some weights."""
+    network = read_network(path)
+    network.reshape(images.shape)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.compile_model(network, "CPU", options)(images.astype(np.float32))[0]
+
+
+def test_a_network_with_maps_of_the_frame_s_size_and_a_linear_head(images, tmp_path):
+    scaling = {"scale": [0.01, 0.02, 0.03], "offset": [-1, -2, -3]}
+    arguments = {**TINY, "backbone": "resnet34", "preprocessing": scaling}
+    linear = xu.build_model(**arguments, keypoints=8, head="linear", stride=1)
+    training.save_model(linear, tmp_path / "a.weights.h5")
+    linear.load_weights(tmp_path / "a.weights.h5")  # kernels are stored as float16
     maps = linear.predict_on_batch(images)
     assert maps.shape == (5, 64, 64, 8) and maps.dtype == np.float32
     assert (maps < 0).any()
+    off = np.abs(openvino_maps(tmp_path / "a.weights.h5", images) - maps).max()
+    assert off < 1e-4 * np.abs(maps).max()
 
 
 def test_maps_of_the_softmax_head_hold_at_most_a_gaussian_s_mass(model, images):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cv2
+import looks
 import make_xwing
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from scipy import stats
 from scipy.spatial import KDTree
 
 import xwing_utils as xu
-from data import looks
 from xwing import mesh as meshes
 
 

@@ -5,7 +5,6 @@ The network is one convolution.
 
 import csv
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import multiprocessing
@@ -244,8 +243,7 @@ def test_an_interruption_says_one_line_and_the_run_goes_on(folder, monkeypatch, 
 def test_a_second_training_in_the_same_folder_is_refused(folder):
     start(folder, 1)
     before = (folder / "log.csv").read_bytes()
-    with (folder / "lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with xu.locked(folder / "lock"):
         with pytest.raises(BlockingIOError, match="run: another training is under way"):
             start(folder, 2)
     assert (folder / "log.csv").read_bytes() == before
@@ -547,14 +545,15 @@ def test_the_precision_is_that_in_which_the_processor_computes(
 
 
 DISTRIBUTED = """
-import sys, numpy as np, tensorflow as tf
+import sys, numpy as np, xwing_utils as xu
+keras = xu.import_keras()
+import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 sys.path.insert(0, "tests")
-import xwing_utils as xu
 from xwing.training import TrainingRun, distribute
-from test_training import build, keras, make_batches
-half = [0, 1, 0, 1, 2, 3, 2, 3]
+from test_training import build, make_batches
+print(keras.backend.backend(), keras.config.floatx(), keras.config.image_data_format())
 for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
     with distribute(devices):
         model = build(graph=True)
@@ -566,8 +565,16 @@ for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
 
 
 def test_two_devices_train_as_one_does(run_python, tmp_path):
+    """What other projects have set up for Keras changes nothing."""
+    other = {"floatx": "float64", "epsilon": 0.1, "backend": "torch"}
+    other["image_data_format"] = "channels_first"
+    (tmp_path / "keras.json").write_text(json.dumps(other), encoding="utf-8")
+    variables = {"KERAS_HOME": str(tmp_path), "TF_USE_LEGACY_KERAS": "1"}
+    variables |= {"KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "1"}
     script = DISTRIBUTED.replace("sys.argv[1]", repr(str(tmp_path / "run")))
-    lines = [line.split() for line in run_python(script).splitlines()]
+    output = run_python(script, **variables)
+    assert output.splitlines()[0] == "tensorflow float32 channels_last"
+    lines = [line.split() for line in output.splitlines()]
     numbers = [[float(word) for word in words[1:]] for words in lines if words[:1] == ["devices"]]
     one, two = numbers
     assert (one[0], two[0]) == (1, 2)

@@ -105,14 +105,14 @@ def render_frame(folder, number, index):
     image, matrix, quality = flight_frame(number, index)
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     cv2.imwrite(str(folder / f"{index:03d}.jpg"), image[..., ::-1], options)
-    matrix_path.write_text(json.dumps(matrix.tolist()))
+    matrix_path.write_text(json.dumps(matrix.tolist()), encoding="utf-8")
 
 
 def load_flight(folder, number, workers):
     """Images and true poses of a flight, rendered if they are not there, and the camera matrix."""
     folder = folder / f"{number:02d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "camera_info.json").write_text(json.dumps(render.CAMERA))
+    (folder / "camera_info.json").write_text(json.dumps(render.CAMERA), encoding="utf-8")
     jobs = (joblib.delayed(render_frame)(folder, number, index) for index in range(FRAMES))
     joblib.Parallel(n_jobs=workers)(jobs)
 
@@ -269,7 +269,9 @@ def report(rows):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Fit the constants behind TrackedPose.probability."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--workers", type=int, default=-1, help="processes that render; -1 is one a core"

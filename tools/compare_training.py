@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -25,6 +24,7 @@ from xwing.metrics import corner_report, summarise
 from xwing.synthesis import Randomiser
 from xwing.training import publish_weights
 
+keras = xu.import_keras()
 SIZE = 128  # pixels, width and height of the squares
 BATCH = 16
 KEPT = 128  # frames that are not trained on
@@ -313,7 +313,7 @@ def _recipe(run):
 
 def main():
     """Print the tables that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure training steps and recipes.")
     parser.add_argument("--seconds", type=float, default=90, help="of training for each encoder")
     parser.add_argument("--steps", type=int, default=120, help="of training for each loss")
     parser.add_argument("--left-out", type=int, default=500, help="steps without each augmentation")

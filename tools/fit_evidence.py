@@ -337,7 +337,9 @@ def print_quality(name, pairs, weights):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Fit the weights of the evidence in Aligner.verify."
+    )
     parser.add_argument("files", type=Path, nargs="*", default=[SHIPPED, *CLIPS])
     parser.add_argument("--rows", type=Path, help="file that keeps what was judged, to go on from")
     parser.add_argument("--frames", type=int, default=FRAMES, help="drawn for each target")

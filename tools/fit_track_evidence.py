@@ -49,7 +49,7 @@ def moved(pose, deviations, target, rng):
 
 def judged_poses(path):
     """A DataFrame of refined poses of a clip: features, and whether each is right."""
-    clip = json.loads(path.read_text())
+    clip = json.loads(path.read_text(encoding="utf-8"))
     K = np.array(clip["K"])
     target = xu.load_target(path.parent / clip["target"])
     aligner = Aligner(target)
@@ -93,7 +93,7 @@ def features(estimate):
 
 def tracked_poses(path):
     """A DataFrame of the tracked poses of a clip: their features, and whether each is right."""
-    clip = json.loads(path.read_text())
+    clip = json.loads(path.read_text(encoding="utf-8"))
     K = np.array(clip["K"])
     target = xu.load_target(path.parent / clip["target"])
     images = [frame.image for frame in Clip(path.with_suffix(".mp4"))]
@@ -144,7 +144,7 @@ def errors(rows, weights, used):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Fit what judges the poses of a learnt target.")
     parser.add_argument("clips", type=Path, nargs="+")
     options = parser.parse_args()
     rows = pd.concat([judged_poses(path) for path in options.clips])

@@ -7,17 +7,11 @@ frame, in which a small target is larger. Then it cuts a square around the keypo
 out of the frame itself, where the target has more pixels and its keypoints are more precise. A
 caller that knows where the target is, such as the tracker, passes a box, and the search is skipped.
 
-OpenVINO runs the network, because it is faster than Keras on a processor. `export_model` converts
-the weights once and keeps the result beside them.
+OpenVINO runs the network, because it is faster than Keras on a processor.
 """
 
-import hashlib
-import io
-import json
 import math
-import tempfile
 import threading
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +22,7 @@ import openvino
 
 import xwing_utils as xu
 from xwing.lookalikes import with_lookalikes
+from xwing.network import read_network
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
@@ -116,76 +111,6 @@ def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, float, np.ndarr
     return square.cut_from(image), scale, offset
 
 
-# ------------------------------------------------------------ the network in OpenVINO's format
-
-
-def export_model(path: str | Path, size: int = xu.FRAME_SIZE) -> tuple[bytes, bytes]:
-    """Convert a network to OpenVINO's format, once for each version of its weights and settings.
-
-    An archive in `.openvino/` beside the weights keeps the result, with checksums. The archive is
-    replaced as a whole, and archives of older versions are removed.
-
-    Args:
-        path: the weights, `NAME.weights.h5`.
-        size: width and height in pixels of the frames that the network is built for.
-
-    Returns:
-        The contents of the `.xml` file and of the `.bin` file.
-
-    Raises:
-        OSError: the archive cannot be written.
-    """
-    path = Path(path)
-    settings = json.dumps(xu.weights_settings(path), sort_keys=True)
-    digest = hashlib.sha256(path.read_bytes() + settings.encode()).hexdigest()[:12]
-    prefix = f"{path.name.removesuffix('.weights.h5')}-{size}-"
-    archive = path.parent / ".openvino" / f"{prefix}{digest}.zip"
-
-    contents = _read_archive(archive)
-    if contents is None:
-        contents = _export(xu.load_model(path, size))
-        _write_archive(archive, *contents)
-        for old in set(archive.parent.glob(f"{prefix}*.zip")) - {archive}:
-            old.unlink(missing_ok=True)
-    return contents
-
-
-def _read_archive(archive):
-    """The two files of an exported network; None where the archive is absent or damaged."""
-    try:
-        with zipfile.ZipFile(archive) as files:
-            return files.read("model.xml"), files.read("model.bin")
-    except (OSError, zipfile.BadZipFile, KeyError):
-        return None
-
-
-def _write_archive(archive, xml, weights):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as files:
-        files.writestr("model.xml", xml)
-        files.writestr("model.bin", weights)
-
-    archive.parent.mkdir(exist_ok=True)
-    xu.write_files({archive: packed.getvalue()})
-
-
-def _export(model):
-    """The `.xml` and the `.bin` file of a Keras model."""
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder, "model.xml")
-        try:
-            model.export(str(xml), format="openvino", verbose=False)
-            openvino.Core().read_model(xml)  # fails where the files are not complete
-        except RuntimeError as error:
-            raise OSError(
-                f"{folder}: the network cannot be exported ({error}); is the disk full?"
-            ) from None
-        return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
-
-
-# ------------------------------------------------------------ the detector
-
-
 def _checked_squares(squares):
     """Squares (N, S, S, 3) as uint8 RGB, or a ValueError."""
     squares = np.asarray(squares)
@@ -211,7 +136,7 @@ class Detector:
         keypoints, confidence, sigma = detector(image)
         keypoints, confidence, sigma = detector(image, box)  # around a known box; twice as fast
 
-    The first use of new weights takes a quarter of a minute. Several threads may share a detector.
+    Several threads may share a detector.
 
     Attributes:
         settings: the dict that is kept with the weights.
@@ -226,7 +151,7 @@ class Detector:
         search_size: int = 192,
         precision: str = "f32",
     ):
-        """Load the network, and export it first where these weights are new.
+        """Load the network.
 
         Args:
             weights: `NAME.weights.h5`, with `NAME.json` beside it.
@@ -246,7 +171,7 @@ class Detector:
 
         self._lock = threading.Lock()
         self._core = openvino.Core()
-        self._model = self._core.read_model(*export_model(weights))
+        self._model = read_network(weights)
         self._options = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",

@@ -8,10 +8,11 @@ The scaling is part of a network's settings, and a network that is loaded again 
 import functools
 from pathlib import Path
 
-import keras
 import numpy as np
 
 import xwing_utils as xu
+
+keras = xu.import_keras()
 
 
 def build_pretrained(

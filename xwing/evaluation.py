@@ -288,7 +288,7 @@ def _updated_readme(readme, rows):
     """The text of a README with other rows between its markers."""
     marked = f"<!-- results -->\n{rows}\n<!-- /results -->"
     pattern = re.compile("<!-- results -->.*<!-- /results -->", re.DOTALL)
-    text, count = pattern.subn(lambda _: marked, Path(readme).read_text())
+    text, count = pattern.subn(lambda _: marked, Path(readme).read_text(encoding="utf-8"))
     if count != 1:
         raise ValueError(
             f"{readme}: expected the markers <!-- results --> and <!-- /results --> once"

@@ -17,7 +17,6 @@ Keras shares each batch among several accelerators of a machine and, with JAX, a
 
 import contextlib
 import csv
-import fcntl
 import functools
 import hashlib
 import io
@@ -28,13 +27,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
-import keras
 import numpy as np
 import pandas as pd
-from tqdm.keras import TqdmCallback
 
 import xwing_utils as xu
 from xwing.metrics import corner_report
+
+keras = xu.import_keras()
+from tqdm.keras import TqdmCallback  # noqa: E402  it imports Keras
 
 _PROCESSES = int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES") or 1)
 if keras.backend.backend() == "jax" and _PROCESSES > 1:
@@ -448,9 +448,9 @@ class TrainingRun(keras.callbacks.Callback):
     def _lock(self):
         """Lock the folder; the system releases the lock however this process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(xu.locked(self.folder / "lock"))
             except BlockingIOError:
                 raise BlockingIOError(
                     f"{self.folder}: another training is under way in this folder; "
@@ -510,7 +510,7 @@ def _ancestry(weights):
 
 def _read_log(path):
     """The rows of a log, as dicts of text; an incomplete last row is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = csv.DictReader(line for line in lines if line.endswith("\n"))
     return [row for row in rows if None not in row and None not in row.values()]
 
@@ -714,7 +714,7 @@ def choose_precision(precision: str = "auto") -> str:
 
 def _computes_in_bfloat16():
     """Whether this machine's processor has instructions for bfloat16, as far as Linux says."""
-    text = CPU_DESCRIPTION.read_text() if CPU_DESCRIPTION.exists() else ""
+    text = CPU_DESCRIPTION.read_text(encoding="utf-8") if CPU_DESCRIPTION.exists() else ""
     return not BFLOAT16_FLAGS.isdisjoint(text.split())
 
 
