@@ -127,7 +127,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
         raise
     except Exception as error:  # Pillow raises many kinds, struct.error for damaged EXIF among them
         text = f"cannot be read as a picture ({error}); copy or render it again"
-        raise ValueError(f"{path}: {text}") from None
+        raise ValueError(f"{printable(path)}: {text}") from None
 
     if size is not None and pixels.shape[1::-1] != tuple(size):
         expected = f"{size[0]}x{size[1]} pixels"
@@ -138,14 +138,86 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 def _upright_rgb(image):
     """Return a Pillow image as (H, W, 3) uint8, turned as its EXIF header says."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, grey; Pillow's own conversion would cut at 255
-        grey = (np.asarray(image) / 257).round().clip(0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
-    elif image.has_transparency_data:
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    upright = ImageOps.exif_transpose(_with_eight_bits(image))
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+    elif upright.mode != "L":
+        upright = upright.convert("RGB")
+    return rgb_image(np.array(upright))
+
+
+def _with_eight_bits(image):
+    """A Pillow image with at most 8 bits a channel; see `rgb_image` for the rule.
+
+    Pillow holds 16 bits of grey only: it would cut colours down, and grey off at 255.
+    """
+    is_grey = image.mode.startswith(("I", "F"))
+    is_deep = any(";16" in str(tile.args) for tile in image.tile)
+    if not is_grey and not is_deep:
+        return image
+
+    if is_grey:
+        pixels = np.asarray(image)
+        if pixels.dtype == np.int32:  # Pillow's way to hold 16 bits of some formats
+            pixels = pixels.clip(0, 65535).astype(np.uint16)
+    else:
+        pixels = cv2.imdecode(np.fromfile(image.filename, np.uint8), cv2.IMREAD_UNCHANGED)
+        has_alpha = pixels.shape[2] == 4
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if has_alpha else cv2.COLOR_BGR2RGB)
+    reduced = Image.fromarray(_eight_bits(pixels))
+    reduced.getexif().update(image.getexif())
+    return reduced
+
+
+def rgb_image(image: np.ndarray) -> np.ndarray:
+    """Return a picture as a contiguous array (H, W, 3) uint8 RGB; one that is so stays as it is.
+
+    Grey is repeated in all channels, and RGBA is set on black. Of 16 bits (uint16) 65535 is white,
+    of floating-point numbers 1.0 is. Nothing tells RGB from BGR, which OpenCV reads: turn that with
+    `image[..., ::-1]`.
+
+    Args:
+        image: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); uint8, uint16 or floats in [0, 1].
+
+    Raises:
+        ValueError: it is something else; the message says what was received.
+    """
+    if not isinstance(image, np.ndarray):
+        got = type(image).__name__
+        raise ValueError(f"image: expected an array (H, W, 3) uint8 RGB, got {got}")
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim not in (2, 3) or channels not in (1, 3, 4) or not image.size:
+        raise ValueError(f"image: expected the shape (H, W, 3), RGB, got {image.shape}")
+
+    pixels = _eight_bits(image)
+    if channels == 1:
+        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+    elif channels == 4:
+        colour, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
+        pixels = ((colour * alpha + 127) // 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
+
+
+def _eight_bits(image):
+    """The values of a picture as uint8, or the ValueError of `rgb_image`."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.uint16:
+        return np.round(image / np.float32(257)).astype(np.uint8)
+    if image.dtype.kind != "f":
+        raise ValueError(f"image: expected uint8, uint16 or floats in [0, 1], got {image.dtype}")
+
+    low, high = image.min(), image.max()
+    if not (low >= 0 and high <= 1):  # also NaN
+        raise ValueError(
+            f"image: expected floats in [0, 1], got {low:g} to {high:g}; scale them, or use uint8"
+        )
+    return np.round(image * np.float32(255)).astype(np.uint8)
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as text that can be printed and written; marks stand for bytes beyond UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def read_json(path: str | Path) -> object:

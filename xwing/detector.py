@@ -186,6 +186,18 @@ def _export(model):
 # ------------------------------------------------------------ the detector
 
 
+def _checked_squares(squares):
+    """Squares (N, S, S, 3) as uint8 RGB, or a ValueError."""
+    squares = np.asarray(squares)
+    sides = squares.shape[1:3]
+    if squares.ndim != 4 or sides[0] != sides[1] or sides[0] % 32 or not squares.size:
+        raise ValueError(
+            "squares: expected the shape (N, S, S, 3), where S is a multiple of 32, "
+            f"got {squares.shape}"
+        )
+    return np.stack([xu.rgb_image(square) for square in squares])
+
+
 def _known_target(weights):
     """The target of some weights, with its lookalikes where its mesh is still there."""
     target = xu.weights_target(weights)
@@ -258,7 +270,11 @@ class Detector:
 
         Returns:
             (N, h, w, K) float32, one for each of the K keypoints.
+
+        Raises:
+            ValueError: the squares are something else.
         """
+        squares = _checked_squares(squares)
         size = squares.shape[1]
         with self._lock:
             if size not in self._requests:
@@ -279,7 +295,7 @@ class Detector:
         """Find the keypoints in a frame.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: (H, W, 3) uint8 RGB, or what `xu.rgb_image` makes that of.
             box: [[left, top], [right, bottom]] in pixels, where the target is known to be. Only a
                 square around it is examined, if that shows more detail than the whole frame does.
 
@@ -287,7 +303,11 @@ class Detector:
             keypoints (K, 2) in pixels of the frame, NaN where none is found; confidence (K,) in
             [0, 1]; and sigma (K,), the expected standard deviation of each keypoint, in pixels of
             the frame.
+
+        Raises:
+            ValueError: the image is of a kind that is not clear.
         """
+        image = xu.rgb_image(image)
         square = None if box is None else self._close_square(image, box)
         if square is None:
             return self._search(image)

@@ -3,35 +3,48 @@
 Bolts need nothing but the target's pose in each frame. `animate` takes the poses of a finished
 track, draws the bolts and writes a file that plays in real time, whatever its frame rate. `film`
 tracks, draws and writes in one pass: reading, tracking, drawing and encoding run at the same time,
-each in a thread of its own. A thread works a frame or two ahead of the next one, so that memory
-stays constant however long the clip is. A file is replaced only when it is whole.
+each in a thread of its own. A thread works a frame or two ahead of the next one. A file is replaced
+only when it is whole. However long the clip is, only a few pictures are in memory: those of a GIF,
+whose palette is known only after the last one, wait on the disk in a video without losses.
+
+`write_passes` writes the bolts and the mask of the hull on their own, for other programs.
 """
 
 import collections
+import contextlib
 import dataclasses
 import errno
+import itertools
+import math
+import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
+import cv2
 import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing.footage import Clip, Frame, frames_at
-from xwing.lasers import Lasers, check_positive, draw_shot
+from xwing.footage import Clip, Clock, Frame, frames_at
+from xwing.lasers import Lasers, check_positive, draw_shot, hull_mask
 from xwing.mesh import Mesh
 
 ENCODING = {"preset": "veryfast", "crf": "17"}  # of x264
+LOSSLESS = {"preset": "ultrafast", "qp": "0"}  # of x264, for RGB
 CLOCK = Fraction(1, 90_000)  # seconds, the unit in which an MP4 file counts time
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 PALETTE_PICTURES = 24  # so many pictures of a GIF, about, are sampled for its palette
+PALETTE_PIXELS = 2**23  # of these pictures, at most, are sampled
+MAX_PAUSE = 1.0  # seconds for which a pause in the footage is shown
 
 
 # ------------------------------------------------------------ a finished track
@@ -51,11 +64,13 @@ def animate(
 ) -> None:
     """Write a clip with laser bolts, in real time.
 
-    Where the rates of the frames and of the file differ, frames are left out or shown twice.
+    Where the rates of the frames and of the file differ, frames are left out or shown twice. A
+    pause between two frames of more than MAX_PAUSE seconds is shown for so long.
 
     Args:
         frames: a `Clip`, or N images (H, W, 3) uint8 or paths. A frame that cannot be read is
-            replaced by the frame before it.
+            replaced by the frame before it. One whose bolts cannot be drawn comes without them,
+            with a warning.
         poses: N poses (4, 4), model -> OpenCV camera, or None; a frame without a pose fires no
             bolts.
         K: (3, 3) camera matrix.
@@ -75,6 +90,19 @@ def animate(
     check_positive("source_fps", source_fps)
     K = xu.check_camera_matrix(K)
 
+    frames, poses, seconds = _with_times(frames, poses, source_fps)
+    indices = frames_in_real_time(seconds, fps)
+    lasers = lasers or Lasers()
+    shot = lasers.shot(target=target)
+    pictures = (
+        _draw(index, image, bolts, lasers, mesh, pose, K, target)
+        for index, image, bolts, pose in _shown_frames(frames, poses, seconds, indices, shot)
+    )
+    write_clip(pictures, path, fps, progress, len(indices))
+
+
+def _with_times(frames, poses, source_fps):
+    """Frames, their poses and their times, once they are checked; pauses are shortened."""
     if not isinstance(frames, Clip):
         frames = list(frames)
     count = frames.count if isinstance(frames, Clip) else len(frames)
@@ -82,15 +110,16 @@ def animate(
 
     has_times = isinstance(frames, Clip) and frames.fps
     seconds = frames.seconds if has_times else np.arange(count) / source_fps
-    indices = frames_in_real_time(seconds, fps)
+    return frames, poses, without_pauses(seconds)
 
-    lasers = lasers or Lasers()
-    shot = lasers.shot(target=target)
-    pictures = (
-        draw_shot(image, bolts, lasers, mesh, pose, K, target)
-        for image, bolts, pose in _shown_frames(frames, poses, seconds, indices, shot)
-    )
-    write_clip(pictures, path, fps, progress, len(indices))
+
+def _draw(number, image, bolts, *others):
+    """A frame with its bolts, see `draw_shot`, or without them if they cannot be drawn."""
+    try:
+        return draw_shot(image, bolts, *others)
+    except (ValueError, ArithmeticError, cv2.error) as error:
+        warnings.warn(f"frame {number} is shown without bolts: {error}", stacklevel=2)
+        return image
 
 
 def _check_poses(poses, count):
@@ -105,16 +134,30 @@ def _check_poses(poses, count):
     ]
 
 
-def frames_in_real_time(seconds: Sequence[float], fps: float) -> np.ndarray:
-    """Choose the frames that a file shows at its own rate.
+def without_pauses(seconds: Sequence[float]) -> np.ndarray:
+    """Shorten the pauses between frames to MAX_PAUSE.
 
     Args:
         seconds: (N,) when each frame was taken, rising.
+    Returns:
+        (N,) when each frame is shown.
+    """
+    excess = np.maximum(np.diff(seconds) - MAX_PAUSE, 0)
+    return np.asarray(seconds, float) - np.concatenate([[0], excess.cumsum()])
+
+
+def frames_in_real_time(seconds: Sequence[float], fps: float) -> np.ndarray:
+    """Choose the frames that a file shows at its own rate, with pauses shortened to MAX_PAUSE.
+
+    Args:
+        seconds: (N,) when each frame was taken, rising from 0.
         fps: frames a second of the file.
     Returns:
         (T,) numbers of the frames. The last frame is shown for the median time between two frames.
     """
-    step = np.median(np.diff(seconds)) if len(seconds) > 1 else 1 / fps
+    seconds = without_pauses(seconds)
+    step = np.median(np.diff(seconds)) if len(seconds) > 1 else 0
+    step = step or 1 / fps  # of one frame, or where most frames have the same time
     ticks = np.arange(0, seconds[-1] + step - 1e-9, 1 / fps)
 
     # Some files round their time stamps to milliseconds, which may make a frame 0.5 ms late.
@@ -123,14 +166,14 @@ def frames_in_real_time(seconds: Sequence[float], fps: float) -> np.ndarray:
 
 
 def _shown_frames(frames, poses, seconds, indices, shot):
-    """Yield image, bolts and pose of each chosen frame; the shot steps through all frames."""
+    """Yield number, image, bolts and pose of each chosen frame; the shot steps through all."""
     due = 0  # number of the frame to which the shot has to step next
     bolts = None
     for i, image in zip(indices, frames_at(frames, indices)):
         while due <= i:
             bolts = shot.step(poses[due], seconds[due])
             due += 1
-        yield image, bolts, poses[i]
+        yield i, image, bolts, poses[i]
 
 
 # ------------------------------------------------------------ files
@@ -146,8 +189,9 @@ def write_clip(
     """Write pictures as a GIF or MP4 file.
 
     Args:
-        pictures: (H, W, 3) uint8 of one size.
-        path: `.gif` or `.mp4`; replaced only when the whole clip is made.
+        pictures: (H, W, 3) uint8 of one size, see `xu.rgb_image`.
+        path: `.gif` or `.mp4`; replaced only when the whole clip is made. An MP4 file has the
+            colours of BT.709, and says so.
         fps: frames a second of the file. In a GIF a frame lasts whole hundredths of a second.
         progress: show a progress bar.
         count: number of pictures, for the bar; None: their length, if they have one.
@@ -162,7 +206,7 @@ def write_clip(
         if path.suffix == ".gif":
             _write_gif(pictures, part, fps, progress)
         else:
-            _write_mp4(((picture, None) for picture in pictures), part, fps)
+            _write_video(_without_times(pictures), part, fps, _mp4_format())
 
 
 def _check_output(path, fps, suffixes=(".gif", ".mp4")):
@@ -192,28 +236,43 @@ def _check_output(path, fps, suffixes=(".gif", ".mp4")):
 
 def _write_gif(pictures, path, fps, progress):
     """Write a GIF that loops for ever; one palette for the whole clip avoids flicker."""
-    pictures = list(pictures)
-    if not pictures:
-        raise ValueError("expected at least one picture, got none")
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        _encode_file(_without_times(pictures), spool, fps, _SPOOL)
+        count = sum(1 for _ in _packets(spool))
+        palette = _clip_palette(_sampled_pixels(spool, count))
+        bar = tqdm(_decoded(spool), "GIF colours", count, unit="frame", disable=not progress)
+        _write_video(_without_times(bar), path, fps, _gif_format(palette))
 
-    sample = pictures[:: max(1, len(pictures) // PALETTE_PICTURES)]
-    palette = _clip_palette(np.concatenate([picture.reshape(-1, 3) for picture in sample]))
 
-    bar = tqdm(pictures, "GIF colours", unit="frame", disable=not progress)
-    quantised = (
-        Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE)
-        for picture in bar
-    )
-    first = next(quantised)
-    first.save(
-        path,
-        "GIF",
-        save_all=True,
-        append_images=quantised,
-        duration=round(1000 / fps),
-        loop=0,
-        disposal=1,
-    )
+def _without_times(pictures):
+    """Pairs for `_encode`, of pictures that follow each other at a steady rate."""
+    return ((picture, None) for picture in pictures)
+
+
+def _packets(file):
+    """Yield the packets of a video in an open file, one for each picture."""
+    file.seek(0)
+    with av.open(file) as container:
+        yield from (packet for packet in container.demux(video=0) if packet.size)
+
+
+def _decoded(file):
+    """Yield the pictures (H, W, 3) uint8 of a video in an open file."""
+    file.seek(0)
+    with av.open(file) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
+def _sampled_pixels(file, count):
+    """Pixels (N, 3) of some pictures of a video of `count`, at most PALETTE_PIXELS."""
+    interval = max(1, count // PALETTE_PICTURES)
+    samples = []
+    for picture in itertools.islice(_decoded(file), 0, None, interval):
+        pixels = picture.shape[0] * picture.shape[1] * -(-count // interval)
+        step = math.ceil(math.sqrt(pixels / PALETTE_PIXELS))
+        samples.append(picture[::step, ::step].reshape(-1, 3))
+    return np.concatenate(samples)
 
 
 def _clip_palette(pixels):
@@ -236,30 +295,92 @@ def _clip_palette(pixels):
     return palette
 
 
-def _write_mp4(pictures, path, fps):
-    """Write an H.264 file of pairs, see `_encode`."""
+class _Format(NamedTuple):
+    """How pictures are encoded."""
+
+    muxer: str
+    codec: str
+    pixels: str
+    options: dict  # of the codec
+    frame: Callable  # makes a frame of PyAV of a picture (H, W, 3) uint8
+    has_tags: bool = False  # whether it says that its colours are those of BT.709
+
+
+def _rgb_frame(picture):
+    """A picture as a frame of PyAV."""
+    return av.VideoFrame.from_ndarray(picture)
+
+
+_SPOOL = _Format("nut", "libx264rgb", "rgb24", LOSSLESS, _rgb_frame)
+
+
+def _mp4_format():
+    """The format of an MP4 file: H.264 in the colours of BT.709, as players expect of HD."""
+    reformatter = VideoReformatter()  # keeps its tables from frame to frame
+
+    def frame(picture):
+        """A picture as YUV; a black line makes odd sizes even, for H.264."""
+        height, width = picture.shape[:2]
+        padded = np.pad(picture, [(0, height % 2), (0, width % 2), (0, 0)])
+        return reformatter.reformat(
+            _rgb_frame(padded),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )
+
+    return _Format("mp4", "libx264", "yuv420p", ENCODING, frame, has_tags=True)
+
+
+def _gif_format(palette):
+    """The format of a GIF with the palette of a PIL image."""
+    colours = np.reshape(palette.getpalette(), (-1, 3))
+    table = np.zeros((256, 4), np.uint8)  # alpha and RGB; the encoder uses what is transparent
+    table[: len(colours)] = np.insert(colours, 0, 255, axis=1)
+
+    def frame(picture):
+        """A picture as indices of the palette."""
+        image = Image.fromarray(picture)
+        indices = np.asarray(image.quantize(palette=palette, dither=Image.Dither.NONE))
+        return av.VideoFrame.from_ndarray((indices, table), format="pal8")
+
+    return _Format("gif", "gif", "pal8", {}, frame)
+
+
+def _write_video(pictures, path, fps, kind):
+    """Write a video of pairs, see `_encode`."""
+    with path.open("w+b") as file:  # FFmpeg gets it open, so that it reads no name as a protocol
+        _encode_file(pictures, file, fps, kind)
+
+
+def _encode_file(pictures, file, fps, kind):
+    """Encode pairs, see `_encode`, into an open file."""
     try:
-        # FFmpeg gets an open file, so that it cannot read the name as a protocol.
-        with path.open("w+b") as file, av.open(file, "w", format="mp4") as container:
-            _encode(pictures, container, fps)
+        with av.open(file, "w", format=kind.muxer) as container:
+            _encode(pictures, container, fps, kind)
     except av.FFmpegError as error:
         raise error.__context__ or error from None  # what the file system said, where it did
 
 
-def _encode(pictures, container, fps):
+def _encode(pictures, container, fps, kind):
     """Encode pairs into an open file: a picture, and the second from which it is shown.
 
     In place of a second, None means one frame later than the last picture. The first picture is
     shown from the beginning, whatever its second.
     """
-    stream = container.add_stream("libx264", Fraction(fps).limit_denominator(10_000), ENCODING)
+    rate = Fraction(fps).limit_denominator(10_000)
+    stream = container.add_stream(kind.codec, rate, kind.options)
+    stream.pix_fmt = kind.pixels
     stream.codec_context.time_base = CLOCK
     stream.codec_context.thread_count = 2
+    if kind.has_tags:
+        _tag_colours(stream.codec_context)
 
     shape = None
     now = 0.0
     for picture, seconds in pictures:
-        frame = _even_frame(picture)
+        picture = xu.rgb_image(picture)
+        frame = kind.frame(picture)
         if shape is None:
             shape = picture.shape
             stream.width = frame.width
@@ -269,7 +390,7 @@ def _encode(pictures, container, fps):
         elif seconds is None:
             now += 1 / fps
         else:
-            now = max(seconds, now + 1e-4)  # H.264 needs rising times, also where a clock runs back
+            now = max(seconds, now + 1e-4)  # H.264 needs rising times
 
         frame.pts = round(now / CLOCK)
         frame.time_base = CLOCK
@@ -280,11 +401,12 @@ def _encode(pictures, container, fps):
     container.mux(stream.encode())
 
 
-def _even_frame(picture):
-    """A picture (H, W, 3) as a frame of PyAV; a black line makes odd sizes even, for H.264."""
-    height, width = picture.shape[:2]
-    padded = np.pad(picture, [(0, height % 2), (0, width % 2), (0, 0)])
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(padded))
+def _tag_colours(context):
+    """Let a codec's file say that its colours are those of BT.709, in the usual range."""
+    context.color_range = ColorRange.MPEG
+    context.colorspace = Colorspace.ITU709
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
 
 
 # ------------------------------------------------------------ one pass
@@ -304,7 +426,8 @@ def film(
         clip: `Clip`, or an iterable of `Frame`. If reading it fails, the film ends there, and the
             last pose of the track gives the reason.
         tracker: has `K`, `fps`, `target` and `update(image, seconds)`, see `Tracker`.
-        path: `.mp4`; replaced only when it is whole. Each frame is shown at its own time.
+        path: `.mp4`; replaced only when it is whole. Each frame is shown at its own time, as
+            `footage.Clock` makes it of the time stamps.
         lasers: settings of the bolts, or None for the usual ones.
         mesh: the hull that hides bolts, or None.
         progress: show a progress bar.
@@ -327,7 +450,7 @@ def film(
     with threadpool_limits(1, "blas"):
         try:
             with xu.part_files(path) as (part,):
-                _write_mp4(pictures, part, fps)
+                _write_video(pictures, part, fps, _mp4_format())
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -349,7 +472,9 @@ def _film_pictures(clip, tracker, fps, lasers, mesh, track):
         if image is None:
             continue
 
-        picture = draw_shot(image, bolts, lasers, mesh, tracked.pose, tracker.K, tracker.target)
+        number = len(track) - 1
+        others = (lasers, mesh, tracked.pose, tracker.K, tracker.target)
+        picture = _draw(number, image, bolts, *others)
         for moment in waiting:
             yield picture, moment
         waiting = []
@@ -362,14 +487,16 @@ def _tracked_frames(frames, tracker, fps):
     None before the first.
     """
     image = None
-    for number, frame in enumerate(frames):
+    clock = Clock(fps)
+    for frame in frames:
         readable = frame.image is not None
         if readable and image is not None and frame.image.shape != image.shape:
             fault = f"its shape is {frame.image.shape}, not {image.shape}"
             frame = Frame(None, frame.seconds, fault)
 
-        seconds = number / fps if frame.seconds is None else frame.seconds
-        tracked = tracker.update(frame.image, seconds)
+        seconds = clock.tick(frame.seconds)
+        stamp = seconds if frame.seconds is None else frame.seconds
+        tracked = tracker.update(frame.image, stamp)
         tracked = dataclasses.replace(
             tracked, covariance=None, velocity=None, reason=frame.fault or tracked.reason
         )
@@ -398,3 +525,92 @@ def _until_error(clip):
         yield from clip
     except (OSError, ValueError, RuntimeError) as error:
         yield Frame(None, fault=f"the clip could not be read further: {error}")
+
+
+# ------------------------------------------------------------ passes for compositing
+
+
+def write_passes(
+    frames: Clip | Iterable,
+    poses: Sequence,
+    K: np.ndarray,
+    folder: str | Path,
+    source_fps: float = 30,
+    lasers: Lasers | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+    target: xu.Target = xu.XWING,
+) -> None:
+    """Write the bolts and a mask of the hull as pictures of their own, for compositing.
+
+    `lasers/000000.png` and so on have one picture for each frame, RGBA with 8 bits. RGB is light,
+    coded like the frames (sRGB), and is premultiplied: it is what the bolts *add* to a frame. So
+
+        frame + RGB, at most 255  is the frame of `animate`, but for rounding by 1
+
+    which compositors call Add or Plus, of the coded values and not of linear light. Where bolts lie
+    behind the hull they are left out. Alpha is the largest of R, G and B, for programs that need
+    one: RGB + (1 - alpha) frame is the same on black, and a little darker on bright frames. A
+    program that takes the pictures for straight alpha, as PNG has it, shows bolts too dark: tell it
+    that they are premultiplied.
+
+    `holdout/000000.png` and so on are grey, 8 bits: how much of each pixel the hull covers, of 255;
+    all black where the pose is not known. What other programs draw is behind the hull where it is
+    multiplied by 1 - mask / 255.
+
+    Args:
+        frames: see `animate`; their times count, pauses shortened, and one picture is written for
+            each frame. `000000.png` is the first one.
+        poses: N poses (4, 4), model -> OpenCV camera, or None.
+        K: (3, 3) camera matrix.
+        folder: is made, with `lasers` and, if there is a mesh, `holdout` in it. These two must not
+            exist before.
+        source_fps: frames a second of `frames`, where they have no time stamps.
+        lasers: settings of the bolts, or None for the usual ones.
+        mesh: the hull that hides bolts, or None.
+        progress: show a progress bar.
+        target: whose cannons fire; a target without lasers fires none.
+    Raises:
+        ValueError: a rate is not positive, the numbers of frames and poses differ, or no frame can
+            be read.
+        FileExistsError: one of the folders exists; nothing in it is changed.
+        OSError: there is no room. Nothing is left.
+    """
+    check_positive("source_fps", source_fps)
+    K = xu.check_camera_matrix(K)
+    frames, poses, seconds = _with_times(frames, poses, source_fps)
+    first = next(frames_at(frames, [0]))
+    black = np.zeros(first.shape, np.uint8)
+    lasers = lasers or Lasers()
+    shot = lasers.shot(target=target)
+
+    with _new_folders(Path(folder), ["lasers", "holdout"] if mesh else ["lasers"]) as parts:
+        bar = tqdm(poses, Path(folder).name, unit="frame", disable=not progress)
+        for number, (pose, moment) in enumerate(zip(bar, seconds)):
+            bolts = shot.step(pose, moment)
+            light = _draw(number, black, bolts, lasers, mesh, pose, K, target)
+            _write_png(np.dstack([light, light.max(2)]), parts[0], number)
+            if mesh:
+                covered = hull_mask(mesh, pose, K, *first.shape[1::-1])
+                _write_png(covered, parts[1], number)
+
+
+@contextlib.contextmanager
+def _new_folders(folder, names):
+    """Yield temporary folders, which get their names in `folder` when all is written."""
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name}: exists; remove it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".passes-") as temporary:
+        parts = [Path(temporary, name) for name in names]
+        for part in parts:
+            part.mkdir()
+        yield parts
+        for part in parts:
+            part.rename(folder / part.name)
+
+
+def _write_png(picture, folder, number):
+    """Write a picture (H, W) or (H, W, 4) uint8; compression is fast, because PNGs are many."""
+    Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)

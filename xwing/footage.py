@@ -6,11 +6,15 @@ true number: a frame that cannot be read comes as a `Frame` without an image, wh
 wrong, in its proper place. For a video this takes two passes. The first reads only the compressed
 packets, whose time stamps tell which frames there should be and when each is shown. The second
 decodes them, and puts each frame where its time stamp belongs.
+
+A `Clock` makes rising times of any time stamps. `run_folder` gives each source a folder of its own
+for what is made of it.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import struct
 import warnings
@@ -27,6 +31,7 @@ import xwing_utils as xu
 from xwing.detector import Detector, letterbox  # noqa: F401  scripts import them from here
 
 EXPECTED = "expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF"
+PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".exr")  # suffixes of the frames of a folder
 DISTORTION_COEFFICIENTS = (4, 5, 8, 12, 14)  # how many numbers OpenCV's models of distortion have
 READ_ERRORS = (av.FFmpegError, OSError)  # what reading a damaged video raises
 PILLOW_ERRORS = (  # what reading a damaged GIF raises
@@ -53,12 +58,16 @@ class Frame:
     Attributes:
         image: (H, W, 3) uint8 RGB; None where the frame cannot be read.
         seconds: time since the clip's first frame; None where the source does not say.
-        fault: why the frame cannot be read; empty where it can.
+        fault: why the frame cannot be read; empty where it can. It can be printed and written, also
+            where it holds the name of a file that is no UTF-8.
     """
 
     image: np.ndarray | None
     seconds: float | None = None
     fault: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "fault", xu.printable(self.fault))
 
 
 class Clip:
@@ -115,7 +124,8 @@ class Clip:
             first_fault = first_fault or frame.fault
 
         why = first_fault or "there is none"
-        raise ValueError(f"{self.source}: holds no frame that can be read ({why}); {EXPECTED}")
+        source = xu.printable(self.source)
+        raise ValueError(f"{source}: holds no frame that can be read ({why}); {EXPECTED}")
 
     def __iter__(self) -> Iterator[Frame]:
         frames = itertools.islice(self._reader.frames(), 0, None, self.step)
@@ -211,14 +221,15 @@ def _numbered_pictures(folder):
     for path in folder.iterdir():
         name = re.fullmatch(r"(.*?)(\d+)", path.stem)
         hidden = path.name.startswith(".")  # macOS keeps notes of its own in ._0.jpg
-        if name and not hidden and path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+        if name and not hidden and path.suffix.lower() in PICTURES:
             pictures.append(_Picture(int(name[2]), path, name[1]))
     pictures.sort()
 
     oddities = _oddities(pictures)
     if oddities:
         warnings.warn(
-            f"{folder}: found {'; '.join(oddities)}; taken as one clip, by number", stacklevel=5
+            f"{xu.printable(folder)}: found {'; '.join(oddities)}; taken as one clip, by number",
+            stacklevel=5,
         )
     return [picture.path for picture in pictures]
 
@@ -250,11 +261,50 @@ def _as_frame(item):
     if isinstance(item, Frame):
         return item
     if isinstance(item, np.ndarray):
-        return Frame(item)
+        return Frame(xu.rgb_image(item))
     try:
-        return Frame(xu.read_image(item))
+        is_exr = Path(item).suffix.lower() == ".exr"
+        return Frame(_read_exr(Path(item)) if is_exr else xu.read_image(item))
     except (ValueError, FileNotFoundError) as error:
         return Frame(None, fault=str(error))
+
+
+def _read_exr(path):
+    """An OpenEXR picture as (H, W, 3) uint8 sRGB: FFmpeg reads it, other readers often cannot.
+
+    Its linear light is cut at 0 and 1, and coded as sRGB (IEC 61966-2-1).
+    """
+    try:
+        with path.open("rb") as file, av.open(file, format="exr_pipe") as container:
+            light = _linear_light(next(container.decode(video=0)))
+    except (*READ_ERRORS, StopIteration, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        text = f"cannot be read as an OpenEXR picture ({error}); save it as a 16-bit PNG or TIFF"
+        raise ValueError(f"{path}: {text}") from None
+
+    light = np.nan_to_num(light, nan=0.0).clip(0, 1)
+    coded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return xu.rgb_image(coded)
+
+
+def _linear_light(decoded):
+    """The numbers of a decoded picture of planes of floats, (H, W, 1 or 3) float32.
+
+    FFmpeg's own conversion of half floats and of grey is not exact.
+    """
+    kind = re.fullmatch(r"(gbrp|gbrap|gray)f(16|32)le", decoded.format.name)
+    if kind is None:
+        raise ValueError(f"its numbers are of the kind {decoded.format.name}, not floats")
+    order = [2, 0, 1] if kind[1].startswith("gbr") else [0]  # of the planes: green, blue, red
+    number = np.dtype(f"<f{int(kind[2]) // 8}")
+    planes = []
+    for plane in (decoded.planes[i] for i in order):
+        rows = np.frombuffer(plane, number).reshape(
+            plane.height, plane.line_size // number.itemsize
+        )
+        planes.append(rows[:, : plane.width])
+    return np.stack(planes, axis=2).astype(np.float32)
 
 
 # ------------------------------------------------------------ GIFs
@@ -286,7 +336,8 @@ class _Gif:
             with Image.open(self._path) as gif:
                 while True:
                     gif.seek(number)
-                    yield Frame(np.array(gif.convert("RGB")), seconds)
+                    mode = "RGBA" if gif.has_transparency_data else "RGB"
+                    yield Frame(xu.rgb_image(np.array(gif.convert(mode))), seconds)
                     seconds += gif.info.get("duration", 0) / 1000
                     number += 1
         except EOFError:
@@ -344,8 +395,9 @@ class _Video:
         """Where on the timeline a decoded frame belongs; None for a frame that is left out.
 
         If time stamps cannot be trusted, each frame takes the place that is due, even if it could
-        not be decoded. Otherwise its time stamp decides. Frames without one are left out, and so
-        are frames that come a second time or after the last packet's time.
+        not be decoded. Otherwise its time stamp decides; of several frames with the same one, each
+        takes the next place. Frames without a time stamp are left out, and so are frames that come
+        a second time or after the last packet's time.
         """
         timeline = self._timeline
         place = due
@@ -354,7 +406,9 @@ class _Video:
             if time is None:
                 return None
             since_start = time - timeline.start
-            place = int(np.searchsorted(timeline.seconds, since_start - SAME_TIME))
+            first = int(np.searchsorted(timeline.seconds, since_start - SAME_TIME))
+            last = int(np.searchsorted(timeline.seconds, since_start + SAME_TIME, side="right")) - 1
+            place = max(first, min(due, last))  # frames of one time follow each other
         return place if due <= place < timeline.readable else None
 
     def _frame_at(self, place, decoded, stream):
@@ -373,7 +427,8 @@ class _Video:
         """The fault of frames after the end of a file that breaks off."""
         readable = self._timeline.readable
         promised = len(self.seconds)
-        return f"{self._path}: breaks off, only {readable} of {promised} frames are there"
+        path = xu.printable(self._path)
+        return f"{path}: breaks off, only {readable} of {promised} frames are there"
 
 
 @contextlib.contextmanager
@@ -398,7 +453,7 @@ def _open_video(path):
 
 
 def _not_a_video(path, why):
-    return ValueError(f"{path}: cannot be read as a video ({why}); {EXPECTED}")
+    return ValueError(f"{xu.printable(path)}: cannot be read as a video ({why}); {EXPECTED}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,7 +607,117 @@ def _picture(decoded, stream):
     width = round(decoded.width * max(aspect, 1))
     height = round(decoded.height / min(aspect, 1))
     image = decoded.to_ndarray(format="rgb24", width=width, height=height)
-    return np.ascontiguousarray(np.rot90(image, decoded.rotation // 90))
+    return np.ascontiguousarray(_as_displayed(image, decoded))
+
+
+def _as_displayed(image, decoded):
+    """An image (H, W, 3), mirrored and turned as the display matrix of its frame says.
+
+    The matrix (3, 3) maps a row (x, y, 1) of the stored picture to one of the picture that is
+    shown. Of the eight ways that leave the axes parallel, the nearest one is taken.
+    """
+    matrix = decoded.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+
+    (x_to_x, x_to_y), (y_to_x, y_to_y) = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2] / 1.0
+    if abs(x_to_x) + abs(y_to_y) < abs(x_to_y) + abs(y_to_x):
+        image = image.swapaxes(0, 1)  # the stored rows are shown as columns
+        x_to_x, y_to_y = y_to_x, x_to_y
+    if x_to_x < 0:
+        image = image[:, ::-1]
+    return image[::-1] if y_to_y < 0 else image
+
+
+# ------------------------------------------------------------ times
+
+
+class Clock:
+    """Rising times, made of the time stamps of frames.
+
+        clock = Clock(fps)
+        times = [clock.tick(frame.seconds) for frame in frames]
+
+    A time stamp is the frame's time, as long as time stamps rise. One that is repeated, or falls
+    behind by a frame at most, counts half a frame after the last time. If it stands still for
+    longer, frames are counted. One that falls behind by more, because a camera has reconnected or a
+    clip is played again, begins again: its frame comes one frame after the last one, and all
+    later times are moved along.
+
+    Attributes:
+        seconds: time of the last frame.
+        restarted: whether its time stamp begins again.
+    """
+
+    def __init__(self, fps: float):
+        """Make a clock that has not seen a frame yet.
+
+        Args:
+            fps: frames a second, of frames whose time stamp says nothing.
+        """
+        self._interval = 1 / fps
+        self.seconds = -self._interval
+        self.restarted = False
+        self._last = -np.inf  # the time stamp of the last frame
+        self._shift = 0.0  # seconds from a time stamp to its time
+        self._stands = False  # whether the last time stamp was no later than the one before
+
+    def tick(self, stamp: float | None = None) -> float:
+        """Return the time of the next frame, in seconds, which is later than all before.
+
+        Args:
+            stamp: its time stamp in seconds. None, or no finite number: one frame after the last.
+        """
+        if stamp is None or not np.isfinite(stamp):
+            stamp = self.seconds + self._interval - self._shift
+        rises = stamp > self._last
+        self.restarted = self._last - stamp > self._interval
+        if rises and stamp + self._shift > self.seconds:
+            self.seconds = stamp + self._shift
+        else:
+            self._pass(stamp, rises)
+        self._last = stamp
+        self._stands = not rises
+        return self.seconds
+
+    def _pass(self, stamp, rises):
+        """Go on by a step of which the time stamp alone does not tell."""
+        if rises:
+            self.seconds += stamp - self._last
+        elif self._stands or self.restarted:
+            self.seconds += self._interval
+        else:
+            self.seconds += self._interval / 2
+            return  # the next time stamp is right again
+        self._shift = self.seconds - stamp
+
+
+# ------------------------------------------------------------ results
+
+
+def run_folder(source: str | Path, runs: str | Path) -> Path:
+    """Make the folder for what is made of a source, or find that of an earlier run.
+
+    It has the whole name of the source, such as `runs/IMG_0001.mp4`. Another source of the same
+    name gets `runs/IMG_0001.mp4-2`. The file `source.txt` in it says whose folder it is.
+
+    Args:
+        source: path of a clip.
+        runs: folder of all runs.
+
+    Returns:
+        path of the source's folder, which exists.
+    """
+    path = Path(source).resolve()
+    owner = os.fsencode(path) + b"\n"
+    for number in itertools.count(1):
+        folder = Path(runs, path.name if number == 1 else f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            (folder / "source.txt").write_bytes(owner)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if (folder / "source.txt").read_bytes() == owner:
+                return folder
 
 
 # ------------------------------------------------------------ frames by number

@@ -24,6 +24,8 @@ WHITE_HOT = (255, 215, 190)  # RGB of a bolt's core
 TAIL_WIDTH = 0.35  # of a bolt, as a fraction of its width at the head
 MIN_RADIUS = 0.33  # pixels: a bolt far away is drawn no thinner
 GLOW_REACH = 20  # pixels of a frame of the usual size, to which the glow reaches
+MASK_SAMPLES = 4  # in a row and in a column of each pixel of a mask
+MASK_ROWS = 256  # of a mask that are drawn at a time
 HULL_EDGE = 4  # pixels about a bolt's line in which the depth of the hull is needed
 
 
@@ -401,3 +403,32 @@ def _crossed_box(corners, segments, K, shape):
     highest = np.ceil(high[crossing].max(0))
     right, bottom = np.minimum(highest, shape[1::-1]).astype(int)
     return left, top, right, bottom
+
+
+def hull_mask(
+    mesh: Mesh, pose: np.ndarray | None, K: np.ndarray, width: int, height: int
+) -> np.ndarray:
+    """Draw how much of each pixel the hull covers.
+
+    Args:
+        mesh: of the hull.
+        pose: (4, 4) of the hull, model -> OpenCV camera; None where it is not known.
+        K: (3, 3) camera matrix.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+    Returns:
+        (height, width) uint8, of 255; black without a pose.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    if pose is None:
+        return mask
+    for top in range(0, height, MASK_ROWS):  # in bands, so that large frames need little memory
+        rows = min(MASK_ROWS, height - top)
+        fine = xu.crop_camera(K, 0, top, MASK_SAMPLES)
+        size = MASK_SAMPLES * width, MASK_SAMPLES * rows
+        ids, _ = rasterise(mesh.triangles, pose, fine, *size, near=mesh.near)
+        covered = np.float32(ids >= 0)
+        mask[top : top + rows] = np.round(
+            255 * cv2.resize(covered, (width, rows), interpolation=cv2.INTER_AREA)
+        )
+    return mask

@@ -11,6 +11,7 @@ detections around the frame agree with.
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -25,7 +26,7 @@ from xwing.detections import (
     difference,
     ranked,
 )
-from xwing.footage import Frame
+from xwing.footage import Clock, Frame
 from xwing.tracker import CONFIDENT_AGREEMENT, MAX_GAP_SECONDS, Tracker
 
 # Bytes of the frames of a clip that are kept at a time.
@@ -130,11 +131,11 @@ def look_through(
     faults = []
     detections = []
     height, width = 0, 0
+    clock = Clock(tracker.fps)
     for index, frame in enumerate(frames_with_bar(clip, "detecting", count, progress)):
-        time = frame.seconds
-        if time is None:
-            time = seconds[-1] + 1 / tracker.fps if seconds else 0.0
-        seconds.append(time)
+        seconds.append(clock.tick(frame.seconds))
+        if clock.restarted:
+            warnings.warn("the time stamps of the clip begin again", stacklevel=3)
         faults.append(frame.fault)
         if frame.image is not None:
             height, width = frame.image.shape[:2]

@@ -16,6 +16,7 @@ of the network teaches the aligner too, after its first second, where the mesh e
 
 import collections
 import dataclasses
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
@@ -23,6 +24,7 @@ import numpy as np
 from scipy.special import expit
 
 import xwing_utils as xu
+from xwing.footage import Clock
 from xwing.motion import FilteredMotion, Motion, MotionModel, smooth
 
 # The longest gap in the measurements that the prediction bridges, seconds.
@@ -117,7 +119,7 @@ class TrackedPose:
     Attributes:
         status: "tracked": measured in this frame; "predicted": from the frames around it; "lost":
             no pose.
-        seconds: time of the frame.
+        seconds: time of the frame, later than all before, see `footage.Clock`.
         pose: (4, 4) model -> OpenCV camera, or None.
         covariance: (6, 6) rotation vector in camera axes (radians), then translation (model units),
             or None.
@@ -222,8 +224,10 @@ class Tracker:
             tracked = tracker.update(frame.image, frame.seconds)  # a TrackedPose
 
     The prediction bridges gaps of up to MAX_GAP_SECONDS. Then the target is lost, until a frame
-    shows it clearly. Without an aligner every frame is measured by the network. A tracker that
-    keeps its steps needs 4 kB a frame.
+    shows it clearly. It is lost at once where time stamps jump ahead by more than that, or begin
+    again (a loop, a camera that has reconnected), of which a warning tells. `footage.Clock` says
+    how frames are timed whose time stamps do not rise. Without an aligner every frame is measured
+    by the network. A tracker that keeps its steps needs 4 kB a frame.
 
     Without a detector, `start` begins a track at a pose that is known:
 
@@ -278,6 +282,8 @@ class Tracker:
 
         self.motion = None
         self.seconds = -1 / fps  # time of the last frame
+        self._clock = Clock(fps)
+        self._last_step = 0.0  # seconds between the last two frames
         self.measured_seconds = 0.0  # time of the last frame with a measurement
         self.usual_contrast = 0.0  # running mean of the fraction of the contrast that is explained
         self.age = 0
@@ -296,13 +302,18 @@ class Tracker:
         """Take the next frame.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or None where the frame cannot be read.
+            image: (H, W, 3) uint8 RGB, or what `xu.rgb_image` makes that of; None where the frame
+                cannot be read.
             seconds: the frame's time; None is one frame later than the last one.
             fault: why the image is None.
 
         Returns:
             the frame's `TrackedPose`.
+
+        Raises:
+            ValueError: the image is of a kind that is not clear. The tracker stays as it was.
         """
+        image = None if image is None else xu.rgb_image(image)
         seconds = self._next_time(seconds)
         if image is None:
             estimate = xu.PoseEstimate(None, reason=fault or "the frame is missing")
@@ -312,7 +323,7 @@ class Tracker:
             estimate = self._measure_without_pixels(image, seconds)
         else:
             estimate = self._measure_on_pixels(image, seconds)
-        tracked = self.update_pose(estimate, seconds)
+        tracked = self._take(estimate, seconds)
         if tracked.status == "tracked" and self._is_confident(tracked):
             pose = self.steps[-1].estimate.pose
             self.aligner.learn(image, pose, self.K, outline=self.detector is None)
@@ -328,7 +339,7 @@ class Tracker:
         pose, so a wrong pose is followed like a right one.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: as in `update`.
             pose: (4, 4) model -> OpenCV camera.
             seconds: the frame's time; None is one frame later than the last one.
 
@@ -336,10 +347,11 @@ class Tracker:
             the frame's `TrackedPose`, at this pose.
 
         Raises:
-            ValueError: there is no aligner or no image, the pose is no rigid motion, or too little
-                of the target is in sight there. The tracker stays as it was.
+            ValueError: there is no aligner or no clear image, the pose is no rigid motion, or too
+                little of the target is in sight there. The tracker stays as it was.
         """
         pose = xu.rigid_matrix(pose, "start")
+        image = None if image is None else xu.rgb_image(image)
         self._check_start(image, pose)
         self.aligner.forget()
         self.aligner.learn(image, pose, self.K)
@@ -364,7 +376,10 @@ class Tracker:
         Returns:
             the frame's `TrackedPose`.
         """
-        seconds = self._next_time(seconds)
+        return self._take(estimate, self._next_time(seconds))
+
+    def _take(self, estimate, seconds):
+        """The `TrackedPose` of a frame at a time of the clock, of its `PoseEstimate`."""
         predicted = None
         transition = None
         if self.motion is not None:
@@ -466,11 +481,20 @@ class Tracker:
 
     # ---------------------------------------------------------------- filter
 
-    def _next_time(self, seconds):
-        """The time of the next frame, which is always later than that of the one before."""
-        if seconds is None:
-            seconds = self.seconds + 1 / self.fps
-        return max(seconds, self.seconds + 1e-3)
+    def _next_time(self, stamp):
+        """The time of the next frame. Where the clock begins again or jumps, the track ends."""
+        seconds = self._clock.tick(stamp)
+        if self._clock.restarted:
+            warnings.warn(
+                "the time stamps begin again; the target is looked for anew", stacklevel=3
+            )
+        step = seconds - self.seconds
+        longest = MAX_GAP_SECONDS + 1.5 * max(self._last_step, 1 / self.fps)
+        if self._clock.restarted or step > longest:
+            self.motion = None
+            self._searches = -1  # the next frame is searched
+        self._last_step = step
+        return seconds
 
     def _filter(self, estimate, predicted):
         """The filter's motion after an estimate, whether that starts a track, and a reason.
@@ -616,13 +640,14 @@ class Tracker:
         """Return the network's estimate, verified on the pixels where there is an aligner.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: as in `update`.
             near: (4, 4) pose around which the network looks, and of the poses at which the target
                 looks the same, the nearest one is returned; None: in the whole frame.
             prior: (4, 4) pose that is a prior of the estimate, or None.
         """
         if self.detector is None:
             return xu.PoseEstimate(None, reason="there is no detector to find the target with")
+        image = xu.rgb_image(image)
         estimate = self._estimate(image, near, prior)
         if self.aligner is not None:
             estimate = self.aligner.verify(image, estimate, self.K)
