@@ -47,6 +47,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/footage",
         "xwing/mesh",
     },
+    "xwing/pose_figures": {"xwing_utils"},
     "xwing/export": {"xwing_utils"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
     "xwing/tracker": {"xwing_utils", "xwing/motion", "xwing/footage"},
