@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import av
@@ -568,6 +569,78 @@ def test_a_varying_rate_is_shown_at_its_own_times(tmp_path, K):
     np.testing.assert_array_equal(xfilm.frames_in_real_time(milliseconds, 30), np.arange(90))
 
 
+def test_a_pause_makes_no_pictures(K, tmp_path):
+    """Ten minutes, of a camera that records where something moves, are shown for a second."""
+    seconds = np.arange(40) / 30 + 600 * (np.arange(40) >= 20)
+    indices = xfilm.frames_in_real_time(seconds, 25)
+    assert len(indices) == pytest.approx((40 / 30 + 1) * 25, abs=2)
+    assert set(np.bincount(indices[indices != 19])) <= {0, 1}
+    np.testing.assert_array_equal(xfilm.without_pauses(seconds)[:20], seconds[:20])
+
+    # Time stamps that jump by a year, and frames of one time.
+    assert len(xfilm.frames_in_real_time([0, 3e7], 25)) == 50
+    np.testing.assert_array_equal(xfilm.frames_in_real_time([0, 0, 0, 0, 0.1], 10), [3, 4])
+
+
+def test_only_a_few_pictures_of_a_gif_are_held(tmp_path, monkeypatch):
+    alive = set()
+    most = []
+    sampled = []
+
+    def pictures():
+        for i in range(40):
+            picture = np.full((48, 64, 3), i, np.uint8)
+            alive.add(i)
+            weakref.finalize(picture, alive.discard, i)
+            most.append(len(alive))
+            yield picture
+            del picture
+
+    palette = xfilm._clip_palette
+    monkeypatch.setattr(xfilm, "PALETTE_PIXELS", 1000)
+    monkeypatch.setattr(
+        xfilm, "_clip_palette", lambda pixels: sampled.append(pixels) or palette(pixels)
+    )
+    write_clip(pictures(), tmp_path / "a.gif")
+    assert len(most) == 40 and max(most) <= 3
+    assert len(sampled[0]) <= 1000 and np.unique(sampled[0]).tolist() == list(range(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_a_film_says_that_its_colours_are_those_of_bt709(tmp_path):
+    colour = np.array([255, 60, 40])
+    write_clip([np.full((32, 32, 3), colour, np.uint8)] * 3, tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as video:
+        frame = next(video.decode(video=0))
+        tags = (frame.color_range, frame.colorspace, frame.color_primaries, frame.color_trc)
+        luma, blue, red = (np.frombuffer(plane, np.uint8)[0] for plane in frame.planes)
+    assert tags == (1, 1, 1, 1)  # limited range, and BT.709 three times, see ITU-T H.273
+    # ITU-R BT.709, section 3: luma from R, G, B, and its differences to B and to R.
+    expected = np.array([0.2126, 0.7152, 0.0722]) @ colour / 255
+    differences = (colour[[2, 0]] / 255 - expected) / [1.8556, 1.5748]
+    assert luma == pytest.approx(16 + 219 * expected, abs=1)
+    np.testing.assert_allclose([blue, red], 128 + 224 * differences, atol=1)
+    assert np.abs(next(iter(Clip(tmp_path / "a.mp4"))).image[8, 8] - colour).max() <= 2
+
+
+def test_a_picture_without_its_bolts_does_not_stop_a_film(clip, tmp_path, monkeypatch):
+    def draw(image, bolts, *_):
+        if image.max() > 50:
+            raise ValueError("the hull is torn")
+        return image
+
+    monkeypatch.setattr(xfilm, "draw_shot", draw)
+    with pytest.warns(UserWarning, match="frame 1[0-9] is shown without bolts: the hull is torn"):
+        animate(clip[0][:12], clip[1][:12], clip[2], tmp_path / "a.mp4", 30)
+    assert Clip(tmp_path / "a.mp4").count == 12
+
+
+def test_pictures_of_any_kind_become_films(tmp_path):
+    grey = np.full((32, 32), 120, np.uint8)
+    write_clip([grey, np.dstack([grey] * 3) / 255, grey * np.uint16(257)], tmp_path / "a.gif")
+    assert [np.unique(frame.image).tolist() for frame in Clip(tmp_path / "a.gif")] == [[120]] * 3
+
+
 def test_colours_of_a_gif_do_not_flicker(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     frames = [image.copy() for _ in range(6)]
@@ -721,10 +794,10 @@ from types import SimpleNamespace
 import xwing_utils as xu
 from xwing.film import film, write_clip
 from xwing.footage import Frame
-from xwing.tracking import TrackedPose
+from xwing.tracker import TrackedPose
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-pictures = list(np.random.default_rng(0).integers(0, 255, (60, 128, 128, 3), dtype=np.uint8))
+pictures = list(np.random.default_rng(0).integers(0, 255, (20, 96, 96, 3), dtype=np.uint8))
 for name in ("b.gif", "b.mp4"):
     try:
         write_clip(pictures, {str(tmp_path)!r} + "/" + name)
@@ -742,7 +815,7 @@ print(len(track), *[str(warning.message) for warning in caught])
     assert len(lines) == 3, done.stderr[-2000:]
     for line, name in zip(lines, ("b.gif", "b.mp4", "a.mp4")):
         assert f"File too large: '{tmp_path / name}'" in line
-    assert lines[2].startswith("60 not written: ") and not list(tmp_path.iterdir())
+    assert lines[2].startswith("20 not written: ") and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------ films in one pass
@@ -790,9 +863,11 @@ def test_a_film_keeps_the_times_of_its_frames(K, tmp_path):
     track = film(map(Frame, frames_of(7), seconds), tracker, tmp_path / "a.mp4", progress=False)
     assert [s for _, s in tracker.seen] == [t.seconds for t in track] == seconds
     np.testing.assert_allclose(Clip(tmp_path / "a.mp4").seconds, seconds, atol=1e-4)
-    odd = [0, 0.1, 0.05, 0.1, 0.2]  # a clock that runs backwards
-    film(map(Frame, frames_of(5), odd), tracker, tmp_path / "b.mp4", progress=False)
-    assert Clip(tmp_path / "b.mp4").count == 5
+    odd = [0, 0.1, 0.1, 0.2, 0, 0.1]  # a time stamp twice, and a clip that begins again
+    film(map(Frame, frames_of(6), odd), tracker, tmp_path / "b.mp4", progress=False)
+    shown = [0, 0.1, 0.1 + 1 / 60, 0.2, 0.2 + 1 / 30, 0.3 + 1 / 30]
+    np.testing.assert_allclose(Clip(tmp_path / "b.mp4").seconds, shown, atol=1e-4)
+    assert [s for _, s in tracker.seen[7:]] == odd
 
 
 def test_frames_that_change_their_size_lose_no_pose(K, tmp_path):
@@ -856,24 +931,24 @@ sys.path.insert(0, {str(xu.ROOT)!r})
 import numpy as np
 from types import SimpleNamespace
 import xwing_utils as xu
-from xwing.film import film
+from xwing.film import film, write_clip
 from xwing.footage import Frame
-from xwing.tracking import TrackedPose
-pose = np.diag([1.0, 1, 1, 1])
-pose[2, 3] = 1
+from xwing.tracker import TrackedPose
 K = np.array([[200.0, 0, 128], [0, 200, 128], [0, 0, 1]])
 tracker = SimpleNamespace(K=K, fps=30, target=xu.XWING)
-tracker.update = lambda image, seconds: TrackedPose("tracked", seconds, pose)
-for count in (100, 1500):
-    frames = (Frame(np.zeros((256, 256, 3), np.uint8)) for _ in range(count))
-    film(frames, tracker, {str(tmp_path / "a.mp4")!r}, progress=False)
+tracker.update = lambda image, seconds: TrackedPose("lost", seconds)
+def pictures(count):
+    return (np.zeros((360, 640, 3), np.uint8) for _ in range(count))
+for count in (20, 220):
+    film(map(Frame, pictures(count)), tracker, {str(tmp_path / "a.mp4")!r}, progress=False)
+    write_clip(pictures(count), {str(tmp_path / "a.gif")!r})
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     short, long = map(float, done.stdout.split())
-    assert long - short < 40  # MB; 1,400 frames would be 275
+    assert long - short < 40  # MB; 200 pictures would be 138, as indices of a palette 46
 
 
 def test_no_warning_and_no_error_goes_unseen(K, mesh, tmp_path):
@@ -882,3 +957,52 @@ def test_no_warning_and_no_error_goes_unseen(K, mesh, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         film(frames, tracker, tmp_path / "a.mp4", mesh=mesh, progress=False)
+
+
+# ------------------------------------------------------------ passes for compositing
+
+
+def test_passes_over_the_frames_are_the_film(K, mesh, tmp_path):
+    """What the passes hold and what `draw_shot` makes of the same frames differ by rounding."""
+    poses = [pose_of((0, 90, 10 + i)) if i != 6 else None for i in range(8)]
+    frames = [np.full((256, 256, 3), 30 * i, np.uint8) for i in range(8)]
+    xfilm.write_passes(frames, poses, K, tmp_path / "passes", 20, Lasers(), mesh)
+    names = [path.name for path in sorted((tmp_path / "passes" / "lasers").iterdir())]
+    assert names == [f"00000{i}.png" for i in range(8)]
+    assert {path.name for path in (tmp_path / "passes").iterdir()} == {"lasers", "holdout"}
+
+    shot = Lasers().shot()
+    lit = 0
+    for i, (frame, pose) in enumerate(zip(frames, poses)):
+        shown = draw_shot(frame, shot.step(pose, i / 20), Lasers(), mesh, pose, K)
+        light = np.array(Image.open(tmp_path / "passes" / "lasers" / names[i]))
+        composite = cv2.add(frame, np.ascontiguousarray(light[..., :3]))
+        assert np.abs(composite.astype(int) - shown).max() <= 1
+        np.testing.assert_array_equal(light[..., 3], light[..., :3].max(2))
+        lit += (light[..., 3] > 100).sum()
+
+        mask = np.array(Image.open(tmp_path / "passes" / "holdout" / names[i])) / 255
+        if pose is None:
+            assert not mask.any()
+            continue
+        ids, _ = xmesh.rasterise(mesh.triangles, pose, K, 256, 256)
+        assert np.abs(mask - (ids >= 0)).mean() < 0.02
+        assert mask[ids >= 0].mean() > 0.8 and ((0 < mask) & (mask < 1)).any()
+    assert lit > 300
+
+
+def test_a_mask_of_several_bands_is_that_of_one(K, mesh, monkeypatch):
+    whole = xlasers.hull_mask(mesh, ACROSS, K, 256, 256)
+    monkeypatch.setattr(xlasers, "MASK_ROWS", 60)
+    np.testing.assert_array_equal(xlasers.hull_mask(mesh, ACROSS, K, 256, 256), whole)
+    assert not xlasers.hull_mask(mesh, None, K, 20, 10).any()
+
+
+def test_passes_replace_nothing_and_leave_nothing_half_written(K, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(xfilm, "draw_shot", lambda *_: 1 / None)
+    with pytest.raises(TypeError):
+        xfilm.write_passes(*clip, tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "a" / "lasers").mkdir()
+    with pytest.raises(FileExistsError, match="lasers: exists; remove it"):
+        xfilm.write_passes(*clip, tmp_path / "a")

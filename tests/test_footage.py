@@ -22,7 +22,7 @@ from PIL import Image
 
 import xwing_utils as xu
 from xwing import detector as network
-from xwing.footage import Clip, Detector, Frame, frames_at, letterbox
+from xwing.footage import Clip, Clock, Detector, Frame, frames_at, letterbox, run_folder
 from xwing.lens import picture_area
 
 
@@ -69,7 +69,8 @@ def video_of(path, frames, fps=30, seconds=None, sound=0.0, rotation=None, aspec
         path.open("w+b") as file,
         av.open(file, "w", format=kind, container_options=muxer) as container,
     ):
-        stream = container.add_stream("libx264", fps, {"crf": "12", **options.get("coder", {})})
+        coder = {"crf": "12", "preset": "veryfast", **options.get("coder", {})}
+        stream = container.add_stream("libx264", fps, coder)
         stream.height, stream.width = frames[0].shape[:2]
         tick = Fraction(1, 90_000) if seconds else 1 / Fraction(fps)
         stream.codec_context.time_base = tick
@@ -179,6 +180,179 @@ def test_pictures_of_every_mode_are_frames(tmp_path):
     turned.save(tmp_path / "5.jpg", exif=exif)
     read = list(Clip(tmp_path))
     assert len(read) == 6 and all(same(frame.image, np.full((48, 64, 3), 200), 2) for frame in read)
+
+
+EXIF = {  # orientation -> how the stored picture is shown
+    1: lambda image: image,
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image.swapaxes(0, 1), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", EXIF)
+def test_a_picture_comes_upright(tmp_path, orientation):
+    stored = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "0.png", exif=exif)
+    Image.fromarray(stored).save(tmp_path / "1.tif", exif=exif)
+    Image.fromarray(np.uint16(257) * stored[..., 0]).save(tmp_path / "2.png", exif=exif)
+    shown = EXIF[orientation](stored)
+    for name in ("0.png", "1.tif"):
+        np.testing.assert_array_equal(xu.read_image(tmp_path / name), shown)
+    np.testing.assert_array_equal(xu.read_image(tmp_path / "2.png"), shown[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff"])
+def test_16_bits_are_divided_by_257_and_rounded(tmp_path, suffix):
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 24, 3), np.uint16)
+    truth = np.round(deep / 257)
+    cv2.imwrite(str(tmp_path / f"0.{suffix}"), deep[..., ::-1])
+    cv2.imwrite(str(tmp_path / f"1.{suffix}"), deep[..., 0])
+    colour, grey = (frame.image for frame in Clip(tmp_path))
+    np.testing.assert_array_equal(colour, truth)
+    np.testing.assert_array_equal(grey, truth[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize("pixels", ["gbrpf32le", "gbrapf32le", "grayf32le"])
+@pytest.mark.parametrize("number", ["float", "half"])
+def test_linear_light_of_openexr_becomes_srgb(tmp_path, pixels, number):
+    light = np.random.default_rng(0).uniform(-0.2, 1.5, (15, 22, 4)).astype(np.float32)
+    stored = {"gbrpf32le": light[..., :3], "gbrapf32le": light, "grayf32le": light[..., 0]}[pixels]
+    options = {"update": "1"}
+    with av.open(str(tmp_path / "0.exr"), "w", format="image2", options=options) as container:
+        stream = container.add_stream("exr", 1, {"format": number})
+        stream.height, stream.width = stored.shape[:2]
+        stream.pix_fmt = pixels
+        for packet in stream.encode(av.VideoFrame.from_ndarray(stored, format=pixels)):
+            container.mux(packet)
+
+    (read,) = Clip(tmp_path)
+    x = light[..., [0, 0, 0] if pixels == "grayf32le" else [0, 1, 2]].clip(0, 1).astype(float)
+    srgb = np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+    assert np.abs(read.image - 255 * srgb).max() < (0.51 if number == "float" else 0.7)
+
+    (tmp_path / "1.exr").write_bytes((tmp_path / "0.exr").read_bytes()[:90])
+    assert "save it as a 16-bit PNG or TIFF" in list(Clip(tmp_path))[1].fault
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 4), np.uint8)
+RGB = PICTURE[..., :3]
+OPAQUE = np.dstack([RGB, np.full((6, 8), 255, np.uint8)])
+
+
+@pytest.mark.parametrize(
+    "image,truth",
+    [
+        (RGB, RGB),
+        (PICTURE[::-1, ::2, 2::-1], RGB[::-1, ::2, ::-1]),
+        (np.asfortranarray(RGB), RGB),
+        (RGB[..., 0], RGB[..., [0, 0, 0]]),
+        (RGB[..., :1], RGB[..., [0, 0, 0]]),
+        (OPAQUE, RGB),
+        (PICTURE, np.round(RGB * (PICTURE[..., 3:] / 255))),
+        (RGB * np.uint16(257), RGB),
+        (RGB / 255, RGB),
+        (np.float32(RGB / 255), RGB),
+        (np.float16(RGB[..., 0] / 255), RGB[..., [0, 0, 0]]),
+    ],
+)
+def test_what_is_clearly_a_picture_becomes_rgb(image, truth):
+    found = xu.rgb_image(image)
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, truth)
+
+
+@pytest.mark.parametrize(
+    "image,said",
+    [
+        (RGB.tolist(), r"expected an array .* got list"),
+        (RGB[..., :2], r"the shape \(H, W, 3\), RGB, got \(6, 8, 2\)"),
+        (RGB[None], r"got \(1, 6, 8, 3\)"),
+        (RGB.transpose(2, 0, 1), r"got \(3, 6, 8\)"),
+        (RGB[:0], r"got \(0, 8, 3\)"),
+        (RGB > 9, "got bool"),
+        (RGB.astype(int), "got int64"),
+        (np.float32(RGB), r"floats in \[0, 1\], got 0 to 249"),
+        (np.full((6, 8, 3), np.nan), "got nan to nan"),
+        (RGB / -255, "got -0.976471 to -0"),
+    ],
+)
+def test_what_may_be_anything_is_refused_in_one_sentence(image, said, detector):
+    for take in (xu.rgb_image, detector):
+        with pytest.raises(ValueError, match=f"image: .*{said}"):
+            take(image)
+
+
+def test_the_detector_takes_pictures_of_any_kind(detector, flight):
+    expected = [np.nan_to_num(part) for part in detector(flight[0])]
+    for image in (np.float64(flight[0] / 255), flight[0] * np.uint16(257), flight[0][::-1][::-1]):
+        assert all(map(np.array_equal, map(np.nan_to_num, detector(image)), expected))
+    with pytest.raises(ValueError, match=r"squares: expected .* got \(256, 256, 3\)"):
+        detector.heatmaps(flight[0])
+
+
+def test_a_fault_can_be_printed_whatever_the_file_is_called(flight, tmp_path):
+    folder = folder_of(tmp_path / os.fsdecode(b"caf\xe9"), flight[:2])
+    (folder / "1.jpg").write_bytes(b"broken")
+    fault = list(Clip(folder))[1].fault
+    assert "caf\ufffd/1.jpg" in fault and fault.encode()
+
+
+# ------------------------------------------------------------ times, results
+
+
+def test_times_that_rise_are_taken_as_they_are():
+    clock = Clock(30)
+    stamps = [5.0, 5.1, 5.9, 100.0, 100.01]
+    assert [clock.tick(stamp) for stamp in stamps] == stamps
+    assert clock.tick() == clock.tick(np.nan) - 1 / 30 == pytest.approx(100.01 + 1 / 30)
+    assert Clock(30).tick() == 0
+
+
+def test_a_time_stamp_that_is_repeated_shifts_no_other():
+    clock = Clock(10)
+    times = [clock.tick(stamp) for stamp in (0, 0.1, 0.1, 0.3, 0.25, 0.4)]
+    np.testing.assert_allclose(times, [0, 0.1, 0.15, 0.3, 0.35, 0.4])
+    assert not clock.restarted
+
+
+def test_a_clock_that_stands_still_does_not_creep():
+    clock = Clock(10)
+    times = [clock.tick(stamp) for stamp in [0] * 50 + [0.1, 0.2]]
+    np.testing.assert_allclose(np.diff(times), [0.05] + [0.1] * 50)
+    assert not clock.restarted
+
+
+def test_a_clock_that_begins_again_goes_on_at_once():
+    clock = Clock(10)
+    events = []
+    times = []
+    for stamp in [7.0, 7.1, 7.2, 0, 0.1, 0.3, 0, 0.1]:
+        times.append(clock.tick(stamp))
+        events.append(clock.restarted)
+    np.testing.assert_allclose(times, np.array([0, 1, 2, 3, 4, 6, 7, 8]) / 10 + 7)
+    assert np.flatnonzero(events).tolist() == [3, 6]
+
+
+def test_each_source_has_a_folder_of_its_own(tmp_path):
+    names = ["a/IMG_0001.mp4", "b/IMG_0001.mp4", "a/IMG_0001.gif", "a/shot.v1", "a/shot.v2"]
+    runs = tmp_path / "runs"
+    (runs / "shot.v1").mkdir(parents=True)  # somebody else's
+    folders = [run_folder(tmp_path / name, runs) for name in names]
+    assert [folder.name for folder in folders] == [
+        "IMG_0001.mp4",
+        "IMG_0001.mp4-2",
+        "IMG_0001.gif",
+        "shot.v1-2",
+        "shot.v2",
+    ]
+    assert [run_folder(tmp_path / "b" / ".." / name, runs) for name in names] == folders
 
 
 @pytest.mark.parametrize(
@@ -323,6 +497,58 @@ def test_a_video_comes_upright(flight, tmp_path, angle):
     assert (clip.height, clip.width) == upright.shape[:2] and same(next(iter(clip)).image, upright)
 
 
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_all_display_matrices_are_obeyed(flight, tmp_path, signs, is_transposed):
+    """A matrix maps a stored position, as a row (x, y), to the one at which it is shown."""
+    matrix = np.diag(signs)[:: -1 if is_transposed else 1]
+    stored = flight[0][:128]
+    path = video_of(tmp_path / "a.mp4", [stored])
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    entries = [*matrix[0], 0, *matrix[1], 0, 0, 0, 2**14]
+    content[at : at + 36] = (np.array(entries) * 2**16).astype(">i4").tobytes()
+    path.write_bytes(content)
+
+    row, column = np.indices(stored.shape[:2])
+    x, y = np.moveaxis(np.stack([column + 0.5, row + 0.5], -1) @ matrix, -1, 0)
+    height, width = stored.shape[1::-1] if is_transposed else stored.shape[:2]
+    shown = np.empty((height, width, 3), np.uint8)
+    shown[np.floor(y).astype(int) % height, np.floor(x).astype(int) % width] = stored
+    clip = Clip(path)
+    assert (clip.height, clip.width) == (height, width)
+    assert same(next(iter(clip)).image, shown)
+
+
+def test_frames_of_one_time_are_no_fault(flight, tmp_path):
+    """A screen recorder gives two frames the same time stamp now and then."""
+    steady = video_of(tmp_path / "a.mkv", flight[:12], coder={"bf": "0"})
+    with (tmp_path / "b.mkv").open("w+b") as file, av.open(str(steady)) as source:
+        with av.open(file, "w", format="matroska") as container:
+            stream = container.add_stream_from_template(source.streams.video[0])
+            for i, packet in enumerate(source.demux(video=0)):
+                if packet.size:
+                    packet.pts = packet.dts = round((i - (i in (4, 5, 8))) * 1000 / 30)
+                    packet.stream = stream
+                    container.mux(packet)
+    clip = Clip(tmp_path / "b.mkv")
+    read = list(clip)
+    assert clip.count == 12 and not faults(read) and np.diff(clip.seconds).min() == 0
+    assert all(same(frame.image, truth) for frame, truth in zip(read, flight, strict=False))
+
+
+def test_a_file_without_durations_is_whole(flight, tmp_path):
+    with (tmp_path / "a.asf").open("w+b") as file, av.open(file, "w", format="asf") as container:
+        stream = container.add_stream("wmv2", 25)
+        stream.height = stream.width = 256
+        stream.pix_fmt = "yuv420p"
+        for frame in flight[:6]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    clip = Clip(tmp_path / "a.asf")
+    assert clip.count == 6 and not faults(clip)
+
+
 @pytest.mark.parametrize(
     "aspect,width,height", [(Fraction(4, 3), 341, 256), (Fraction(1, 2), 256, 512)]
 )
@@ -411,6 +637,16 @@ def test_a_gif_without_durations_has_all_its_frames(flight, tmp_path):
     clip = Clip(tmp_path / "a.gif")
     assert clip.count == 6 and clip.fps is None and not faults(clip)
     assert [frame.seconds for frame in clip] == [None] * 6
+
+
+def test_what_a_gif_leaves_transparent_is_black(tmp_path):
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[2:4] = (250, 120, 10, 255)
+    picture[4:] = (255, 255, 255, 0)
+    Image.fromarray(picture).save(tmp_path / "a.gif")
+    (read,) = Clip(tmp_path / "a.gif")
+    assert not read.image[:2].any() and not read.image[4:].any()
+    assert same(read.image[2:4], picture[2:4, :, :3])
 
 
 def test_a_gif_that_breaks_off_is_read_as_far_as_it_goes_and_says_so(flight, tmp_path):

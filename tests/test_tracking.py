@@ -173,6 +173,67 @@ def test_frames_may_come_at_any_time(K):
 # ------------------------------------------------------------ gaps and doubts
 
 
+def test_time_stamps_that_begin_again_start_the_filter_anew(K):
+    """A clip of 40 frames is played twice: the ship jumps back, and is found there at once."""
+    truth = flight(40)
+    oracle = Oracle(truth, K, noise=0.3)
+    tracker = Tracker(K, FPS, oracle)
+    first = follow(oracle, K, tracker)
+    with pytest.warns(UserWarning, match="time stamps begin again; the target is looked for anew"):
+        again = follow(oracle, K, tracker)
+    assert [t.status for t in again] == [t.status for t in first]
+    assert np.max(errors(again, truth)) < 5
+    np.testing.assert_allclose([t.seconds for t in first + again], np.arange(80) / FPS)
+
+
+def test_a_jump_ahead_in_time_ends_the_track(K):
+    """What moved for ten minutes is not predicted; the ship that is seen then starts a track."""
+    truth = flight(60)
+    oracle = Oracle(truth, K, noise=0.3)
+    tracker = Tracker(K, FPS, oracle)
+    seconds = np.arange(60) / FPS + 600 * (np.arange(60) >= 30)
+    live = [tracker.update(f.image, t) for f, t in zip(oracle.frames(), seconds)]
+    assert live[30].status == "tracked" and tracker.age == 30
+    assert np.max(errors(live, truth)) < 5
+
+    slow = Tracker(K, 1.0, oracle)  # a camera that takes one frame a second has no jumps
+    for frame in oracle.frames()[::10]:
+        slow.update(frame.image)
+    assert slow.age == 6
+
+
+def test_time_stamps_that_stand_still_change_no_track(K):
+    truth = flight(60)
+    oracle = Oracle(truth, K, noise=0.3)
+    usual = follow(oracle, K)
+    tracker = Tracker(K, FPS, oracle)
+    still = [tracker.update(frame.image, 0.0) for frame in oracle.frames()]
+    assert [t.status for t in still] == [t.status for t in usual]
+    np.testing.assert_allclose(np.diff([t.seconds for t in still])[1:], 1 / FPS)
+    assert np.max(errors(still, truth)) < 5
+
+
+@pytest.mark.parametrize("kind", ["grey", "rgba", "float", "16 bit", "view"])
+def test_the_tracker_takes_pictures_of_any_kind(K, kind):
+    truth = flight(5)
+    oracle = Oracle(truth, K, noise=0.3)
+    images = {
+        "grey": lambda image: image[..., 0],
+        "rgba": lambda image: np.dstack([image, np.full((4, 4), 255, np.uint8)]),
+        "float": lambda image: image / 255,
+        "16 bit": lambda image: image * np.uint16(257),
+        "view": lambda image: image[::-1, ::-1, ::-1],
+    }
+    tracker = Tracker(K, FPS, oracle)
+    live = [tracker.update(images[kind](f.image), f.seconds) for f in oracle.frames()]
+    for tracked, usual in zip(live, follow(oracle, K)):
+        np.testing.assert_array_equal(tracked.pose, usual.pose)
+
+    with pytest.raises(ValueError, match=r"image: expected the shape \(H, W, 3\)"):
+        tracker.update(np.zeros((3, 8, 8), np.uint8))
+    assert tracker.seconds == pytest.approx(4 / FPS) and tracker.motion is not None
+
+
 def test_a_gap_of_half_a_second_is_bridged(K):
     truth = flight()
     oracle = Oracle(truth, K)

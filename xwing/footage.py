@@ -484,7 +484,8 @@ def _read_packets(container, stream):
             else:
                 times.append(time)
             decoding_times.append(packet.dts or 0)
-            end = max(end, (time or 0.0) + _seconds(packet.duration or 0, stream))
+            duration = _seconds(packet.duration or None, stream) or 1 / _rate(stream)
+            end = max(end, (time or 0.0) + duration)
             corrupt = corrupt or packet.is_corrupt
 
     # AVI keeps no time stamps: those that FFmpeg gives follow the order of decoding, not that of
@@ -492,6 +493,11 @@ def _read_packets(container, stream):
     in_order = decoding_times == sorted(decoding_times)
     stamped = container.format.name != "avi" and None not in times and in_order
     return _Packets(times, stamped, hidden, end, damaged=corrupt or bool(complaints))
+
+
+def _rate(stream):
+    """Frames a second that a video states, or DEFAULT_FPS."""
+    return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
 
 
 def _seconds(ticks, stream):
@@ -524,7 +530,7 @@ class _Timeline:
 
 def _lay_out(container, stream, packets):
     """The timeline of a video: the frames of its packets, and those that damage has taken away."""
-    rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    rate = _rate(stream)
     if packets.stamped:
         times = np.array(sorted(packets.times))  # packets come in the order of decoding
     else:
