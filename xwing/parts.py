@@ -72,6 +72,7 @@ def frames_with_bar(
         bar.update((bar.total or bar.n) - bar.n)  # a track that ends early is finished, too
         raise
     finally:
+        bar.refresh()  # the last frames may have come too fast to be drawn
         bar.close()
 
 
