@@ -76,9 +76,9 @@ browser: $(STAMP)
 # dependency and has an environment of its own.
 blender: $(STAMP)
 	@test -x .venv-blender/bin/python || $(PYTHON) -m venv .venv-blender
-	@.venv-blender/bin/python -c 'import bpy' 2>/dev/null || \
+	@.venv-blender/bin/python -c 'from bpy import app' 2>/dev/null || \
 	    .venv-blender/bin/python -m pip install --quiet --disable-pip-version-check bpy==5.0.1 || true
-	@if .venv-blender/bin/python -c 'import bpy' 2>/dev/null; then $(BIN)/python tests/blender/check.py; \
+	@if .venv-blender/bin/python -c 'from bpy import app' 2>/dev/null; then $(BIN)/python tests/blender/check.py; \
 	    else echo "make blender: skipped, because bpy 5.0.1 (Blender for Python 3.11) is not installed"; fi
 
 # Tables of weights/EXPERIMENTS.md: what a training step costs, and what encoders, losses and

@@ -150,17 +150,22 @@ def true_poses(scene: Scene, number: int) -> tuple[list, np.ndarray]:
     for picture in scene.numbers:
         instances = known.get(picture, [])
         facts = info.get(picture, [{}] * len(instances))
-        fractions = [
-            (float(fact.get("visib_fract", 1.0)), instance)
-            for fact, instance in zip(facts, instances)
-            if instance["obj_id"] == number
-        ]
-        fraction, instance = max(fractions, key=lambda pair: pair[0], default=(0.0, None))
+        fraction, instance = _most_visible(instances, facts, number)
         is_counted = fraction >= MIN_VISIBLE
         name = f"{file}, image {picture}, object {number}"
         poses.append(_pose(instance, name) if is_counted else None)
         visible.append(fraction)
     return poses, np.array(visible)
+
+
+def _most_visible(instances, facts, number):
+    """The visible fraction of the instance of an object that shows most, and the instance."""
+    found = [
+        (float(fact.get("visib_fract", 1.0)), instance)
+        for fact, instance in zip(facts, instances)
+        if instance["obj_id"] == number
+    ]
+    return max(found, key=lambda pair: pair[0], default=(0.0, None))
 
 
 def _pose(instance, name):

@@ -353,14 +353,7 @@ def _track_to_files(options):
     target = bop.load_model(options.target) if is_model else xu.load_target(options.target)
     starts = {} if options.start is None else read_starts(options.start)
     clip = Clip(options.source)
-    if options.camera is not None:
-        K = read_camera(options.camera, clip)
-    elif options.focal is None and clip.K is not None:
-        K = clip.K
-    else:
-        focal = DEFAULT_FOCAL if options.focal is None else options.focal
-        K = xu.lens_camera(clip.width, clip.height, focal)
-
+    K = _camera(options, clip)
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
     aligner = Aligner(target)
@@ -368,19 +361,34 @@ def _track_to_files(options):
     options.out.mkdir(parents=True, exist_ok=True)
     track = track_clip(clip, K, detector, aligner, fps, starts=starts)
 
+    _write_track(options, clip, track, K, target, fps)
+    pictures = _overlays(clip, track, K, target)
+    write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
+    return track
+
+
+def _camera(options, clip):
+    """K (3, 3) of a clip, as the command line says, or a scene of BOP."""
+    if options.camera is not None:
+        return read_camera(options.camera, clip)
+    if options.focal is None and clip.K is not None:
+        return clip.K
+    focal = DEFAULT_FOCAL if options.focal is None else options.focal
+    return xu.lens_camera(clip.width, clip.height, focal)
+
+
+def _write_track(options, clip, track, K, target, fps):
+    """Write a track for other programs; a scene of BOP also gets its results."""
     for name in ("track.csv", "track.json", "track.usdc"):
         path = options.out / name
         try:
             export_track(path, track, K, clip.width, clip.height, target, clip, fps)
         except ModuleNotFoundError as error:  # the package that writes USD is optional
             warnings.warn(str(error), stacklevel=1)
-    if is_model and bop.is_scene(options.source):
+    if bop.is_model(options.target) and bop.is_scene(options.source):
         scene, obj_id = (bop.number_of(path) for path in (options.source, options.target))
         rows = bop.result_rows(scene, clip.numbers, obj_id, track)
         bop.write_results(options.out / "bop.csv", rows)
-    pictures = _overlays(clip, track, K, target)
-    write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
-    return track
 
 
 def read_camera(path: str | Path, clip: Clip) -> np.ndarray:

@@ -239,22 +239,26 @@ def _add_mesh(stage, mesh: Mesh, target, pictures):
     prim.CreateSubdivisionSchemeAttr(UsdGeom.Tokens.none)
     prim.CreateDoubleSidedAttr(True)  # a mesh need not say which side of a face is outside
 
+    _add_surface(stage, prim, mesh, pictures)
+
+
+def _add_surface(stage, prim, mesh, pictures):
+    """Colours, texture coordinates, and a material for each subset of a mesh's faces."""
     linear = np.float32([_linear(colour) for colour in mesh.colours])
     colours = prim.CreateDisplayColorPrimvar(UsdGeom.Tokens.uniform)
     colours.Set(Vt.Vec3fArray.FromNumpy(linear[mesh.face_materials]))
     if mesh.texture_coordinates is not None:
-        places = UsdGeom.PrimvarsAPI(prim).CreatePrimvar(
-            "st", Sdf.ValueTypeNames.TexCoord2fArray, UsdGeom.Tokens.faceVarying
-        )
+        kind = Sdf.ValueTypeNames.TexCoord2fArray
+        primvars = UsdGeom.PrimvarsAPI(prim)
+        places = primvars.CreatePrimvar("st", kind, UsdGeom.Tokens.faceVarying)
         coordinates = np.float32(mesh.texture_coordinates).reshape(-1, 2)
         places.Set(Vt.Vec2fArray.FromNumpy(coordinates))
 
+    binding = UsdShade.MaterialBindingAPI.Apply(prim.GetPrim())
     for row, name in enumerate(_identifiers(mesh.names)):
         material = _add_material(stage, name, linear[row], pictures.get(row))
         faces = np.int32(np.flatnonzero(mesh.face_materials == row))
-        part = UsdShade.MaterialBindingAPI.Apply(prim.GetPrim()).CreateMaterialBindSubset(
-            name, Vt.IntArray.FromNumpy(faces)
-        )
+        part = binding.CreateMaterialBindSubset(name, Vt.IntArray.FromNumpy(faces))
         UsdShade.MaterialBindingAPI.Apply(part.GetPrim()).Bind(material)
 
 
@@ -305,9 +309,10 @@ def _add_texture(stage, path, file):
 
 def _texture_files(path, mesh):
     """{row of a material: (name of a file, PNG bytes)} of the materials that have a texture."""
+    stem = path.stem.encode("utf-8", "ignore").decode()  # USD takes no other names
     files = {}
     for row, picture in enumerate(mesh.textures or []):
         if picture is not None:
             content = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-            files[row] = (f"{path.stem}_texture{row}.png", content)
+            files[row] = (f"{stem}_texture{row}.png", content)
     return files
