@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,9 +12,12 @@ import nbformat
 import numpy as np
 import pytest
 import run_notebook
+from PIL import Image
 
 import xwing_utils as xu
+from xwing.evaluation import true_poses
 from xwing.film import write_clip
+from xwing.footage import Clip
 from xwing.overlay import viewer
 
 NAMES = ("reference", "train", "eval", "eval_tracks", "pnp", "own")
@@ -102,7 +106,10 @@ def test_viewer_runs_ten_times_without_a_browser(root, tmp_path, monkeypatch):
 
 def test_viewer_shows_each_picture_within_50_ms():
     widget = viewer((np.full((720, 1280, 3), 20 * i, np.uint8) for i in range(12)), start=4)
-    assert widget.children[1].children[1].value == 4
+    image, controls = widget.children
+    assert controls.children[1].value == 4
+    assert controls.layout.width == image.layout.width == "640px"
+    assert controls.children[1].layout.flex.startswith("1 ")  # the slider fills the rest
     jpegs = {}
     for frame in (11, 0, 5, 4):
         jpegs[frame], seconds = move_slider(widget, frame)
@@ -146,28 +153,77 @@ def test_runner_waits_for_no_kernel_for_ever(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clips(root, tmp_path_factory):
-    """A folder with a flight as a video, and with a video that shows nothing."""
+    """A folder with a flight as a video, a part of it as PNGs with matrices, and a black video."""
     folder = tmp_path_factory.mktemp("clips")
-    frames = [xu.read_image(path) for path in xu.list_frames(root / "data" / "frames")[60:120]]
+    paths = xu.list_frames(root / "data" / "frames")[60:120]
+    frames = [xu.read_image(path) for path in paths]
     write_clip(frames, folder / "flight.mp4", 30)
     write_clip([0 * frame for frame in frames[:20]], folder / "black.mp4", 30)
+    matrices = [xu.read_json(path.with_name(f"{path.stem}_mat.json")) for path in paths[:30]]
+    matrices[-5][2][3] += 3  # the ship has passed the camera
+    camera = (root / "data" / "frames" / "camera_info.json").read_text(encoding="utf-8")
+    write_set(folder / "rendered", frames[:30], matrices, camera)
     return folder
 
 
+def write_set(folder, frames, matrices, camera):
+    """Write frames as shot_0001.png, ..., each with its matrix beside it, and the camera's file."""
+    folder.mkdir()
+    for number, (frame, matrix) in enumerate(zip(frames, matrices), 1):
+        Image.fromarray(frame).save(folder / f"shot_{number:04}.png")
+        text = json.dumps(matrix)
+        (folder / f"shot_{number:04}_mat.json").write_text(text, encoding="utf-8")
+    (folder / "camera_info.json").write_text(camera, encoding="utf-8")
+
+
+CLAIM = "no frame is flipped"
+UNKNOWN = "the true poses are not known"
+
+
 @pytest.mark.parametrize(
-    "settings,says",
+    "settings, says, says_not",
     [
-        ({"SOURCE": "flight.mp4", "ALIGN": "0"}, "smoothed: 12 frames: 12 tracked"),
-        ({"SOURCE": "flight.mp4", "VIEW": "54.432"}, "smoothed: 12 frames: 12 tracked"),
-        ({"SOURCE": "black.mp4"}, "no frame shows this ship clearly"),
+        ({"SOURCE": "flight.mp4", "ALIGN": "0"}, ["12 frames: 12 tracked", UNKNOWN], CLAIM),
+        ({"SOURCE": "rendered", "VIEW": "54.432"}, ["6 frames: 6 tracked", f"{CLAIM}: "], UNKNOWN),
+        ({"SOURCE": "black.mp4"}, ["no frame shows the target clearly", UNKNOWN], CLAIM),
     ],
-    ids=["keypoints", "view", "no ship"],
+    ids=["keypoints", "matrices and view", "no ship"],
 )
-def test_pnp_runs_with_other_settings(root, clips, tmp_path, settings, says):
+def test_pnp_runs_with_other_settings(root, clips, tmp_path, settings, says, says_not):
     settings = {**settings, "SOURCE": str(clips / settings["SOURCE"]), "SMOKE": "1"}
     environment = {**os.environ, **{f"XWING_{name}": value for name, value in settings.items()}}
     runner = [sys.executable, "tests/run_notebook.py", "--limit", "300"]
     command = [*runner, "--output-dir", str(tmp_path), "notebooks/pnp.ipynb"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert says in (tmp_path / "pnp.ipynb").read_text()
+    cells = nbformat.read(tmp_path / "pnp.ipynb", as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert all(text in printed for text in says) and says_not not in printed
+    *_, last = (cell.outputs for cell in cells if cell.get("outputs"))
+    assert "tracked" in last[0].text and "anim.mp4: " in last[0].text
+
+
+def test_true_poses_are_those_of_the_matrices_also_behind_the_camera(root, clips):
+    poses = true_poses(Clip(clips / "rendered", 5))
+    view, _ = xu.load_camera(root / "data" / "frames")
+    matrix = xu.read_json(root / "data" / "frames" / "065_mat.json")
+    assert len(poses) == 6 and np.allclose(poses[1], xu.pose_in_camera(view, matrix))
+    assert poses[5][2, 3] < 0 < poses[4][2, 3]
+
+
+@pytest.mark.parametrize("missing", ["shot_0007_mat.json", "camera_info.json"])
+def test_what_is_missing_of_the_truth_is_named(clips, tmp_path, missing):
+    folder = shutil.copytree(clips / "rendered", tmp_path / "copy")
+    clip = Clip(folder)
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"copy/{missing}"):
+        true_poses(clip)
+    (folder / missing).write_text("[[1, 2], [3, 4]]", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"copy/{missing}"):
+        true_poses(clip)
+
+
+def test_a_video_has_no_true_poses(clips):
+    with pytest.raises(FileNotFoundError, match="flight.mp4: is no folder"):
+        true_poses(Clip(clips / "flight.mp4"))

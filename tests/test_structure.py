@@ -49,6 +49,7 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
         "xwing/footage",
         "xwing/mesh",
     },
+    "xwing/pose_figures": {"xwing_utils"},
     "xwing/usd": {"xwing_utils", "xwing/mesh"},
     "xwing/export": {"xwing_utils", "xwing/usd"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},

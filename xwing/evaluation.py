@@ -661,6 +661,30 @@ def load_xwing_clip(path: Path, step: int = 1, fps: float = 30.0) -> KnownClip:
     return KnownClip(clip, xu.XWING, K, poses, visible, fps / step)
 
 
+def true_poses(clip: Clip) -> list[np.ndarray]:
+    """Read the true poses of a folder of rendered pictures.
+
+    Beside each picture NAME.jpg or NAME.png lies its model matrix NAME_mat.json, and beside them
+    the camera, `camera_info.json`.
+
+    Args:
+        clip: of a folder.
+
+    Returns:
+        one pose (4, 4) a frame, model -> OpenCV camera. A target may be behind the camera.
+
+    Raises:
+        FileNotFoundError: the clip is no folder, or a file is missing; the message names it.
+        ValueError: a file holds something else; the message names it.
+    """
+    if clip.paths is None:
+        raise FileNotFoundError(f"{clip.source}: is no folder of pictures with matrices")
+    files = [path.with_name(f"{path.stem}_mat.json") for path in clip.paths[:: clip.step]]
+    matrices = [xu.rigid_matrix(xu.read_json(file), str(file)) for file in files]
+    view, _ = xu.load_camera(clip.source)
+    return [xu.pose_in_camera(view, matrix) for matrix in matrices]
+
+
 def load_bop(folder: Path, target: xu.Target, step: int = 1, fps: float = 30.0) -> KnownClip:
     """Read a scene of BOP.
 

@@ -315,7 +315,9 @@ def viewer(
     first = start // step
     last = (len(jpegs) - 1) * step
     image = ipywidgets.Image(value=jpegs[first], format="jpeg", layout={"width": f"{width}px"})
-    slider = ipywidgets.IntSlider(first * step, 0, last, step, description="frame")
+    slider = ipywidgets.IntSlider(
+        first * step, 0, last, step, description="frame", layout={"flex": "1 1 auto"}
+    )
     play = ipywidgets.Play(
         value=first * step, min=0, max=last, step=step, interval=round(1000 / fps)
     )
@@ -325,7 +327,8 @@ def viewer(
         image.value = jpegs[change["new"] // step]
 
     slider.observe(show, "value")
-    return ipywidgets.VBox([image, ipywidgets.HBox([play, slider])])
+    controls = ipywidgets.HBox([play, slider], layout={"width": f"{width}px"})
+    return ipywidgets.VBox([image, controls])
 
 
 def encode_jpeg(picture: np.ndarray, width: int | None = None) -> bytes:

@@ -53,8 +53,8 @@ MIN_AGREEING = 3
 
 def frames_with_bar(
     frames: Iterable, words: str, count: int | None, progress: bool, leave: bool = True
-) -> Iterable:
-    """Return frames with a progress bar.
+) -> Iterator:
+    """Yield frames, with a progress bar.
 
     Args:
         frames: of a clip.
@@ -63,7 +63,17 @@ def frames_with_bar(
         progress: whether the bar shows.
         leave: whether it stays at the end.
     """
-    return tqdm(frames, words, count, unit="frame", disable=not progress, leave=leave)
+    bar = tqdm(None, words, count, leave, unit="frame", disable=not progress)
+    try:
+        for frame in frames:
+            yield frame
+            bar.update()
+    except GeneratorExit:
+        bar.update((bar.total or bar.n) - bar.n)  # a track that ends early is finished, too
+        raise
+    finally:
+        bar.refresh()  # the last frames may have come too fast to be drawn
+        bar.close()
 
 
 # ------------------------------------------------------------ the frames
