@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export NO_ALBUMENTATIONS_UPDATE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: animation test lab lock data train eval bench compare hero browser notebooks clean
+.PHONY: animation test lab lock data train eval bench compare hero browser blender notebooks clean
 
 RUN_NOTEBOOK = $(BIN)/python tests/run_notebook.py --limit $(LIMIT)
 ANIMATION = $(RUN_NOTEBOOK) --output-dir .venv/executed notebooks/pnp.ipynb
@@ -72,6 +72,15 @@ browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(BIN)/pytest tests/test_browser.py
 
+# Import an exported track into real Blender and compare. bpy is GPL and wants another numpy, so it is no
+# dependency and has an environment of its own.
+blender: $(STAMP)
+	@test -x .venv-blender/bin/python || $(PYTHON) -m venv .venv-blender
+	@.venv-blender/bin/python -c 'from bpy import app' 2>/dev/null || \
+	    .venv-blender/bin/python -m pip install --quiet --disable-pip-version-check bpy==5.0.1 || true
+	@if .venv-blender/bin/python -c 'from bpy import app' 2>/dev/null; then $(BIN)/python tests/blender/check.py; \
+	    else echo "make blender: skipped, because bpy 5.0.1 (Blender for Python 3.11) is not installed"; fi
+
 # Tables of weights/EXPERIMENTS.md: what a training step costs, and what encoders, losses and
 # augmentations do for the result.
 compare: $(STAMP)
@@ -83,4 +92,4 @@ notebooks: $(STAMP)
 	    notebooks/eval_tracks.ipynb notebooks/pnp.ipynb notebooks/own.ipynb
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache weights/.openvino
+	rm -rf .venv .venv-blender .pytest_cache .ruff_cache weights/.openvino

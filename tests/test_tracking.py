@@ -1082,9 +1082,11 @@ def test_the_command_tracks_a_clip(footage, box_clip):
     assert "10/10" in done.stderr  # of the progress bar
 
     out = folder / "new" / "out"
-    assert {path.name for path in out.iterdir()} == {"track.csv", "track.json", "overlay.mp4"}
+    files = {"track.csv", "track.json", "track.usdc", "overlay.mp4"}
+    assert {path.name for path in out.iterdir()} == files
     written = json.loads((out / "track.json").read_text())
     assert written["camera"]["K"] == footage.K.tolist()
+    assert written["fps"] == 30 and written["source"] == str(folder / "frames")
     for row, pose in zip(written["frames"], footage.poses, strict=False):
         assert xu.rotation_error(np.array(row["matrix"]), pose) < 1
     assert len(pd.read_csv(out / "track.csv")) == 10

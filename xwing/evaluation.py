@@ -9,6 +9,7 @@ A `KnownClip` is a clip whose true poses are known. `follow` tracks its target l
 of them, without a network, and `track_figures` says how well a track does.
 
     python -m xwing.evaluation data/test --json panel.json
+    python -m xwing.evaluation lmo/test/000002 --weights runs/cat/best.weights.h5  # a scene of BOP
 """
 
 import argparse
@@ -26,7 +27,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
+from xwing import bop
 from xwing.alignment import Aligner
+from xwing.detector import Detector
 from xwing.footage import Clip
 from xwing.metrics import (
     MIN_CORNERS,
@@ -658,6 +661,74 @@ def load_xwing_clip(path: Path, step: int = 1, fps: float = 30.0) -> KnownClip:
     return KnownClip(clip, xu.XWING, K, poses, visible, fps / step)
 
 
+def load_bop(folder: Path, target: xu.Target, step: int = 1, fps: float = 30.0) -> KnownClip:
+    """Read a scene of BOP.
+
+    Args:
+        folder: of the scene, see `xwing.bop`.
+        target: one of its objects, in any unit; `bop.load_model` reads it from the scene's models.
+        step: every step-th picture is taken.
+        fps: pictures a second.
+
+    Returns:
+        its `KnownClip`, in the target's units. What is visible is the fraction of its silhouette.
+
+    Raises:
+        FileNotFoundError, ValueError: the scene is not complete, or has no such object.
+    """
+    number, millimetres = bop.find_object(folder, target)
+    clip = Clip(folder, step)
+    poses, visible = bop.true_poses(bop.load_scene(folder), number)
+    poses = [None if pose is None else xu.scale_pose(pose, 1 / millimetres) for pose in poses]
+    return KnownClip(clip, target, clip.K, poses[::step], visible[::step], fps / step)
+
+
+def evaluate_bop(
+    known: KnownClip, detector: Detector, aligner: Aligner | None = None, limit: int | None = None
+) -> tuple[dict, list[TrackedPose]]:
+    """Find the target of a scene of BOP in each picture alone.
+
+    Args:
+        known: from `load_bop`; the pictures in which it has no pose do not count.
+        detector: `Detector` for its target; pictures may have any size.
+        aligner: refines and verifies the poses; None takes those from the keypoints alone.
+        limit: largest number of pictures, or None.
+
+    Returns:
+        the errors, see `frame_errors`, of the pictures that count; and a `TrackedPose` of every
+        picture, for `bop.result_rows`.
+    """
+    found = []
+    results = []
+    pairs = zip(known.clip, known.poses)
+    for frame, true in itertools.islice(pairs, limit):
+        if frame.image is None or true is None:
+            results.append(TrackedPose("lost", reason=frame.fault))
+            continue
+        keypoints, confidence, sigma = detector(frame.image)
+        estimate = xu.estimate_pose(keypoints, known.K, confidence, sigma, target=known.target)
+        if aligner is not None:
+            estimate = aligner.verify(frame.image, estimate, known.K)
+        pose = estimate.pose if estimate.accepted else None
+        found.append((keypoints[:8], pose, _corners_in_frame(known, true), true))
+        status = "lost" if pose is None else "tracked"
+        probability = float(np.nan_to_num(estimate.probability))
+        results.append(TrackedPose(status, pose=pose, probability=probability))
+    if not found:
+        raise ValueError(f"{known.clip.source}: in none of the pictures the target is in sight")
+
+    keypoints, poses, corners, truth = zip(*found)
+    errors = frame_errors(keypoints, poses, corners, truth, known.K, known.clip.width, known.target)
+    return errors, results
+
+
+def _corners_in_frame(known, pose):
+    """(8, 2) pixels of the box's corners, NaN outside the frame, which need not be square."""
+    corners = xu.project_pose(known.target.box, pose, known.K)
+    inside = xu.in_frame(corners, known.clip.width, known.clip.height)
+    return np.where(inside[:, None], corners, np.nan)
+
+
 def follow(known: KnownClip, limit: int | None = None) -> list[TrackedPose]:
     """Follow the target of a clip live from its first true pose, without a network.
 
@@ -835,7 +906,9 @@ def _parse(arguments):
         "python -m xwing.evaluation", description="Measure the tracker."
     )
     weights = xu.ROOT / "weights" / "xwing.weights.h5"
-    parser.add_argument("folder", type=Path, help="camera_info.json, 0.jpg, 0_mat.json, ...")
+    parser.add_argument(
+        "folder", type=Path, help="camera_info.json, 0.jpg, 0_mat.json, ...; or a scene of BOP"
+    )
     parser.add_argument(
         "--weights", type=Path, default=weights, metavar="FILE", help="weights of another network"
     )
@@ -848,15 +921,31 @@ def _parse(arguments):
 def _measure(options):
     """The figures that the command line asks for; they are also written to its --json file."""
     _check_options(options)
+    figures = _scene_figures(options) if bop.is_scene(options.folder) else _set_figures(options)
+    if options.json:
+        xu.write_files({options.json: json.dumps(_for_json(figures), indent=1) + "\n"})
+    return figures
+
+
+def _scene_figures(options):
+    """The figures of a scene of BOP."""
+    detector = Detector(options.weights)
+    known = load_bop(options.folder, detector.target)
+    aligner = None if options.no_align else Aligner(detector.target)
+    started = time.perf_counter()
+    errors, results = evaluate_bop(known, detector, aligner, options.limit)
+    seconds = (time.perf_counter() - started) / len(results)
+    return summarise(errors) | {"seconds_per_frame": seconds}
+
+
+def _set_figures(options):
+    """The figures of a folder in the data format."""
     model = xu.load_model(options.weights)
     target = model.target
     aligner = None if options.no_align else Aligner(target)
 
     result = evaluate_folder(options.folder, model, aligner, options.limit, target=target)
-    figures = summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
-    if options.json:
-        xu.write_files({options.json: json.dumps(_for_json(figures), indent=1) + "\n"})
-    return figures
+    return summarise(result.errors()) | {"seconds_per_frame": result.seconds_per_frame}
 
 
 def _check_options(options):
@@ -866,7 +955,10 @@ def _check_options(options):
     file = options.json
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise FileNotFoundError(f"--json: expected a file in a folder that exists, got {file}")
-    xu.load_dataset(options.folder)
+    if bop.is_scene(options.folder):
+        bop.load_scene(options.folder)
+    else:
+        xu.load_dataset(options.folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clips of any kind: folders of numbered pictures, videos and GIFs.
+"""Clips of any kind: folders of numbered pictures, videos, GIFs and scenes of BOP.
 
 A `Clip` gives its frames one at a time, so that a long clip needs no more memory than a short one.
 Footage is often damaged, and a track needs to know which frame is which. So every frame keeps its
@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 import xwing_utils as xu
+from xwing import bop
 from xwing.detector import Detector, letterbox  # noqa: F401  scripts import them from here
 
 EXPECTED = "expected a folder of frames 0.jpg, 1.jpg, ..., a video or a GIF"
@@ -80,6 +81,9 @@ class Clip:
         seconds: a list with the time of each frame, see `Frame`.
         count: how many frames there are, faults included.
         paths: paths of all pictures of a folder, whatever the step; None for a video or a GIF.
+        numbers: a list with the source's own number of each frame: 1001 for shot.1001.jpg; the
+            frames of a video or a GIF count from 0.
+        K: (3, 3) camera matrix in pixels of a scene of BOP, see `xwing.bop`; None for the others.
     """
 
     def __init__(self, source: str | Path, step: int = 1):
@@ -102,6 +106,9 @@ class Clip:
 
         self.paths = self._reader.paths if isinstance(self._reader, _Folder) else None
         self.seconds = self._reader.seconds[::step]
+        numbers = map(_number, self.paths) if self.paths else range(len(self._reader.seconds))
+        self.numbers = list(numbers)[::step]
+        self.K = self._reader.scene.K if isinstance(self._reader, _Scene) else None
         self.count = len(self.seconds)
         self.fps = round(self._reader.fps / step, 6) if self._reader.fps else None
         self.height, self.width = self._first_image().shape[:2]
@@ -173,7 +180,7 @@ def _open_reader(source):
     which yields that many `Frame`s.
     """
     if source.is_dir():
-        return _Folder(source)
+        return _Scene(source) if bop.is_scene(source) else _Folder(source)
     if not source.is_file():  # also a pipe, from which reading could take for ever
         raise FileNotFoundError(f"{source}: no such folder or file; {EXPECTED}")
     if source.suffix.lower() == ".gif":
@@ -194,6 +201,23 @@ class _Folder:
 
     def frames(self):
         return map(_as_frame, self.paths)
+
+
+class _Scene(_Folder):
+    """A scene of BOP: its pictures as one camera would show them."""
+
+    def __init__(self, folder):
+        self.scene = bop.load_scene(folder)
+        self.paths = self.scene.paths
+        self.seconds = [None] * len(self.paths)
+        self.fps = None
+
+    def frames(self):
+        for index, frame in enumerate(super().frames()):
+            image = frame.image
+            if image is not None:
+                image = self.scene.in_one_camera(image, index)
+            yield Frame(image, fault=frame.fault)
 
 
 class _Picture(NamedTuple):
@@ -221,6 +245,11 @@ def _numbered_pictures(folder):
             f"{folder}: found {'; '.join(oddities)}; taken as one clip, by number", stacklevel=5
         )
     return [picture.path for picture in pictures]
+
+
+def _number(path):
+    """The number at the end of a picture's name."""
+    return int(re.search(r"\d+$", path.stem)[0])
 
 
 def _oddities(pictures):

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 import xwing_utils as xu
+from xwing import bop
 from xwing.alignment import Aligner
 from xwing.detections import ranked
 from xwing.detector import Detector
-from xwing.export import export_track
+from xwing.export import blender_settings, export_track
 from xwing.film import write_clip
 from xwing.footage import Clip, frames_at
 from xwing.lens import LensCheck, check_lens
@@ -43,6 +44,7 @@ __all__ = [
     "Track",
     "TrackedPose",
     "Tracker",
+    "blender_settings",
     "export_track",
     "read_camera",
     "read_starts",
@@ -55,6 +57,8 @@ __all__ = [
 # within so many seconds of a start.
 LENS_FRAMES = 8
 LENS_SECONDS = 1.0
+
+DEFAULT_FOCAL = 35.0  # mm of a 36 mm sensor, where the command line and the source do not say
 
 # The probability of a pose falls by these factors. With a focal length that is wrong by 12 % or
 # more, the distance of a target is wrong by more than a right pose may be.
@@ -301,7 +305,8 @@ def _print_warning(message, *_, **__):
 def _parse(arguments):
     parser = argparse.ArgumentParser(
         "python -m xwing.tracking",
-        description="Follow an object through a clip; writes track.csv, track.json, overlay.mp4.",
+        description="Follow an object through a clip; writes track.csv, track.json, track.usdc "
+        "and overlay.mp4.",
     )
     parser.add_argument("source", type=Path, help="a video, a GIF or a folder of frames")
     parser.add_argument(
@@ -320,7 +325,10 @@ def _parse(arguments):
     )
     lens = parser.add_mutually_exclusive_group()
     lens.add_argument(
-        "--focal", type=float, default=35.0, metavar="MM", help="of a 36 mm sensor (default: 35)"
+        "--focal",
+        type=float,
+        metavar="MM",
+        help="of a 36 mm sensor (default: what a scene of BOP says, else 35)",
     )
     lens.add_argument(
         "--camera",
@@ -341,14 +349,11 @@ def _track_to_files(options):
     if options.out.exists() and not options.out.is_dir():
         raise FileExistsError(f"--out: expected a folder, got the file {options.out}")
 
-    target = xu.load_target(options.target)
+    is_model = bop.is_model(options.target)
+    target = bop.load_model(options.target) if is_model else xu.load_target(options.target)
     starts = {} if options.start is None else read_starts(options.start)
     clip = Clip(options.source)
-    if options.camera is None:
-        K = xu.lens_camera(clip.width, clip.height, options.focal)
-    else:
-        K = read_camera(options.camera, clip)
-
+    K = _camera(options, clip)
     fps = clip.fps or options.fps
     detector = None if options.weights is None else Detector(options.weights)
     aligner = Aligner(target)
@@ -356,11 +361,34 @@ def _track_to_files(options):
     options.out.mkdir(parents=True, exist_ok=True)
     track = track_clip(clip, K, detector, aligner, fps, starts=starts)
 
-    for name in ("track.csv", "track.json"):
-        export_track(options.out / name, track, K, clip.width, clip.height)
+    _write_track(options, clip, track, K, target, fps)
     pictures = _overlays(clip, track, K, target)
     write_clip(pictures, options.out / "overlay.mp4", fps, progress=True, count=clip.count)
     return track
+
+
+def _camera(options, clip):
+    """K (3, 3) of a clip, as the command line says, or a scene of BOP."""
+    if options.camera is not None:
+        return read_camera(options.camera, clip)
+    if options.focal is None and clip.K is not None:
+        return clip.K
+    focal = DEFAULT_FOCAL if options.focal is None else options.focal
+    return xu.lens_camera(clip.width, clip.height, focal)
+
+
+def _write_track(options, clip, track, K, target, fps):
+    """Write a track for other programs; a scene of BOP also gets its results."""
+    for name in ("track.csv", "track.json", "track.usdc"):
+        path = options.out / name
+        try:
+            export_track(path, track, K, clip.width, clip.height, target, clip, fps)
+        except ModuleNotFoundError as error:  # the package that writes USD is optional
+            warnings.warn(str(error), stacklevel=1)
+    if bop.is_model(options.target) and bop.is_scene(options.source):
+        scene, obj_id = (bop.number_of(path) for path in (options.source, options.target))
+        rows = bop.result_rows(scene, clip.numbers, obj_id, track)
+        bop.write_results(options.out / "bop.csv", rows)
 
 
 def read_camera(path: str | Path, clip: Clip) -> np.ndarray:
