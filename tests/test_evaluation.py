@@ -178,7 +178,7 @@ def test_a_frame_whose_ship_has_passed_the_camera_costs_no_other_frame(
     folder, model, camera, matrices, capsys
 ):
     passed = xu.transformation_from_pose(camera[0], np.eye(4))  # the ship sits in the camera
-    (folder / "5_mat.json").write_text(json.dumps(passed.tolist()))
+    (folder / "5_mat.json").write_text(json.dumps(passed.tolist()), encoding="utf-8")
     found = evaluation.evaluate_folder(folder, model, step=5, progress=False)
     assert [path.name for path in found.paths] == ["0.jpg"]
     assert "5.jpg: skipped" in capsys.readouterr().err
