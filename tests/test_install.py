@@ -171,6 +171,8 @@ def opens_text(node):
     module = getattr(getattr(node.func, "value", None), "id", "")
     if name not in ("open", "TemporaryFile", "NamedTemporaryFile") or module in ("Image", "av"):
         return False
+    if name != "open" and "mode" not in named and not node.args:
+        return False  # temporary files are binary, if nothing else is said
     words = [getattr(value, "value", "") for value in [*node.args, *named.values()]]
     binary = any(
         isinstance(word, str) and re.fullmatch("[rwax+]*b[rwax+]*", word) for word in words
