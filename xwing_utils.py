@@ -2050,7 +2050,7 @@ def import_keras() -> object:
     """
     if sys.flags.optimize > 1:
         raise ImportError(
-            "Keras' packages do not work without docstrings; unset PYTHONOPTIMIZE, and leave out -OO"
+            "Keras' packages need docstrings; unset PYTHONOPTIMIZE, and leave out -OO"
         )
     backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     if backend not in BACKENDS or importlib.util.find_spec(backend) is None:
