@@ -2154,6 +2154,10 @@ def import_keras() -> object:
     Raises:
         ImportError: Keras or the backend is not installed, or the project cannot use the backend.
     """
+    if sys.flags.optimize > 1:
+        raise ImportError(
+            "Keras' packages need docstrings; unset PYTHONOPTIMIZE, and leave out -OO"
+        )
     backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     if backend not in BACKENDS or importlib.util.find_spec(backend) is None:
         raise ImportError(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -151,6 +152,12 @@ def test_a_copy_does_not_use_the_code_of_the_original(tmp_path):
 
 
 # ------------------------------------------------------------ what stands in the environment
+
+
+def test_python_without_docstrings_is_refused_before_keras_fails(monkeypatch):
+    monkeypatch.setattr(xu.sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(ImportError, match="unset PYTHONOPTIMIZE"):
+        xu.import_keras()
 
 
 @pytest.mark.parametrize("backend", ["theano", "openvino", "numpy"])
