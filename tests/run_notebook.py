@@ -27,13 +27,17 @@ BAR_WIDTH = 20  # characters
 class Client(NotebookClient):
     """Executes a notebook, and shows in the terminal what it prints and how far it is."""
 
+    heading = ""  # of a section that has not begun
     bar = ""  # the progress bar in the terminal's last line, if there is one
 
     def show_heading(self, cell, cell_index):
-        """Print the heading of a section when it is reached."""
+        """Print the heading of a section when its first cell begins."""
         first_line = cell.source.partition("\n")[0]
         if cell.cell_type == "markdown" and first_line.startswith("#"):
-            self._print(f"{first_line.strip('# ')}\n")
+            self.heading = f"{first_line.strip('# ')}\n"
+        elif cell.cell_type == "code":
+            self._print(self.heading)
+            self.heading = ""
 
     def process_message(self, msg, cell, cell_index):
         """Store a message of the kernel as usual, and show it in the terminal."""
@@ -50,6 +54,8 @@ class Client(NotebookClient):
 
     def _print(self, text):
         """Print a text below the progress bar, if there is one."""
+        if not text:
+            return
         print("\n" * bool(self.bar) + text, end="", flush=True)
         self.bar = ""
 
