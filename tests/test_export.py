@@ -82,7 +82,7 @@ def test_a_source_in_the_project_is_written_relative_to_the_file(tmp_path, monke
     assert json.loads((tmp_path / "images" / "a.json").read_text())["source"] == "../shot"
 
 
-def test_names_that_are_not_utf_8_are_written_as_python_shows_them(tmp_path, clip):
+def test_bytes_of_names_that_are_not_utf_8_are_written_as_marks(tmp_path, clip):
     clip.source = tmp_path / "caf\udce9"
     track = [TrackedPose("lost", 0.0, reason="caf\udce9/1.jpg: damaged")]
     for suffix in ("csv", "json", "usda"):
@@ -91,8 +91,12 @@ def test_names_that_are_not_utf_8_are_written_as_python_shows_them(tmp_path, cli
     record = json.loads((tmp_path / "a.json").read_text())
     stage = Usd.Stage.Open(str(tmp_path / "a.usda"))
     for source in (row["source"], record["source"], stage.GetRootLayer().customLayerData["source"]):
-        assert source.endswith(r"caf\udce9")
-    assert row["reason"] == record["frames"][0]["reason"] == r"caf\udce9/1.jpg: damaged"
+        assert source.endswith("caf\N{REPLACEMENT CHARACTER}")
+    assert (
+        row["reason"]
+        == record["frames"][0]["reason"]
+        == "caf\N{REPLACEMENT CHARACTER}/1.jpg: damaged"
+    )
 
 
 def test_the_frame_rate_comes_from_the_clip_or_the_caller_or_the_times(clip):

@@ -57,8 +57,8 @@ def export_track(
     `number` is the source's own: 1001 for shot.1001.jpg; frames of a video or GIF count from 0.
     `fps` counts all frames of the source, even if the clip takes only every n-th. `focal_length` is
     in mm, of a sensor whose longer side has 36. `source` is relative to the folder of the file
-    where both are in the project. A byte of a name that is not UTF-8 is written as Python shows it:
-    \\udce9 for E9. A file that exists is replaced only once the new one is complete.
+    where both are in the project; marks stand for bytes of a name that are not UTF-8. A file that
+    exists is replaced only once the new one is complete.
 
     Args:
         path: a `.csv`, `.json`, `.usda` or `.usdc` file.
@@ -156,12 +156,7 @@ def _source(clip, folder):
     folder = Path(folder).absolute()
     if source.is_relative_to(xu.ROOT) and folder.is_relative_to(xu.ROOT):
         source = Path(os.path.relpath(source, folder))
-    return _plain(source.as_posix())
-
-
-def _plain(text):
-    """The text with a byte of a file's name that is not UTF-8 in the form \\udce9."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return xu.printable(source.as_posix())
 
 
 def _focal_length(shot):
@@ -178,7 +173,7 @@ def _json_text(track, shot):
     frames = []
     for index, (number, tracked) in enumerate(zip(shot.numbers, track)):
         frame = {"frame": index, **_state(tracked), **_pose_forms(tracked.pose)}
-        frames.append({**frame, "reason": _plain(tracked.reason), "number": number})
+        frames.append({**frame, "reason": xu.printable(tracked.reason), "number": number})
     head = {"schema": SCHEMA, "camera": camera, "fps": shot.fps, "source": shot.source}
     return json.dumps(head | {"frames": frames}, indent=1)
 
@@ -192,7 +187,9 @@ def _csv_text(track, shot):
         else:
             forms = _pose_forms(tracked.pose).values()
             numbers = np.concatenate([np.ravel(form) for form in forms])
-        rows.append([*_state(tracked).values(), *numbers, _plain(tracked.reason), number, *same])
+        rows.append(
+            [*_state(tracked).values(), *numbers, xu.printable(tracked.reason), number, *same]
+        )
 
     columns = ["seconds", "status", "probability", *POSE_COLUMNS, "reason"]
     columns += ["number", "fps", "focal_length", "source"]
