@@ -288,25 +288,41 @@ def _finite_matrix(value, name):
 def rigid_matrix(value: object, name: str) -> np.ndarray:
     """Return `value` as a rigid motion (4, 4) float64: a rotation and a translation.
 
+    Numbers with three decimals are enough: where rounding shows, the nearest rotation is taken.
+
     Raises:
         ValueError: it is something else; the message says what, and names `name`.
     """
-    matrix = _finite_matrix(value, name)
-    _check_isometry(matrix, name)
+    matrix = _isometry(_finite_matrix(value, name), name)
     if np.linalg.det(matrix[:3, :3]) < 0:
         text = "the matrix mirrors (determinant -1); a pose must be a rotation"
         raise ValueError(f"{name}: {text}")
     return matrix
 
 
-def _check_isometry(matrix, name):
-    """Raise ValueError unless a matrix (4, 4) keeps all distances."""
+EXACT = 1e-4  # greatest error of R R^T at which a matrix is taken as it is
+ROUNDED = 2e-3  # and at which it is a rotation with numbers of three decimals
+
+
+def _isometry(matrix, name):
+    """Return a matrix (4, 4) that keeps all distances; without rounding errors, if it has any.
+
+    Source: Schonemann, Psychometrika 31(1), 1966 (the nearest orthogonal matrix).
+    """
     linear = matrix[:3, :3]
-    linear_error = np.abs(linear @ linear.T - np.eye(3)).max()
+    error = np.abs(linear @ linear.T - np.eye(3)).max()
     last_row_error = np.abs(matrix[3] - [0, 0, 0, 1]).max()
-    if max(linear_error, last_row_error) > 1e-4:
-        text = "not a rigid motion (rotation and translation, no scale)"
-        raise ValueError(f"{name}: {text}; got\n{matrix}")
+    if error > ROUNDED or last_row_error > EXACT:
+        lengths = ", ".join(f"{length:.4g}" for length in np.linalg.norm(linear, axis=0))
+        text = "not a rigid motion (rotation and translation, no scale, three decimals at least)"
+        raise ValueError(f"{name}: {text}; its axes have the lengths {lengths}; got\n{matrix}")
+    if error <= EXACT:
+        return matrix
+
+    matrix = matrix.copy()
+    left, _, right = np.linalg.svd(linear)
+    matrix[:3, :3] = left @ right
+    return matrix
 
 
 def write_files(contents: dict[Path, str | bytes]) -> None:
@@ -755,8 +771,7 @@ def _read_keypoints(value, name):
 
 
 def _read_mirror(value, name):
-    matrix = _read_numbers(value, name, (4, 4))
-    _check_isometry(matrix, name)
+    matrix = _isometry(_read_numbers(value, name, (4, 4)), name)
     if np.linalg.det(matrix[:3, :3]) > 0:
         raise ValueError(f"{name}: expected a reflection (determinant -1), got a rotation")
     return matrix

@@ -21,6 +21,30 @@ def rigid(rng):
     return matrix
 
 
+# ------------------------------------------------------------ rigid motions
+
+
+@pytest.mark.parametrize("decimals,limit", [(3, 0.06), (4, 0.006)])
+def test_matrices_with_few_decimals_become_the_nearest_rotation(decimals, limit):
+    rng = np.random.default_rng(0)
+    for exact in [rigid(rng) for _ in range(200)]:
+        matrix = xu.rigid_matrix(exact.round(decimals).tolist(), "pose")
+        linear = matrix[:3, :3]
+        assert np.abs(linear @ linear.T - np.eye(3)).max() <= xu.EXACT
+        assert xu.rotation_error(matrix, exact) < limit  # degrees
+
+
+def test_a_scale_or_two_decimals_are_no_rounding():
+    exact = rigid(np.random.default_rng(1))
+    np.testing.assert_array_equal(xu.rigid_matrix(exact, "pose"), exact)
+    scaled = exact.copy()
+    scaled[:3, :3] *= 1.01
+    with pytest.raises(ValueError, match="axes have the lengths 1.01, 1.01, 1.01"):
+        xu.rigid_matrix(scaled, "pose")
+    with pytest.raises(ValueError, match="three decimals at least"):
+        xu.rigid_matrix(exact.round(1), "pose")
+
+
 # ------------------------------------------------------------ constants
 
 
