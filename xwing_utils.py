@@ -3029,7 +3029,8 @@ def reference_symmetry(pose: np.ndarray, target: Target) -> np.ndarray:
 
     After its symmetries a target looks the same, so a network cannot know which of the equivalent
     poses is meant. `pose @ motion` is always the same one of them: the one whose rotation, as seen
-    along the line of sight, is nearest to that of the target upright and from the front.
+    along the line of sight, is nearest to that of the target upright and from the front. Of a
+    mirrored pose it is the mirrored one.
 
     Args:
         pose: (4, 4) model -> OpenCV camera.
@@ -3037,7 +3038,7 @@ def reference_symmetry(pose: np.ndarray, target: Target) -> np.ndarray:
 
     Source: Pitteri et al., On Object Symmetries and 6D Pose Estimation from Images, 3DV 2019.
     """
-    turn = _reference_view(target.up).T @ _along_line_of_sight(pose, target)
+    turn = _reference_view(target).T @ _along_line_of_sight(pose, target)
     return _nearest_symmetry(turn, target)
 
 
@@ -3063,12 +3064,23 @@ def _nearest_symmetry(turn, target):
     return motions[int(np.argmax(nearness))]
 
 
-def _reference_view(up):
-    """The rotation (3, 3), model -> OpenCV camera, at which `up` (3,) points up in the frame."""
-    up = up / np.linalg.norm(up)
-    side = np.eye(3)[np.abs(up).argmin()]
-    right = np.cross(side, up)
+def _reference_view(target):
+    """The rotation (3, 3), model -> OpenCV camera, of a target seen from the front.
+
+    The mirror plane of the target, if it has one, is upright in the middle of that view. So the
+    reference of a mirrored frame is the mirrored reference, as `average_mirrored` takes it.
+    """
+    if target.mirror is None:
+        side = np.eye(3)[np.abs(target.up).argmin()]
+        right = np.cross(side, target.up)
+    else:
+        right = np.linalg.svd(target.mirror[:3, :3] - np.eye(3))[2][0]  # normal of the plane
     right /= np.linalg.norm(right)
+
+    up = target.up - (target.up @ right) * right
+    if np.linalg.norm(up) < 0.1 * np.linalg.norm(target.up):  # the plane lies flat
+        up = np.cross(right, np.eye(3)[np.abs(right).argmin()])
+    up /= np.linalg.norm(up)
     return np.array([right, -up, np.cross(right, -up)])
 
 

@@ -447,6 +447,20 @@ def test_the_reference_view_is_upright_and_its_own_reference(root):
     np.testing.assert_array_equal(xu.reference_symmetry(upright, xu.XWING), np.eye(4))
 
 
+@pytest.mark.parametrize("up", [(0, 0, 1), (1, 0, 0), (0.3, -0.5, 0.8)])
+def test_the_reference_of_a_mirrored_pose_is_the_mirrored_reference(root, up):
+    """Else heatmaps of a frame could not be averaged with those of its mirror image."""
+    bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
+    bolt = dataclasses.replace(bolt, up=np.array(up, float))
+    flip = np.diag([-1.0, 1, 1, 1])
+    rng = np.random.default_rng(7)
+    for pose in [random_pose(rng, bolt) for _ in range(50)]:
+        mirrored = flip @ pose @ bolt.mirror
+        found = mirrored @ xu.reference_symmetry(mirrored, bolt)
+        expected = flip @ pose @ xu.reference_symmetry(pose, bolt) @ bolt.mirror
+        np.testing.assert_allclose(found, expected, atol=1e-6 * bolt.diameter)
+
+
 def test_batches_of_a_symmetric_target_mean_one_pose(sample, camera, root):
     """The frames are turned, mirrored and cut, and the labels are those of one equivalent pose."""
     bolt = xu.load_target(root / "data" / "objects" / "bolt_target.json")
