@@ -183,6 +183,11 @@ def test_results_are_rows_of_bop(tmp_path):
         ("scene_camera.json", [1, 2], "by the numbers of the pictures"),
         ("scene_gt.json", {"3": [{"obj": 5}]}, "image 3: expected a list of objects with obj_id"),
         ("scene_gt.json", {"3": [{"obj_id": 5}]}, "image 3, object 5: expected cam_R_m2c"),
+        (
+            "scene_gt.json",
+            {"3": [{"obj_id": 5, "cam_R_m2c": [1, 0, 0], "cam_t_m2c": [0, 0, 9]}]},
+            "image 3, object 5: expected cam_R_m2c",
+        ),
     ],
 )
 def test_a_damaged_scene_is_named(scene, file, content, error):

@@ -169,14 +169,14 @@ def _most_visible(instances, facts, number):
 
 
 def _pose(instance, name):
+    pose = np.eye(4)
     try:
-        pose = np.eye(4)
         pose[:3, :3] = np.reshape(instance["cam_R_m2c"], (3, 3))
         pose[:3, 3] = np.reshape(instance["cam_t_m2c"], 3)
-        return xu.rigid_matrix(pose, name)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError):
         expected = "expected cam_R_m2c (9 numbers) and cam_t_m2c (3)"
-        raise ValueError(f"{name}: {expected}, got {instance}") from error
+        raise ValueError(f"{name}: {expected}, got {instance}") from None
+    return xu.rigid_matrix(pose, name)
 
 
 # ------------------------------------------------------------ models

@@ -957,9 +957,9 @@ def _scene_figures(options):
     known = load_bop(options.folder, detector.target)
     aligner = None if options.no_align else Aligner(detector.target)
     started = time.perf_counter()
-    errors, results = evaluate_bop(known, detector, aligner, options.limit)
-    seconds = (time.perf_counter() - started) / len(results)
-    return summarise(errors) | {"seconds_per_frame": seconds}
+    errors, _ = evaluate_bop(known, detector, aligner, options.limit)
+    seconds = time.perf_counter() - started
+    return summarise(errors) | {"seconds_per_frame": seconds / len(errors["solved"])}
 
 
 def _set_figures(options):

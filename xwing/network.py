@@ -45,7 +45,7 @@ def read_network(weights: str | Path) -> openvino.Model:
     try:
         with h5py.File(path) as file:
             return _UNet(file["layers/functional/layers"], settings).build()
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not weights of this project's network ({error})") from None
 
 

@@ -33,9 +33,6 @@ MAX_GAP_SECONDS = 0.5
 # The log-likelihood margin over the runner-up that an estimate needs to start a track.
 START_MARGIN = 3.0
 
-# After this many frames of a new track its velocity is known well enough to follow it backwards.
-START_FRAMES = 6
-
 # The largest squared Mahalanobis distance of a measured pose from the prediction: the 99.9 %
 # quantile of chi square with 6 degrees of freedom.
 GATE = 22.5
