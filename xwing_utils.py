@@ -1257,11 +1257,14 @@ def camera_matrix(projection_matrix: np.ndarray, width: float, height: float) ->
     )
 
 
+SENSOR = 36.0  # mm, the longer side of the frame; a focal length means nothing without one
+
+
 def lens_camera(
     width: float,
     height: float,
     focal: float = 35.0,
-    sensor: float = 36.0,
+    sensor: float = SENSOR,
     view: float | None = None,
 ) -> np.ndarray:
     """Return K (3, 3) in pixels of a lens whose axis meets the middle of the frame.
@@ -1286,6 +1289,17 @@ def lens_camera(
     ratio = focal / sensor if view is None else 0.5 / np.tan(np.radians(view / 2))
     pixels = max(width, height) * ratio
     return np.array([[pixels, 0, width / 2], [0, pixels, height / 2], [0, 0, 1]])
+
+
+def focal_length(K: np.ndarray, width: float, height: float) -> float:
+    """Return the focal length of K (3, 3), pixels, in mm of a sensor whose longer side has SENSOR.
+
+    Args:
+        K: (3, 3) camera matrix, pixels.
+        width: of the frames, pixels.
+        height: of the frames, pixels.
+    """
+    return SENSOR * float(K[0, 0]) / max(width, height)
 
 
 def crop_camera(

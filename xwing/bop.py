@@ -53,7 +53,7 @@ class Scene:
 
 
 def number_of(path: str | Path) -> int:
-    """The number at the end of the name of a scene's folder or a model, 0 where it has none."""
+    """The number at the end of the name of a folder, a model or a picture, 0 where it has none."""
     digits = re.search(r"\d+$", Path(path).absolute().stem)
     return int(digits[0]) if digits else 0
 

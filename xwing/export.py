@@ -7,7 +7,6 @@ prefer one or the other. A stage of USD (`xwing.usd`) holds the mesh and the cam
 A file also says what it was made of: the source with its own frame numbers and rate, and the lens.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import pandas as pd
 from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing.usd import SENSOR, Shot, usd_files
+from xwing.usd import Shot, usd_files
 
 KINDS = (".csv", ".json", ".usda", ".usdc")
 SCHEMA = 2  # of the JSON file; keys are only added to it
@@ -79,8 +78,7 @@ def export_track(
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise ValueError(f"{path}: expected a .csv or .json file, or .usda or .usdc for USD")
-    shot = _shot(track, K, width, height, clip, fps)
-    shot = dataclasses.replace(shot, source=_source(clip, path.parent))
+    shot = _shot(track, K, width, height, clip, fps, _source(clip, path.parent))
     if kind == ".json":
         files = {path: _json_text(track, shot)}
     elif kind == ".csv":
@@ -118,12 +116,12 @@ def blender_settings(
 # ------------------------------------------------------------ what is known of the footage
 
 
-def _shot(track, K, width, height, clip, fps):
-    """The `Shot` of a track, without its source."""
+def _shot(track, K, width, height, clip, fps, source=""):
+    """The `Shot` of a track."""
     numbers = _frame_numbers(track, clip)
     rate = getattr(clip, "fps", None) or fps or _rate(track)
     rate = round(float(rate) * getattr(clip, "step", 1), 6)
-    return Shot(np.asarray(K, float), int(width), int(height), numbers, rate, source="")
+    return Shot(np.asarray(K, float), int(width), int(height), numbers, rate, source)
 
 
 def _frame_numbers(track, clip):
@@ -160,8 +158,8 @@ def _source(clip, folder):
 
 
 def _focal_length(shot):
-    """Millimetres, for a sensor whose longer side has SENSOR."""
-    return round(SENSOR * float(shot.K[0, 0]) / max(shot.width, shot.height), 6)
+    """Millimetres, rounded for files."""
+    return round(xu.focal_length(shot.K, shot.width, shot.height), 6)
 
 
 # ------------------------------------------------------------ files
@@ -169,7 +167,7 @@ def _focal_length(shot):
 
 def _json_text(track, shot):
     camera = {"K": shot.K.tolist(), "width": shot.width, "height": shot.height}
-    camera |= {"focal_length": _focal_length(shot), "sensor": SENSOR}
+    camera |= {"focal_length": _focal_length(shot), "sensor": xu.SENSOR}
     frames = []
     for index, (number, tracked) in enumerate(zip(shot.numbers, track)):
         frame = {"frame": index, **_state(tracked), **_pose_forms(tracked.pose)}

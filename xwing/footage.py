@@ -25,6 +25,7 @@ from typing import NamedTuple
 import av
 import cv2
 import numpy as np
+import trimesh
 from PIL import Image
 
 import xwing_utils as xu
@@ -119,7 +120,7 @@ class Clip:
 
         self.paths = self._reader.paths if isinstance(self._reader, _Folder) else None
         self.seconds = self._reader.seconds[::step]
-        numbers = map(_number, self.paths) if self.paths else range(len(self._reader.seconds))
+        numbers = map(bop.number_of, self.paths) if self.paths else range(len(self._reader.seconds))
         self.numbers = list(numbers)[::step]
         self.K = self._reader.scene.K if isinstance(self._reader, _Scene) else None
         self.count = len(self.seconds)
@@ -263,11 +264,6 @@ def _numbered_pictures(folder):
     return [picture.path for picture in pictures]
 
 
-def _number(path):
-    """The number at the end of a picture's name."""
-    return int(re.search(r"\d+$", path.stem)[0])
-
-
 def _oddities(pictures):
     """Texts that say why pictures, ordered by number, may not be one clip, each with an example."""
     gaps = []
@@ -318,8 +314,7 @@ def _read_exr(path):
         raise ValueError(f"{path}: {text}") from None
 
     light = np.nan_to_num(light, nan=0.0).clip(0, 1)
-    coded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return xu.rgb_image(coded)
+    return xu.rgb_image(trimesh.visual.color.linear_to_srgb(light))
 
 
 def _linear_light(decoded):

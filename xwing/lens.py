@@ -144,7 +144,7 @@ def check_lens(images: list[np.ndarray], poses: Sequence, K: np.ndarray, aligner
     near = slice(centre - 1, centre + 2)
     logarithm, deviation = _peak(np.log(FOCAL_STEP) * np.array(steps[near]), explained[near])
     factor = float(np.exp(logarithm))
-    focal = 36 * K[0, 0] * factor / max(images[0].shape[:2])
+    focal = factor * xu.focal_length(K, *images[0].shape[1::-1])
     return LensCheck(
         factor, deviation, FOCAL_STEP ** np.array(steps, float), explained.mean(1), focal
     )

@@ -199,7 +199,7 @@ def show_lens(check, K: np.ndarray, size: Sequence) -> Figure:
         size: width and height of the frames, pixels.
     """
     figure, axis = plt.subplots(figsize=(7, 3.6), dpi=70)
-    axis.plot(36 * K[0, 0] / max(size) * check.factors, check.explained, "o-")
+    axis.plot(xu.focal_length(K, *size) * check.factors, check.explained, "o-")
     axis.axvline(check.focal, color="0.6", ls="--", label=f"{check.focal:.1f} mm fit best")
     axis.set(xlabel="focal length, mm", ylabel="contrast explained")
     axis.legend()

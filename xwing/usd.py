@@ -35,7 +35,6 @@ except ImportError:  # the rest of the project works without it
     Usd = None
 
 FAR = 1000.0  # diameters: the end of what the camera shows, or twice the farthest distance
-SENSOR = 36.0  # mm, the longer side of the frame; a focal length means nothing without one
 ROUGHNESS = 0.5  # of all materials
 INSTANT = 0.01  # frames: half of the time in which the target vanishes or comes back
 
@@ -125,7 +124,7 @@ def _add_camera(stage, track, shot, target):
 
     mm = 0.01 / (target.unit or 1.0)  # one millimetre in tenths of a unit
     (fx, _, cx), (_, fy, cy), _ = xu.check_camera_matrix(shot.K)
-    focal = SENSOR * fx / max(shot.width, shot.height) * mm
+    focal = xu.focal_length(shot.K, shot.width, shot.height) * mm
     across = shot.width * focal / fx
     down = shot.height * focal / fy
     camera.CreateFocalLengthAttr(focal)
@@ -244,7 +243,7 @@ def _add_mesh(stage, mesh: Mesh, target, pictures):
 
 def _add_surface(stage, prim, mesh, pictures):
     """Colours, texture coordinates, and a material for each subset of a mesh's faces."""
-    linear = np.float32([_linear(colour) for colour in mesh.colours])
+    linear = np.float32(trimesh.visual.color.srgb_to_linear(mesh.colours))
     colours = prim.CreateDisplayColorPrimvar(UsdGeom.Tokens.uniform)
     colours.Set(Vt.Vec3fArray.FromNumpy(linear[mesh.face_materials]))
     if mesh.texture_coordinates is not None:
@@ -260,12 +259,6 @@ def _add_surface(stage, prim, mesh, pictures):
         faces = np.int32(np.flatnonzero(mesh.face_materials == row))
         part = binding.CreateMaterialBindSubset(name, Vt.IntArray.FromNumpy(faces))
         UsdShade.MaterialBindingAPI.Apply(part.GetPrim()).Bind(material)
-
-
-def _linear(colour):
-    """Linear light (3,) of a colour (3,) sRGB."""
-    colour = np.asarray(colour)
-    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
 
 
 def _identifiers(names):
