@@ -87,10 +87,7 @@ def animate(
         OSError: the path is a folder, its folder is missing, or there is no room.
     """
     path, fps = _check_output(path, fps)
-    check_positive("source_fps", source_fps)
-    K = xu.check_camera_matrix(K)
-
-    frames, poses, seconds = _with_times(frames, poses, source_fps)
+    K, frames, poses, seconds = _checked(K, frames, poses, source_fps)
     indices = frames_in_real_time(seconds, fps)
     lasers = lasers or Lasers()
     shot = lasers.shot(target=target)
@@ -101,8 +98,10 @@ def animate(
     write_clip(pictures, path, fps, progress, len(indices))
 
 
-def _with_times(frames, poses, source_fps):
-    """Frames, their poses and their times, once they are checked; pauses are shortened."""
+def _checked(K, frames, poses, source_fps):
+    """K, frames, their poses and their times, once they are checked; pauses are shortened."""
+    check_positive("source_fps", source_fps)
+    K = xu.check_camera_matrix(K)
     if not isinstance(frames, Clip):
         frames = list(frames)
     count = frames.count if isinstance(frames, Clip) else len(frames)
@@ -115,7 +114,7 @@ def _with_times(frames, poses, source_fps):
         warnings.warn(
             f"the footage has pauses ({pauses}); each is shown for {MAX_PAUSE:g} s", stacklevel=3
         )
-    return frames, poses, without_pauses(seconds)
+    return K, frames, poses, without_pauses(seconds)
 
 
 def _draw(number, image, bolts, *others):
@@ -584,9 +583,7 @@ def write_passes(
         FileExistsError: one of the folders exists; nothing in it is changed.
         OSError: there is no room. Nothing is left.
     """
-    check_positive("source_fps", source_fps)
-    K = xu.check_camera_matrix(K)
-    frames, poses, seconds = _with_times(frames, poses, source_fps)
+    K, frames, poses, seconds = _checked(K, frames, poses, source_fps)
     first = next(frames_at(frames, [0]))
     black = np.zeros(first.shape, np.uint8)
     lasers = lasers or Lasers()
