@@ -16,6 +16,7 @@ accept. No frame of data/test or data/looks is used, and no photograph but those
 """
 
 import argparse
+import itertools
 import pickle
 from pathlib import Path
 
@@ -151,11 +152,12 @@ def folder_frames(folder, count):
 
 def clip_frames(path, count):
     """Read at most `count` frames of a clip in which the target is in sight."""
-    step = max(1, len(evaluation.load_object(path).poses) // count)
-    known = evaluation.load_object(path, step)
+    known = evaluation.load_object(path)
+    step = max(1, len(known.poses) // count)
+    frames = zip(known.clip, known.poses, known.visible)
     return [
         (frame.image, pose, known.K)
-        for frame, pose, visible in zip(known.clip, known.poses, known.visible)
+        for frame, pose, visible in itertools.islice(frames, 0, None, step)
         if pose is not None and visible > 0.6
     ]
 

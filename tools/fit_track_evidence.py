@@ -13,7 +13,6 @@ that was learnt at the true one.
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ from fit_evidence import fit
 from tqdm.auto import tqdm
 
 import xwing_utils as xu
-from xwing import metrics
+from xwing import evaluation, metrics
 from xwing.alignment import Aligner
-from xwing.footage import Clip
 from xwing.tracker import Tracker, trust_features
 
 EVERY = 4  # frames between two of which poses are judged
@@ -49,31 +47,28 @@ def moved(pose, deviations, target, rng):
 
 def judged_poses(path):
     """A DataFrame of refined poses of a clip: features, and whether each is right."""
-    clip = json.loads(path.read_text(encoding="utf-8"))
-    K = np.array(clip["K"])
-    target = xu.load_target(path.parent / clip["target"])
+    known = evaluation.load_object(path)
+    target = known.target
     aligner = Aligner(target)
     rng = np.random.default_rng(SEED)
 
     rows = []
     usual = 0.0
-    frames = Clip(path.with_suffix(".mp4"))
-    for index, frame in enumerate(tqdm(frames, path.stem, len(clip["poses"]), unit="frame")):
-        pose = clip["poses"][index]
-        if pose is None or clip["visible"][index] < MIN_VISIBLE:
+    bar = tqdm(known.clip, path.stem, known.clip.count, unit="frame")
+    for index, (frame, pose, visible) in enumerate(zip(bar, known.poses, known.visible)):
+        if pose is None or visible < MIN_VISIBLE:
             continue
 
-        pose = np.array(pose)
         if usual and index % EVERY == 0:
             for i in range(STARTS):
                 start = moved(pose, FAR if i % 2 else NEAR, target, rng)
-                estimate = aligner.track(frame.image, start, K, usual=usual)
+                estimate = aligner.track(frame.image, start, known.K, usual=usual)
                 right = is_right(estimate.pose, pose, target)
                 rows.append([path.stem, *features(estimate), right])
 
-        if clip["visible"][index] > 0.9:
-            aligner.learn(frame.image, pose, K)
-            explained = aligner.track(frame.image, pose, K).explained_contrast
+        if visible > 0.9:
+            aligner.learn(frame.image, pose, known.K)
+            explained = aligner.track(frame.image, pose, known.K).explained_contrast
             usual = explained if not usual else 0.8 * usual + 0.2 * explained
 
     rows = pd.DataFrame(rows, columns=["clip", *FEATURES, "right"])
@@ -93,25 +88,23 @@ def features(estimate):
 
 def tracked_poses(path):
     """A DataFrame of the tracked poses of a clip: their features, and whether each is right."""
-    clip = json.loads(path.read_text(encoding="utf-8"))
-    K = np.array(clip["K"])
-    target = xu.load_target(path.parent / clip["target"])
-    images = [frame.image for frame in Clip(path.with_suffix(".mp4"))]
+    known = evaluation.load_object(path)
+    target = known.target
+    images = [frame.image for frame in known.clip]
     rng = np.random.default_rng(SEED)
-    visible = np.array(clip["visible"])
 
     rows = []
     for step in STEPS:
-        tracker = Tracker(K, clip["fps"] / step, aligner=Aligner(target))
+        tracker = Tracker(known.K, known.fps / step, aligner=Aligner(target))
         numbers = np.arange(0, len(images), step)
-        track = [tracker.start(images[0], np.array(clip["poses"][0]))]
+        track = [tracker.start(images[0], known.poses[0])]
         track += [tracker.update(images[i]) for i in numbers[1:]]
         followed = list(zip(numbers, track))
 
         for begin in range(WRONG_EVERY, len(images) - WRONG_FRAMES * step, WRONG_EVERY):
-            if visible[begin] < 0.9:
+            if known.visible[begin] < 0.9:
                 continue
-            true = np.array(clip["poses"][begin])
+            true = known.poses[begin]
             tracker.start(images[begin], true)
             wrong = moved(true, (rng.uniform(3, 40), 0.05), target, rng)
             tracker.motion = None
@@ -120,8 +113,8 @@ def tracked_poses(path):
             followed += [(i, tracker.update(images[i])) for i in numbers]
 
         for i, tracked in followed:
-            if tracked.status == "tracked" and visible[i] >= MIN_VISIBLE:
-                right = is_right(tracked.pose, np.array(clip["poses"][i]), target)
+            if tracked.status == "tracked" and known.visible[i] >= MIN_VISIBLE:
+                right = is_right(tracked.pose, known.poses[i], target)
                 measured = trust_features(
                     tracked.covariance, tracked.local_agreement, target.diameter
                 )
