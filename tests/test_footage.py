@@ -363,6 +363,9 @@ def test_each_source_has_a_folder_of_its_own(tmp_path):
         "shot.v2",
     ]
     assert [run_folder(tmp_path / "b" / ".." / name, runs) for name in names] == folders
+    shot = tmp_path / "a" / "shot.v2"
+    targets = [run_folder(shot, runs, tmp_path / mesh) for mesh in ("a.obj", "b.obj", "a.obj")]
+    assert [folder.name for folder in targets] == ["shot.v2-2", "shot.v2-3", "shot.v2-2"]
 
 
 @pytest.mark.parametrize(

@@ -734,21 +734,23 @@ class Clock:
 # ------------------------------------------------------------ results
 
 
-def run_folder(source: str | Path, runs: str | Path) -> Path:
+def run_folder(source: str | Path, runs: str | Path, *more: str | Path) -> Path:
     """Make the folder for what is made of a source, or find that of an earlier run.
 
     It has the whole name of the source, such as `runs/IMG_0001.mp4`. Another source of the same
-    name gets `runs/IMG_0001.mp4-2`. The file `source.txt` in it says whose folder it is.
+    name gets `runs/IMG_0001.mp4-2`, and so does the same source with another target. The file
+    `source.txt` in it says whose folder it is.
 
     Args:
         source: path of a clip.
         runs: folder of all runs.
+        more: paths of other files whose results lie apart, such as the target's mesh.
 
     Returns:
         path of the source's folder, which exists.
     """
     path = Path(source).resolve()
-    owner = os.fsencode(path) + b"\n"
+    owner = b"".join(os.fsencode(Path(part).resolve()) + b"\n" for part in (source, *more))
     for number in itertools.count(1):
         folder = Path(runs, path.name if number == 1 else f"{path.name}-{number}")
         with contextlib.suppress(FileExistsError):
