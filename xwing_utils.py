@@ -257,6 +257,12 @@ def read_json(path: str | Path) -> object:
         raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from None
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise a ValueError that names the setting if a value is not a positive, finite number."""
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
 def check_array(value: object, shape: Sequence[int | None], name: str) -> np.ndarray:
     """Return `value` as a float64 array of `shape`, where None stands for any length.
 

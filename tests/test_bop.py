@@ -197,6 +197,23 @@ def test_a_damaged_scene_is_named(scene, file, content, error):
         bop.true_poses(bop.load_scene(scene), 5)
 
 
+def test_files_of_other_lengths_are_named(scene):
+    write_json(scene / "scene_gt_info.json", {"3": [], "7": [{}, {}, {}], "20": [{}]})
+    with pytest.raises(ValueError, match="scene_gt_info.json, image 3: expected 1 objects.*got 0"):
+        bop.true_poses(bop.load_scene(scene), 5)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"symmetries_discrete": [[1, 0, 0]]}, {"symmetries_continuous": [{"offset": [0, 0, 0]}]}, 7],
+)
+def test_a_symmetry_that_is_none_is_named(scene, entry):
+    model = bop.model_path(scene, 5)
+    write_json(model.with_name("models_info.json"), {"5": entry})
+    with pytest.raises(ValueError, match="models_info.json, object 5: expected symmetries_discr"):
+        bop.load_model(model)
+
+
 def test_the_command_line_evaluates_a_scene(scene, target, tmp_path, monkeypatch, capsys):
     detector = Oracle(target, [pose_of(3), pose_of(7)])
     monkeypatch.setattr(evaluation, "Detector", lambda weights: detector)

@@ -105,6 +105,8 @@ def test_the_frame_rate_comes_from_the_clip_or_the_caller_or_the_times(clip):
     assert text == "320 x 240 pixels, 30 frames a second, frames 1001 to 1023"
     text = blender_settings(spinning(), K, *SIZE)
     assert "24 frames a second, frames 0 to 11, pixel aspect X 1.000000, Y 1.041667" in text
+    with pytest.raises(ValueError, match="fps: expected a positive number, got -1"):
+        blender_settings(spinning(), K, *SIZE, fps=-1)
 
 
 def test_a_clip_knows_the_numbers_of_its_pictures(tmp_path):

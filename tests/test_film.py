@@ -1013,7 +1013,7 @@ def test_passes_replace_nothing_and_leave_nothing_half_written(K, clip, tmp_path
     monkeypatch.setattr(xfilm, "draw_shot", lambda *_: 1 / None)
     with pytest.raises(TypeError):
         xfilm.write_passes(*clip, tmp_path / "a")
-    assert not list((tmp_path / "a").iterdir())
-    (tmp_path / "a" / "lasers").mkdir()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a" / "lasers").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="lasers: exists; remove it"):
         xfilm.write_passes(*clip, tmp_path / "a")

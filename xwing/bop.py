@@ -138,7 +138,7 @@ def true_poses(scene: Scene, number: int) -> tuple[list, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no `scene_gt.json`.
-        ValueError: a pose is none, and which.
+        ValueError: a pose is none, and which; or the two files name other numbers of objects.
     """
     file = scene.folder / "scene_gt.json"
     known = _instances(scene.folder)
@@ -150,6 +150,11 @@ def true_poses(scene: Scene, number: int) -> tuple[list, np.ndarray]:
     for picture in scene.numbers:
         instances = known.get(picture, [])
         facts = info.get(picture, [{}] * len(instances))
+        if len(facts) != len(instances):
+            raise ValueError(
+                f"{info_file}, image {picture}: expected {len(instances)} objects, as in {file}, "
+                f"got {len(facts)}"
+            )
         fraction, instance = _most_visible(instances, facts, number)
         is_counted = fraction >= MIN_VISIBLE
         name = f"{file}, image {picture}, object {number}"
@@ -208,18 +213,27 @@ def load_model(path: str | Path) -> xu.Target:
 
     Args:
         path: obj_000005.ply, with `models_info.json` beside it.
+
+    Raises:
+        ValueError: `models_info.json` states a symmetry that is none.
     """
     path = Path(path)
     file = path.with_name("models_info.json")
     info = _by_number(file).get(number_of(path), {})
     record = {"name": path.stem, "mesh": path.name, "unit": MILLIMETRE, "up": [0, 0, 1]}
-    motions = info.get("symmetries_discrete", [])
-    record["symmetries"] = [np.reshape(motion, (4, 4)).tolist() for motion in motions]
-    record["axes"] = []
-    for axis in info.get("symmetries_continuous", []):
-        direction = np.array(axis["axis"], float)
-        unit_direction = (direction / np.linalg.norm(direction)).tolist()
-        record["axes"].append([axis.get("offset", [0, 0, 0]), unit_direction])
+    try:
+        motions = info.get("symmetries_discrete", [])
+        record["symmetries"] = [np.reshape(motion, (4, 4)).tolist() for motion in motions]
+        record["axes"] = []
+        for axis in info.get("symmetries_continuous", []):
+            direction = np.array(axis["axis"], float)
+            unit_direction = (direction / np.linalg.norm(direction)).tolist()
+            record["axes"].append([axis.get("offset", [0, 0, 0]), unit_direction])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}, object {number_of(path)}: expected symmetries_discrete (16 numbers each) and "
+            f"symmetries_continuous (axis and offset, 3 numbers each) ({error})"
+        ) from None
     return xu.target_from_record(record, file, path.parent)
 
 

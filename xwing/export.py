@@ -69,8 +69,8 @@ def export_track(
         clip: `Clip` that was tracked, or None; its first frames if the track is shorter.
         fps: frames a second of the clip, where it does not say; None: the track's times tell.
     Raises:
-        ValueError: another suffix, no frames, more frames than the clip has, or USD without a
-            target.
+        ValueError: another suffix, no frames, more frames than the clip has, a rate that is not
+            positive, or USD without a target.
         ModuleNotFoundError: USD without the package usd-core.
         OSError: the file cannot be written.
     """
@@ -119,6 +119,8 @@ def blender_settings(
 def _shot(track, K, width, height, clip, fps, source=""):
     """The `Shot` of a track."""
     numbers = _frame_numbers(track, clip)
+    if fps is not None:
+        xu.check_positive("fps", fps)
     rate = getattr(clip, "fps", None) or fps or _rate(track)
     rate = round(float(rate) * getattr(clip, "step", 1), 6)
     return Shot(np.asarray(K, float), int(width), int(height), numbers, rate, source)

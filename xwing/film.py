@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 import xwing_utils as xu
 from xwing.footage import Clip, Clock, Frame, frames_at
-from xwing.lasers import Lasers, check_positive, draw_shot, hull_mask
+from xwing.lasers import Lasers, draw_shot, hull_mask
 from xwing.mesh import Mesh
 
 ENCODING = {"preset": "veryfast", "crf": "17"}  # of x264
@@ -100,7 +100,7 @@ def animate(
 
 def _checked(K, frames, poses, source_fps):
     """K, frames, their poses and their times, once they are checked; pauses are shortened."""
-    check_positive("source_fps", source_fps)
+    xu.check_positive("source_fps", source_fps)
     K = xu.check_camera_matrix(K)
     if not isinstance(frames, Clip):
         frames = list(frames)
@@ -606,14 +606,21 @@ def _new_folders(folder, names):
     for name in names:
         if (folder / name).exists():
             raise FileExistsError(f"{folder / name}: exists; remove it, or choose another folder")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".passes-") as temporary:
-        parts = [Path(temporary, name) for name in names]
-        for part in parts:
-            part.mkdir()
-        yield parts
-        for part in parts:
-            part.rename(folder / part.name)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".passes-") as temporary:
+            parts = [Path(temporary, name) for name in names]
+            for part in parts:
+                part.mkdir()
+            yield parts
+            for part in parts:
+                part.rename(folder / part.name)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _write_png(picture, folder, number):

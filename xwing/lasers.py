@@ -48,7 +48,7 @@ class Lasers:
 
     def __post_init__(self):
         for name in ("rate", "speed", "length", "reach", "radius"):
-            check_positive(name, getattr(self, name))
+            xu.check_positive(name, getattr(self, name))
 
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: expected a fraction in [0, 1), got {self.jitter}")
@@ -73,7 +73,7 @@ class Shot:
     """
 
     def __init__(self, lasers: Lasers, fps: float, target: xu.Target):
-        check_positive("fps", fps)
+        xu.check_positive("fps", fps)
         self._lasers = lasers
         self._target = target
         self._interval = 1 / fps
@@ -150,12 +150,6 @@ def _cannons_of_volley(count, volley):
 
     half = (np.arange(count) + 1) // 2 % 2  # 0, 1, 1, 0, and so on
     return np.flatnonzero(half != volley % 2)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise a ValueError that names the setting if a value is not a positive, finite number."""
-    if not 0 < value < np.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
 # ------------------------------------------------------------ drawing
