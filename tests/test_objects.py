@@ -1,5 +1,8 @@
 """The rendered clips of other objects, and the flights in scenes: what their files say is true."""
 
+import dataclasses
+import itertools
+
 import av
 import cv2
 import make_objects
@@ -7,9 +10,11 @@ import numpy as np
 import pytest
 import render
 import render_objects
+from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
-from xwing import evaluation
+from xwing import detections, evaluation, tracking
+from xwing.alignment import Aligner
 from xwing.mesh import load_mesh, rasterise
 
 CLIPS = sorted(render_objects.FILMS)
@@ -105,6 +110,39 @@ def test_a_committed_frame_can_be_rendered_again(folder):
     again = render_objects.frame("figure", 0)
     difference = cv2.GaussianBlur(again.astype(np.float32) - image, (0, 0), 2)
     assert np.abs(difference).mean() < 1.5  # of 255: what the codec lost
+
+
+class Where:
+    """A detector that sees where a target is, but not how it is turned."""
+
+    def __init__(self, known):
+        self.target = known.target
+        self.K = known.K
+        self.poses = {frame.image.tobytes(): pose for frame, pose in zip(known.clip, known.poses)}
+
+    def __call__(self, image, box=None):
+        pose = self.poses[image.tobytes()].copy()
+        pose[:3, :3] = pose[:3, :3] @ Rotation.from_rotvec([0.5, 0.5, 0.5]).as_matrix()
+        keypoints = xu.project_pose(self.target.keypoints, pose, self.K)
+        return keypoints, np.ones(len(keypoints)), np.full(len(keypoints), 1.0)
+
+
+class Unconvinced(Aligner):
+    """An aligner to which the pixels of single frames say nothing."""
+
+    def verify(self, image, estimate, K, others=()):
+        return dataclasses.replace(estimate, accepted=False, probability=0.01)
+
+
+def test_what_the_pixels_do_not_confirm_is_found_by_its_edges(folder, monkeypatch):
+    monkeypatch.setattr(detections, "EDGE_FRAMES", 3)
+    known = evaluation.load_object(folder / "carton_hand.json", step=4)
+    frames = list(itertools.islice(known.clip, 12))
+    clip = frames, known.K, Where(known), Unconvinced(known.target), known.fps, False
+    with pytest.warns(UserWarning, match="carton_grey is found by its edges alone, in frames"):
+        track = tracking.track_clip(*clip)
+    figures = evaluation.track_figures(known, track)
+    assert figures["right"] > 0.9 and figures["wrong"] == 0
 
 
 # ------------------------------------------------------------ meshes

@@ -54,7 +54,12 @@ ROOMS = {  # file -> the project's own modules that it imports, no more and no f
     "xwing/export": {"xwing_utils", "xwing/usd"},
     "xwing/film": {"xwing_utils", "xwing/mesh", "xwing/footage", "xwing/lasers"},
     "xwing/tracker": {"xwing_utils", "xwing/motion", "xwing/footage"},
-    "xwing/detections": {"xwing_utils", "xwing/tracker"},
+    "xwing/detections": {
+        "xwing_utils",
+        "xwing/footage",
+        "xwing/templates",
+        "xwing/tracker",
+    },
     "xwing/parts": {"xwing_utils", "xwing/detections", "xwing/footage", "xwing/tracker"},
     "xwing/tracking": {
         "xwing_utils",

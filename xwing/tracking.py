@@ -1,8 +1,9 @@
 """A finished clip: tracked from where it is most certain, and smoothed; from a shell, too.
 
-First the network looks at frames spread over the clip, and the clearest of them say whether the
-focal length is right. From the most probable detection, or from the starts that the user gives, a
-track grows forwards and backwards (`xwing.parts`). In the end it is smoothed.
+First the network looks at frames spread over the clip. Where the pixels confirm none of its poses,
+edges decide. The clearest frames say whether the focal length is right. From the most probable
+detection, or from the starts that the user gives, a track grows forwards and backwards
+(`xwing.parts`). In the end it is smoothed.
 
     python -m xwing.tracking CLIP --target MESH --start START --out DIR
 """
@@ -22,7 +23,7 @@ import numpy as np
 import xwing_utils as xu
 from xwing import bop
 from xwing.alignment import Aligner
-from xwing.detections import ranked
+from xwing.detections import detect_by_edges, ranked
 from xwing.detector import Detector
 from xwing.export import blender_settings, export_track
 from xwing.film import write_clip
@@ -87,7 +88,8 @@ def track_clip(
     """Track a finished clip; the track is forward-backward smoothed.
 
     Before that the focal length of K is checked in frames that show the target clearly. Where it is
-    wrong, a warning says so, and the poses are improbable.
+    wrong, a warning says so, and the poses are improbable. A target without texture that the pixels
+    confirm in no frame is looked for by its edges; a warning says in which frames it was found.
 
     Args:
         clip: `Clip`, or another iterable of `Frame`; it is read more than once where there is an
@@ -123,6 +125,8 @@ def track_clip(
     clip, count = readable_again(clip)
     _check_frame_numbers(starts, count)
     film, detections = look_through(clip, count, tracker, progress)
+    if not starts and not any(one.estimate.accepted for one in detections):
+        detections += _look_by_edges(film, detections)
     lens = _check_lens(film, detections, starts)
     if lens.verdict == "wrong":
         warnings.warn(str(lens), stacklevel=2)
@@ -151,6 +155,21 @@ def _check_frame_numbers(starts, count):
     outside = [index for index in starts if index not in range(count)]
     if outside:
         raise ValueError(f"starts, frame {outside[0]}: the clip has the frames 0 to {count - 1}")
+
+
+def _look_by_edges(film, detections):
+    """What the edges of a plain mesh say where no detection of the network is accepted."""
+    target, aligner = film.live.target, film.live.aligner
+    if not detections or aligner.mesh.textures is not None:
+        return []
+    found = detect_by_edges(film.live, film.clip, detections)
+    numbers = [str(one.index) for one in found if one.estimate.accepted]
+    if numbers:
+        message = f"{target.name} is found by its edges alone, in frames {', '.join(numbers)}"
+        if xu.has_symmetries(target):
+            message += "; its mesh looks the same after a turn, so the pose is one of several"
+        warnings.warn(f"{message}; look at the overlay", stacklevel=3)
+    return found
 
 
 # ------------------------------------------------------------ the lens
