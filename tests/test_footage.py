@@ -22,6 +22,7 @@ from PIL import Image
 import xwing_utils as xu
 from xwing.footage import Clip, Clock, Detector, Frame, frames_at, letterbox, run_folder
 from xwing.lens import picture_area
+from xwing.sighting import Sighting
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,11 @@ def detector(weights):
 def flight(root):
     """60 frames of the clip, from second 2 on, where the ship is well in sight."""
     return [xu.read_image(path) for path in xu.list_frames(root / "data" / "frames")[60:120]]
+
+
+def sighting(keypoints, confidence, sigma):
+    """A `Sighting` without maps."""
+    return Sighting(keypoints, confidence, sigma, None, np.zeros(2), 1.0)
 
 
 def folder_of(path, frames, name="{}.jpg"):
@@ -808,7 +814,7 @@ def test_only_a_target_with_a_mirror_plane_is_averaged(weights, detector, flight
 
 
 def test_the_exported_network_sees_what_the_keras_model_sees(weights, detector, flight):
-    middles = [np.nanmedian(detector(frame)[0], axis=0) for frame in flight[:40:8]]
+    middles = [np.nanmedian(detector(frame).keypoints, axis=0) for frame in flight[:40:8]]
     corners = [np.round(middle).astype(int) - 64 for middle in middles]
     squares = np.stack([xu.crop_image(frame, at, 128) for frame, at in zip(flight[:40:8], corners)])
     keras, confidences = xu.predict_keypoints(xu.load_model(weights, 128), squares, channels=36)
@@ -837,10 +843,10 @@ def test_a_close_square_finds_what_the_whole_frame_shows(weights, detector, flig
 def test_a_small_target_in_a_large_frame_is_found_in_a_part_of_it(detector, flight, monkeypatch):
     large = np.zeros((1600, 2400, 3), np.uint8)
     large[800:1056, 1600:1856] = flight[10]
-    found = detector(large)[1]
+    found = detector(large).confidence
     monkeypatch.setattr(detector, "_parts", lambda image: [])
     assert (found >= xu.MIN_CONFIDENCE).sum() > 12
-    assert not (detector(large)[1] >= xu.MIN_CONFIDENCE).sum() > 4
+    assert not (detector(large).confidence >= xu.MIN_CONFIDENCE).sum() > 4
 
 
 @pytest.mark.parametrize("place,found", [(40, True), (4, False), (500, False)])
@@ -853,7 +859,7 @@ def test_a_target_that_every_part_cuts_off_is_not_found(detector, monkeypatch, p
         if square.side == 512 and square.left == 0:  # one of the parts
             keypoints[:4] = [square.left + place, square.top + 200]
             confidence[:4] = 0.9
-        return keypoints, confidence, np.ones(36)
+        return sighting(keypoints, confidence, np.ones(36))
 
     monkeypatch.setattr(detector, "_read", read)
     monkeypatch.setattr(detector, "_close_square", lambda image, points: None)
@@ -883,7 +889,7 @@ def test_the_close_square_holds_the_box_and_shows_more(
 
     def nothing_found(image, square, averaged=True):
         squares.append(square)
-        return np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf)
+        return sighting(np.full((36, 2), np.nan), np.zeros(36), np.full(36, np.inf))
 
     monkeypatch.setattr(Detector, "_compile", lambda self, size: None)
     detector = Detector(weights, crop_sizes, search_size=64)
@@ -939,10 +945,10 @@ def test_a_close_square_that_cuts_the_ship_off_is_not_used(
         examined.append((square.size, averaged))
         keypoints = np.full((36, 2), 100.0) + np.arange(36)[:, None]
         confidence = np.where(np.arange(36) < counts[square.size], 0.9, 0.0)
-        return keypoints, confidence, np.full(36, float(square.size))
+        return sighting(keypoints, confidence, np.full(36, float(square.size)))
 
     monkeypatch.setattr(detector, "_read", found)
-    assert detector(flight[0])[2][0] == ([192] + then)[-1]
+    assert detector(flight[0]).sigma[0] == ([192] + then)[-1]
     assert examined == [(192, False)] + [(size, True) for size in then]
 
 

@@ -1053,8 +1053,11 @@ def test_detections_that_contradict_each_other_equally_are_said(footage, box_ali
     assert all("from frames 3 and 9 differ by" in t.reason for t in doubted)
 
 
-def test_doubtful_detections_count_only_where_they_agree(footage, box_aligner, detected):
+def test_doubtful_detections_count_only_where_they_agree(
+    footage, box_aligner, detected, monkeypatch
+):
     """No detection is probable. Four on one track confirm one another, four at random do not."""
+    monkeypatch.setattr(tracking, "detect_by_edges", lambda *_: [])
     right = {index: (footage.poses[index], 0.4) for index in (3, 5, 7, 9)}
     track = track_box(footage, box_aligner, detected(right), 12)
     assert [t.status for t in track] == ["tracked"] * 12

@@ -10,6 +10,7 @@ caller that knows where the target is, such as the tracker, passes a box, and th
 OpenVINO runs the network, because it is faster than Keras on a processor.
 """
 
+import dataclasses
 import math
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import openvino
 import xwing_utils as xu
 from xwing.lookalikes import with_lookalikes
 from xwing.network import read_network
+from xwing.sighting import Sighting
 
 MIN_FOUND = 4  # confident keypoints; fewer are not worth the time that verifying their pose takes
 MIN_RETAINED = 0.8  # of the search's confident keypoints; a close square with fewer cuts them off
@@ -76,17 +78,16 @@ def _spread(length, side):
     return [round(place) for place in np.linspace(0, room, count)]
 
 
-def _count_found(confidence):
-    """How many keypoints are confident."""
-    return int((confidence >= xu.MIN_CONFIDENCE).sum())
+def _count_found(seen):
+    """How many keypoints of a `Sighting` are confident."""
+    return int((seen.confidence >= xu.MIN_CONFIDENCE).sum())
 
 
-def _shows_whole(part, read):
+def _shows_whole(part, seen):
     """Whether a part shows the whole target, as far as the keypoints found in it say."""
-    keypoints, confidence, _ = read
-    if _count_found(confidence) < MIN_FOUND:
+    if _count_found(seen) < MIN_FOUND:
         return False
-    found = keypoints[confidence >= xu.MIN_CONFIDENCE] - [part.left, part.top]
+    found = seen.keypoints[seen.confidence >= xu.MIN_CONFIDENCE] - [part.left, part.top]
     margin = PART_MARGIN * part.side
     return bool(found.min() > margin and found.max() < part.side - margin)
 
@@ -214,9 +215,7 @@ class Detector:
             [request.infer([square[None].astype(np.float32)])[0] for square in squares]
         )
 
-    def __call__(
-        self, image: np.ndarray, box: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, box: np.ndarray | None = None) -> Sighting:
         """Find the keypoints in a frame.
 
         Args:
@@ -225,9 +224,9 @@ class Detector:
                 square around it is examined, if that shows more detail than the whole frame does.
 
         Returns:
-            keypoints (K, 2) in pixels of the frame, NaN where none is found; confidence (K,) in
-            [0, 1]; and sigma (K,), the expected standard deviation of each keypoint, in pixels of
-            the frame.
+            `Sighting`, as three arrays: keypoints (K, 2) in pixels of the frame, NaN where none is
+            found; confidence (K,) in [0, 1]; and sigma (K,), the expected standard deviation of
+            each keypoint, in pixels of the frame.
 
         Raises:
             ValueError: the image is of a kind that is not clear.
@@ -245,20 +244,20 @@ class Detector:
         more detail or cuts keypoints off.
         """
         square = _whole_frame(image, self.search_size)
-        keypoints, confidence, sigma = self._read(image, square, averaged=False)
-        if _count_found(confidence) < MIN_FOUND:
+        seen = self._read(image, square, averaged=False)
+        if _count_found(seen) < MIN_FOUND:
             reads = [(part, self._read(image, part, averaged=False)) for part in self._parts(image)]
             whole = [read for read in reads if _shows_whole(*read)]
             if not whole:
-                return np.full_like(keypoints, np.nan), confidence, sigma
-            square, read = max(whole, key=lambda read: _count_found(read[1][1]))
-            keypoints, confidence, sigma = read
-        found = keypoints[confidence >= xu.MIN_CONFIDENCE]
+                nowhere = np.full_like(seen.keypoints, np.nan)
+                return dataclasses.replace(seen, keypoints=nowhere, heatmaps=None)
+            square, seen = max(whole, key=lambda read: _count_found(read[1]))
+        found = seen.keypoints[seen.confidence >= xu.MIN_CONFIDENCE]
 
         close_square = self._close_square(image, found)
         if close_square is not None:
             close = self._read(image, close_square)
-            if _count_found(close[1]) >= MIN_RETAINED * len(found):
+            if _count_found(close) >= MIN_RETAINED * len(found):
                 return close
         return self._read(image, square)
 
@@ -297,9 +296,15 @@ class Detector:
         return _Square(left, top, side, size)
 
     def _read(self, image, square, averaged=True):
-        """Read keypoints, confidence and sigma from one square, see `__call__`."""
+        """The `Sighting` in one square."""
         maps = self.heatmaps(square.cut_from(image)[None], averaged)[0]
         keypoints, confidence, sigma = xu.read_keypoints(maps, self.settings["model"])
-
-        keypoints = square.lengths_in_frame(keypoints) + [square.left, square.top]
-        return keypoints, confidence, square.lengths_in_frame(sigma)
+        corner = np.array([square.left, square.top])
+        return Sighting(
+            square.lengths_in_frame(keypoints) + corner,
+            confidence,
+            square.lengths_in_frame(sigma),
+            maps,
+            corner,
+            square.side / maps.shape[1],
+        )

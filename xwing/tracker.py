@@ -664,10 +664,12 @@ class Tracker:
         if corners is not None:
             box = np.stack([corners.min(0), corners.max(0)])
 
-        keypoints, confidence, sigma = self.detector(image, box)
-        return xu.estimate_pose(
+        seen = self.detector(image, box)
+        keypoints, confidence, sigma = seen
+        estimate = xu.estimate_pose(
             keypoints, self.K, confidence, sigma, prior=prior, target=self.target
         )
+        return seen.refine(estimate, self.K, self.target) if hasattr(seen, "refine") else estimate
 
     def _box_corners(self, pose):
         """The target's box at a pose, (8, 2) pixels; None if a corner is behind the camera."""
