@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 import xwing_utils as xu
 
-BROAD = 0.05  # diameters: maps whose keypoints have this sigma, or more, in the median
+BROAD = 0.07  # diameters: maps whose keypoints have this sigma, or more, in the median
 FLOOR = 1e-5  # probability that is added to each pixel of a map: no point rules a pose out
 BLUR = 1.0  # pixels of a map, of the logarithms
 OUTSIDE_COST = 0.1  # log-likelihood for each pixel of a map by which a point lies outside
@@ -35,6 +35,7 @@ DIFFERENCE = 0.1  # units between two poses whose likelihoods are compared
 MAX_ITERATIONS = 25
 
 MIN_GAIN = 5.0  # log-likelihood that a pose has to gain
+RUNNER_UP_TURN = 30.0  # degrees between a pose and its runner-up
 
 # The maps of a frame err together, so that they say as much as this fraction of them alone: with
 # it, the errors of a box and a figure are as large as their covariances say.
@@ -69,7 +70,8 @@ class Sighting:
 
         Returns:
             PoseEstimate with the pose that is more probable, if the maps are BROAD and it gains
-            MIN_GAIN, and its covariance.
+            MIN_GAIN, and its covariance. The pose of the keypoints is then the runner-up if it
+            differs much.
         """
         if (
             self.heatmaps is None
@@ -80,9 +82,16 @@ class Sighting:
         likelihood = _Likelihood(self, K, target)
         starts = [pose for pose in (estimate.pose, estimate.runner_up) if pose is not None]
         cost, pose = min((likelihood.climb(start) for start in starts), key=lambda found: found[0])
-        if cost > likelihood.costs(estimate.pose[None])[0] - MIN_GAIN:
+        gain = likelihood.costs(estimate.pose[None])[0] - cost
+        if gain < MIN_GAIN:
             return estimate
-        return dataclasses.replace(estimate, pose=pose, covariance=likelihood.covariance(pose))
+        refined = dataclasses.replace(estimate, pose=pose, covariance=likelihood.covariance(pose))
+        if xu.rotation_error(pose, estimate.pose, target) < RUNNER_UP_TURN:
+            return refined
+        margin = min(gain, estimate.log_likelihood_margin)
+        return dataclasses.replace(
+            refined, runner_up=estimate.pose, log_likelihood_margin=float(margin)
+        )
 
     def _is_broad(self, estimate, K, target):
         """Whether the keypoints are uncertain by a part of the target at a pose."""
