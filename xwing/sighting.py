@@ -70,8 +70,8 @@ class Sighting:
 
         Returns:
             PoseEstimate with the pose that is more probable, if the maps are BROAD and it gains
-            MIN_GAIN, and its covariance. The pose of the keypoints is then the runner-up if it
-            differs much.
+            MIN_GAIN, and its covariance. Where the pose of the keypoints contradicts it, that is
+            the runner-up, and only the pixels can accept one of them.
         """
         if (
             self.heatmaps is None
@@ -88,9 +88,12 @@ class Sighting:
         refined = dataclasses.replace(estimate, pose=pose, covariance=likelihood.covariance(pose))
         if xu.rotation_error(pose, estimate.pose, target) < RUNNER_UP_TURN:
             return refined
-        margin = min(gain, estimate.log_likelihood_margin)
         return dataclasses.replace(
-            refined, runner_up=estimate.pose, log_likelihood_margin=float(margin)
+            refined,
+            accepted=False,
+            reason="the keypoints and the heatmaps contradict each other",
+            runner_up=estimate.pose,
+            log_likelihood_margin=float(min(gain, estimate.log_likelihood_margin)),
         )
 
     def _is_broad(self, estimate, K, target):
