@@ -669,7 +669,10 @@ class Tracker:
         estimate = xu.estimate_pose(
             keypoints, self.K, confidence, sigma, prior=prior, target=self.target
         )
-        return seen.refine(estimate, self.K, self.target) if hasattr(seen, "refine") else estimate
+        # Without pixels, nothing would decide between this pose and that of the heatmaps.
+        if self.aligner is None or not hasattr(seen, "refine"):
+            return estimate
+        return seen.refine(estimate, self.K, self.target)
 
     def _box_corners(self, pose):
         """The target's box at a pose, (8, 2) pixels; None if a corner is behind the camera."""
